@@ -1,0 +1,61 @@
+"""HyperAdapt: scale every row and every column of the weight.
+
+    W' = diag(a) W diag(b) = W ⊙ (a bᵀ)
+
+| symbol | shape  | start      | trained |
+| ------ | ------ | ---------- | ------- |
+| W      | (n, k) | pretrained | no      |
+| a      | (n,)   | 1          | yes     |
+| b      | (k,)   | 1          | yes     |
+
+Trainable: n + k per weight. W' = W at the start because a = b = 1. ΔW has rank up to min(2 rank(W), n, k) although only
+n + k - 1 of the numbers count: (γ a, b / γ) is the same W' for every γ. This is HiRA of rank 2 with A = [a, -1] and
+B = [bᵀ; 1ᵀ].
+
+Source: "HyperAdapt: Simple High-Rank Adaptation", arXiv 2509.18629, section 3 (W' and Lemma 1, the rank bound).
+Reference code: the listing in section 4 (diag_A = a as (n, 1), diag_B = b as (1, k)).
+Differences: the listing builds W' in each step and fails on every bias (it tests a tensor's truth value, or reads a field
+that was never set); here the vectors act on activations and a bias is added after a, unscaled. Neither a nor b decays:
+their neutral value is 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from highrank.method import Method, Site
+from highrank.registry import register_method
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperAdaptConfig:
+    """There is nothing to set."""
+
+
+@register_method(config=HyperAdaptConfig)
+class HyperAdapt(Method):
+    no_decay = ("a", "b")
+
+    def __init__(self, in_features: int, out_features: int, cfg: HyperAdaptConfig, shared: nn.Module | None = None):
+        super().__init__(in_features, out_features, cfg, shared)
+        self.a = nn.Parameter(torch.empty(out_features))
+        self.b = nn.Parameter(torch.empty(in_features))
+
+    def reset_parameters(self, W: Tensor, site: Site) -> None:
+        nn.init.ones_(self.a)
+        nn.init.ones_(self.b)
+
+    def effective_weight(self, W: Tensor) -> Tensor:
+        return self.a[:, None] * W * self.b
+
+    def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One dense product: y = a ⊙ (W (b ⊙ x)) + bias, both scalings in fp32 (in bf16, 1 + 0.003 is 1)."""
+        y = F.linear((self.b * x).to(x.dtype), W)
+        scaled = self.a * y if bias is None else torch.addcmul(bias, self.a, y)
+        return scaled.to(y.dtype)
+
+    @classmethod
+    def num_trainable(cls, in_features: int, out_features: int, cfg: HyperAdaptConfig) -> int:
+        return in_features + out_features

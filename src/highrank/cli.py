@@ -1,0 +1,109 @@
+"""The command line: `python run.py key=value ...`, and `highrank <command>`."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from highrank.errors import UserError, suggest
+
+USAGE = """\
+highrank: parameter-efficient fine-tuning methods, each in one file, compared fairly
+
+  python run.py [key=value ...]        train, evaluate before and after, write a run directory
+  highrank run [key=value ...]         the same from anywhere
+  highrank methods                     the methods, their fields and defaults
+  highrank merge RUN --out DIR         a plain model folder with the adapter merged in
+  highrank eval RUN                    evaluate a finished run again
+
+examples
+  python run.py method=hira placement=fc_qkv r=16
+  python run.py method=hyperadapt model=phi4 placement=all dry_run=true
+
+core keys
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], int]] = {"run": run, "methods": methods, "merge": merge, "eval": evaluate}
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            return show_help()
+        if words[0] not in commands:
+            raise UserError(f"highrank: unknown command, got {words[0]}{suggest(words[0], commands)}")
+        return commands[words[0]](words[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def show_help() -> int:
+    import ast
+    import inspect
+    from itertools import pairwise
+
+    from highrank import config
+
+    print(USAGE, end="")
+    body = ast.parse(inspect.getsource(config.RunConfig)).body[0].body  # type: ignore[attr-defined]
+    for field, doc in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            print(f"  {ast.unparse(field.target):16} {ast.literal_eval(doc.value)}")
+    return 0
+
+
+def run(words: list[str]) -> int:
+    if "-h" in words or "--help" in words:
+        return show_help()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from highrank.config import compose_run
+
+    checked = compose_run(words)
+    from highrank.run import execute
+
+    folder, status = execute(checked)
+    print(folder)
+    return {"interrupted": 130}.get(status, 0)
+
+
+def methods(words: list[str]) -> int:
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from highrank import registry
+
+    table = Table("method", "W'", "fields (defaults)")
+    for name in sorted(registry.available("methods")):
+        cls = registry.load("methods", name)
+        doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()
+        formula = next((line.strip() for line in doc if line.strip().startswith("W' =")), doc[0] if doc else "")
+        fields = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls.config)) or "none"
+        table.add_row(name, formula, fields)
+    Console().print(table)
+    return 0
+
+
+def merge(words: list[str]) -> int:
+    from highrank.saved import merge_run
+
+    if len(words) != 3 or words[1] != "--out":
+        raise UserError(f"merge: give a run directory and --out <folder>, got {' '.join(words) or 'nothing'}")
+    print(merge_run(words[0], words[2]))
+    return 0
+
+
+def evaluate(words: list[str]) -> int:
+    from highrank.saved import evaluate_run
+
+    if len(words) != 1:
+        raise UserError(f"eval: give one run directory, got {' '.join(words) or 'nothing'}")
+    print(evaluate_run(words[0]))
+    return 0
+
+
+def run_script() -> int:
+    """Entry of run.py: all words are for `highrank run`."""
+    return main(["run", *sys.argv[1:]])

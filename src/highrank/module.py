@@ -1,0 +1,135 @@
+"""The one LightningModule: any backbone, any method, language modelling, classification or regression."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from highrank.adapters import Adapters
+from highrank.config import RunConfig
+from highrank.data import IGNORED
+from highrank.task import Task
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+@contextmanager
+def head_sees_only(model: Any, mask: Tensor) -> Iterator[None]:
+    """Within it the model's output head gets the hidden states (N, D) of the N positions in `mask` (B, T), no others.
+
+    The head itself, and whatever the architecture does to its logits (bias, scaling, soft-capping), stay the model's
+    own; the cost of vocabulary times sequence is not paid for positions without a target.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][mask], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def language_model_loss(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Returns the mean cross-entropy in nats over the supervised tokens, and their number.
+
+    Position t predicts labels[:, t + 1]; labels equal to IGNORED carry no loss. The logits are taken in fp32.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    mask = targets != IGNORED
+    with head_sees_only(model, mask):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return F.cross_entropy(logits.float(), targets[mask]), int(mask.sum())
+
+
+class FineTuner(lightning.LightningModule):
+    """Trains the adapters of a model on a task, and predicts with them.
+
+    Only what trains is in `state_dict`; the frozen backbone is re-read from its source.
+    """
+
+    strict_loading = False
+
+    def __init__(self, adapters: Adapters, task: Task, tokenizer: Any, core: RunConfig, total_steps: int):
+        super().__init__()
+        self.model: Any = adapters.model
+        self.adapters, self.task, self.tokenizer = adapters, task, tokenizer
+        self.core, self.total_steps = core, total_steps
+        self.num_tokens = 0
+        """Tokens seen in training, padding not counted."""
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss, num_targets = self.loss(batch)
+        self.num_tokens += int(batch["attention_mask"].sum())
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=num_targets)
+        return loss
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Returns the batch's mean loss and over how many targets it is taken.
+
+        Cross-entropy in nats for language models and classes, squared error for regression.
+        """
+        if self.task.kind == "generate":
+            return language_model_loss(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        labels = batch["labels"]
+        logits = self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
+        if self.task.kind == "regress":
+            return F.mse_loss(logits.squeeze(-1), labels.float()), len(labels)
+        return F.cross_entropy(logits, labels.long()), len(labels)
+
+    def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
+        """Returns (place, output) per row: a generated text, a class index, or a value."""
+        places = batch["index"].tolist()
+        if self.task.kind != "generate":
+            logits = self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
+            outputs = logits.argmax(-1) if self.task.kind == "classify" else logits.squeeze(-1)
+            return list(zip(places, outputs.tolist(), strict=True))
+        width = batch["input_ids"].shape[1]
+        tokens = self.model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.task.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        texts = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
+        return list(zip(places, texts, strict=True))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.adapters, self.core)
+        warmup = self.core.warmup_steps or round(self.core.warmup_ratio * self.total_steps)
+        scheduler = get_scheduler(SCHEDULERS[self.core.schedule], optimizer, warmup, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.adapters.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.adapters.load_state_dict(checkpoint.pop("state_dict"))
+        checkpoint["state_dict"] = {}
+
+
+def make_optimizer(adapters: Adapters, core: RunConfig) -> torch.optim.Optimizer:
+    """Returns the optimizer over all trainable parameters, in two groups: with weight decay and without.
+
+    Decay pulls towards 0, so it spares what a method names in `no_decay` (HyperAdapt's a and b, whose neutral value is
+    1) and, outside the adapters, biases and norms.
+    """
+    spared = set(adapters.method.no_decay)
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    in_adapters = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
+    for name, parameter in adapters.parameters():
+        neutral_is_zero = name.rpartition(".")[2] not in spared if id(parameter) in in_adapters else parameter.dim() > 1
+        groups[neutral_is_zero].append(parameter)
+    settings: dict[str, Any] = {"lr": core.lr}
+    if core.optimizer != "sgd":
+        settings["betas"] = tuple(core.betas)
+    return OPTIMIZERS[core.optimizer](
+        [{"params": groups[d], "weight_decay": core.weight_decay if d else 0.0} for d in (True, False) if groups[d]],
+        **settings,
+    )

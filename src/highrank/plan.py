@@ -1,0 +1,120 @@
+"""What a run will adapt and train, known before any weight loads."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from highrank.backbones import DTYPES, empty_model, head_modules, model_config
+from highrank.config import Run
+from highrank.placement import WeightView, resolve
+
+
+@dataclass(frozen=True)
+class Params:
+    """Exact parameter counts."""
+
+    trainable: int
+    """In the adapters; for full fine-tuning, in the whole model without a new head."""
+    total: int
+    """In the backbone, without a classification head."""
+    percent: float
+    """100 trainable / (total + trainable), the convention of both papers; for full fine-tuning 100 trainable / total."""
+    frozen_extra: int
+    """Frozen numbers that the method holds beside the backbone."""
+    head: int
+    """In the classification head, which trains in full and is counted apart."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of a dry run."""
+
+    method: str
+    model: str
+    placement: Any
+    matched: dict[str, int]
+    """Adapted weights per placement part."""
+    params: Params
+    num_train: int
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Training tokens, estimated at four characters per token."""
+    memory_bytes: dict[str, int]
+    """Estimated bytes: weights, adapters (fp32 value, gradient, two moments), activations kept for backward."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def count(model: Any, views: Sequence[WeightView], method: Any, cfg: Any, kind: str = "generate") -> Params:
+    """Returns the parameter counts of a method on a model, which may be on the meta device.
+
+    Raises:
+        UserError: if the method's fields do not fit one of the weights.
+    """
+    for view in views:
+        method.validate(view.in_features, view.out_features, cfg)
+    heads = head_modules(model) if kind != "generate" else []
+    head = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+    total = sum(p.numel() for p in model.parameters()) - head
+    frozen = sum(method.num_frozen_extra(v.in_features, v.out_features, cfg) for v in views)
+    frozen += method.num_frozen_shared([v.shape for v in views], cfg)
+    if method.replaces_base:
+        return Params(total, total, 100.0, 0, head)
+    trainable = sum(method.num_trainable(v.in_features, v.out_features, cfg) for v in views)
+    return Params(trainable, total, 100 * trainable / (total + trainable), frozen, head)
+
+
+def optimizer_steps(run: Run, num_train: int) -> int:
+    """Returns the number of optimizer steps: max_steps, or as many as the epochs hold."""
+    if run.core.max_steps is not None:
+        return run.core.max_steps
+    batches = math.ceil(num_train / run.core.batch_size)
+    return max(1, math.ceil(run.core.epochs * math.ceil(batches / run.core.accumulate)))
+
+
+def make_plan(run: Run) -> Plan:
+    """Returns the plan of a run; loads the task's data and the model's shape, but no weights.
+
+    Raises:
+        UserError: for every rule that the run breaks.
+    """
+    task = run.task(run.task_cfg, run.core.seed)
+    config = model_config(run.model, run.core.path)
+    model = empty_model(config, task.kind, task.num_labels)
+    core = run.core
+    views = resolve(model, core.placement, core.layers, core.fused, core.architecture)
+    params = count(model, views, run.method, run.method_cfg, task.kind)
+    records = task.train()
+    steps = optimizer_steps(run, len(records))
+    chars = sum(_length(record, run) for record in records) / max(1, len(records))
+    tokens_each = min(run.protocol.max_length, chars / 4)
+    width = 2 if run.model["dtype"] != "float32" else 4
+    hidden = max(view.in_features for view in views)
+    num_layers = len({view.layer for view in views})
+    trained = params.trainable + params.head
+    memory = {
+        "weights": params.total * (DTYPES[run.model["dtype"]].itemsize) + 4 * params.frozen_extra,
+        "adapters": trained * 16,
+        "activations": int(core.batch_size * tokens_each * num_layers * hidden * 8 * width),
+    }
+    return Plan(
+        method=run.method.name,
+        model=run.model["name"],
+        placement=core.placement,
+        matched=dict(Counter(view.part for view in views)),
+        params=params,
+        num_train=len(records),
+        steps=steps,
+        tokens=int(steps * core.batch_size * core.accumulate * tokens_each),
+        memory_bytes=memory,
+    )
+
+
+def _length(record: Any, run: Run) -> int:
+    if hasattr(record, "instruction"):
+        return len(run.protocol.template) + len(record.instruction) + len(record.output)
+    return len(record.text) + len(record.text_pair or "")

@@ -1,0 +1,57 @@
+"""What a person sees on the terminal: the plan and the result of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from highrank.adapters import write_atomic
+from highrank.plan import Plan
+
+console = Console()
+
+
+def show_plan(plan: Plan) -> None:
+    """Prints what will be adapted and trained."""
+    params = plan.params
+    table = Table("", "", show_header=False, title=f"{plan.method} on {plan.model}", title_justify="left")
+    table.add_row("adapted weights", ", ".join(f"{part} × {n}" for part, n in plan.matched.items()))
+    table.add_row("trainable", f"{params.trainable:,}")
+    table.add_row("total", f"{params.total:,}")
+    table.add_row("percent", f"{params.percent:.4f} %")
+    table.add_row("frozen extra", f"{params.frozen_extra:,}")
+    table.add_row("head", f"{params.head:,}")
+    table.add_row("training", f"{plan.num_train:,} examples, {plan.steps:,} steps, about {plan.tokens:,} tokens")
+    memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory_bytes.items())
+    table.add_row("memory, estimated", f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB ({memory})")
+    console.print(table)
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    write_atomic(folder / "plan.json", json.dumps(plan.as_dict(), indent=1).encode())
+
+
+def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
+    """Prints the small table at the end of a run."""
+    title = f"{plan.method} on {plan.model}: {results['status']}" + (f" ({note})" if note else "")
+    table = Table("", "", show_header=False, title=title, title_justify="left")
+    params = plan.params
+    table.add_row("trainable / total", f"{params.trainable:,} / {params.total:,} ({params.percent:.4f} %)")
+    for when, label in (("before", "before"), ("final", "after")):
+        for name, found in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
+            shown = ", ".join(f"{k} {v:.1f} %" for k, v in found.items() if k != "n")
+            table.add_row(f"{name} {label}", f"{shown} (n = {found['n']})")
+    times = results.get("time", {})
+    if times:
+        table.add_row(
+            "time", ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {s:.0f} s" for name, s in times.items())
+        )
+    memory = results.get("memory", {})
+    if memory:
+        shown = ", ".join(
+            f"{k.removesuffix('_bytes').replace('_', ' ')} {v / 2**30:.2f} GiB" for k, v in memory.items()
+        )
+        table.add_row("memory", shown)
+    console.print(table)

@@ -1,0 +1,121 @@
+"""The run directory and what is written into it."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from highrank.adapters import write_atomic
+from highrank.config import Run
+from highrank.errors import UserError
+
+STATUSES = ("running", "done", "failed", "oom", "interrupted")
+
+
+class RunDirectory:
+    """One run's folder: config.yaml, results.json, predictions/, adapter/, checkpoints/, TensorBoard events."""
+
+    def __init__(self, run: Run):
+        today = datetime.date.today().isoformat()
+        self.run = run
+        self.path = Path(run.core.run_dir or Path(run.core.output) / today / f"{run.name}_{run.hash[:8]}")
+        self.results: dict[str, Any] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds this very run, done.
+
+        Raises:
+            UserError: if it holds another run, or files that no run wrote.
+        """
+        file = self.path / "results.json"
+        if not file.is_file():
+            foreign = [p.name for p in self.path.iterdir() if p.name != "plan.json"] if self.path.is_dir() else []
+            if foreign and not (self.path / "config.yaml").is_file():
+                raise UserError(
+                    f"run: a run directory is empty or holds a run, got run_dir={self.path} with {foreign[:3]}; "
+                    "choose another run_dir"
+                )
+            return False
+        try:
+            found = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"run: results.json is damaged, got {error} in {self.path}; choose another run_dir"
+            ) from error
+        if found["config_hash"] != self.run.hash:
+            raise UserError(
+                f"run: an existing run directory keeps its config, got run_dir={self.path} with config_hash="
+                f"{found['config_hash'][:12]} for a run with {self.run.hash[:12]}; choose another run_dir"
+            )
+        self.results = found
+        return found["status"] == "done"
+
+    def open(self) -> None:
+        """Creates the folder and writes the resolved config."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.run.resolved)).encode())
+        self.write(
+            status="running",
+            config_hash=self.run.hash,
+            git=git_state(),
+            versions=versions(),
+            seed=self.run.core.seed,
+            protocol={
+                "name": self.run.protocol.name,
+                "hash": self.run.protocol.hash,
+                "version": self.run.protocol.version,
+            },
+        )
+
+    def write(self, **values: Any) -> None:
+        """Merges `values` into results.json, in one rename."""
+        self.results.update(values)
+        write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
+
+    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes predictions/<name>.jsonl, one JSON object per example in the data's order."""
+        file = self.path / "predictions" / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def git_state() -> dict[str, Any] | None:
+    """Returns commit and whether the tree has changes, of the repository that holds this package, or None."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if not (Path(git("rev-parse", "--show-toplevel")) / "src" / "highrank").is_dir():
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    packages = ("highrank", "torch", "lightning", "transformers", "tokenizers", "safetensors", "hydra-core", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {**found, "python": platform.python_version(), "platform": platform.platform(), "device": device}
+
+
+def peak_memory() -> dict[str, int]:
+    """Returns the process's peak resident bytes, and the peak bytes allocated on a CUDA device if there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        memory["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return memory

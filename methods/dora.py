@@ -21,7 +21,6 @@ Differences: both build B A, an (n, k) matrix, in each step to take its norm; he
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +56,7 @@ class DoRAConfig:
 @register_method(config=DoRAConfig)
 class DoRA(Method):
     no_decay = ("m",)
-    exact_gradient: ClassVar[bool] = False  # the detached norm: finite differences see it move, the gradient does not
+    exact_gradient = False  # the detached norm: finite differences see it move, the gradient does not
 
     def __init__(self, in_features: int, out_features: int, cfg: DoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

@@ -68,13 +68,16 @@ class HiRAConfig:
 
 @register_method(config=HiRAConfig)
 class HiRA(Method):
+    default_lr = 5e-3
+
     def __init__(self, in_features: int, out_features: int, cfg: HiRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)
         self.A = nn.Parameter(torch.empty(out_features, cfg.r))
         self.B = nn.Parameter(torch.empty(cfg.r, in_features))
         if cfg.R == "w0_trunc":
-            self.register_buffer("US", torch.empty(out_features, cfg.R_rank), persistent=False)
-            self.register_buffer("Vt", torch.empty(cfg.R_rank, in_features), persistent=False)
+            v = cfg.R_rank or 0
+            self.register_buffer("US", torch.empty(out_features, v), persistent=False)
+            self.register_buffer("Vt", torch.empty(v, in_features), persistent=False)
         elif cfg.R not in ("w0", "ones"):
             self.register_buffer("R", torch.empty(out_features, in_features), persistent=False)
 
@@ -133,7 +136,7 @@ class HiRA(Method):
 
     @classmethod
     def num_frozen_extra(cls, in_features: int, out_features: int, cfg: HiRAConfig) -> int:
-        if cfg.R == "w0_trunc":
+        if cfg.R_rank is not None:
             return cfg.R_rank * (in_features + out_features)
         return 0 if cfg.R in ("w0", "ones") else in_features * out_features
 

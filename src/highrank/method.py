@@ -40,6 +40,8 @@ class Method(nn.Module):
     """A starting point for the learning rate, used when none is given."""
     exact_at_init: ClassVar[bool] = True
     """Whether W' equals W before the first step, up to rounding."""
+    exact_gradient: ClassVar[bool] = True
+    """Whether parameter gradients are those of the forward value; False where a method stops one on purpose."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Parameters whose neutral value is not 0, which weight decay must not touch."""
     replaces_base: ClassVar[bool] = False
@@ -64,7 +66,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Returns x W'ᵀ + bias, (..., n) in x's dtype."""
+        """Returns x W'ᵀ + bias, (..., n) in the dtype that `F.linear` would give (x's, or autocast's)."""
         return F.linear(x, self.effective_weight(W).to(x.dtype), bias)
 
     def delta_weight(self, W: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ class Method(nn.Module):
 
     @classmethod
     def num_frozen_extra(cls, in_features: int, out_features: int, cfg: Any) -> int:
-        """Frozen numbers held per adapted weight beyond W itself (index vectors and caches are not counted)."""
+        """Frozen numbers held per adapted weight beyond W itself (buffers named `*_cache` are not counted)."""
         return 0
 
     @classmethod

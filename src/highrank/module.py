@@ -1,7 +1,5 @@
 """The one LightningModule: any backbone, any method, language modelling, classification or regression."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -11,39 +9,12 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from highrank.adapters import Adapters
-from highrank.config import RunConfig
-from highrank.data import IGNORED
+from highrank.config import Protocol, RunConfig
+from highrank.loss import IGNORED, head_sees_only, language_model_loss
 from highrank.task import Task
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-
-
-@contextmanager
-def head_sees_only(model: Any, mask: Tensor) -> Iterator[None]:
-    """Within it the model's output head gets the hidden states (N, D) of the N positions in `mask` (B, T), no others.
-
-    The head itself, and whatever the architecture does to its logits (bias, scaling, soft-capping), stay the model's
-    own; the cost of vocabulary times sequence is not paid for positions without a target.
-    """
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][mask], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def language_model_loss(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Returns the mean cross-entropy in nats over the supervised tokens, and their number.
-
-    Position t predicts labels[:, t + 1]; labels equal to IGNORED carry no loss. The logits are taken in fp32.
-    """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    mask = targets != IGNORED
-    with head_sees_only(model, mask):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    return F.cross_entropy(logits.float(), targets[mask]), int(mask.sum())
 
 
 class FineTuner(lightning.LightningModule):
@@ -54,11 +25,19 @@ class FineTuner(lightning.LightningModule):
 
     strict_loading = False
 
-    def __init__(self, adapters: Adapters, task: Task, tokenizer: Any, core: RunConfig, total_steps: int):
+    def __init__(
+        self,
+        adapters: Adapters,
+        task: Task,
+        tokenizer: Any,
+        core: RunConfig,
+        total_steps: int,
+        protocol: Protocol | None = None,
+    ):
         super().__init__()
         self.model: Any = adapters.model
         self.adapters, self.task, self.tokenizer = adapters, task, tokenizer
-        self.core, self.total_steps = core, total_steps
+        self.core, self.total_steps, self.protocol = core, total_steps, protocol
         self.num_tokens = 0
         """Tokens seen in training, padding not counted."""
 
@@ -81,24 +60,64 @@ class FineTuner(lightning.LightningModule):
             return F.mse_loss(logits.squeeze(-1), labels.float()), len(labels)
         return F.cross_entropy(logits, labels.long()), len(labels)
 
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        loss, num_targets = self.loss(batch)
+        self.log("validation/loss", loss, batch_size=num_targets)
+
     def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
-        """Returns (place, output) per row: a generated text, a class index, or a value."""
+        """Returns (place, output) per row: a generated text, a class index, a value, or {option: log-probability}."""
+        if "option" in batch:
+            return self.rank_options(batch)
         places = batch["index"].tolist()
         if self.task.kind != "generate":
             logits = self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
             outputs = logits.argmax(-1) if self.task.kind == "classify" else logits.squeeze(-1)
             return list(zip(places, outputs.tolist(), strict=True))
         width = batch["input_ids"].shape[1]
-        tokens = self.model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=self.task.max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        with torch.random.fork_rng(enabled=self.decoding["do_sample"]):
+            if self.decoding["do_sample"]:
+                torch.manual_seed(1_000_003 * self.core.seed + index)
+            tokens = self.model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **self.decoding,
+            )
         texts = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
         return list(zip(places, texts, strict=True))
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The protocol's decoding as arguments of `generate`; sampling is seeded per batch."""
+        p = self.protocol
+        if p is None:
+            return {"max_new_tokens": self.task.max_new_tokens, "do_sample": False}
+        found: dict[str, Any] = {
+            "max_new_tokens": p.max_new_tokens or self.task.max_new_tokens,
+            "do_sample": p.do_sample,
+            "num_beams": p.num_beams,
+            "no_repeat_ngram_size": p.no_repeat_ngram,
+        }
+        if p.num_beams > 1:
+            found["length_penalty"] = p.length_penalty
+        if p.do_sample:
+            found |= {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k}
+        return found
+
+    def rank_options(self, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
+        """Returns (place, {option: sum of the target tokens' log-probabilities in nats}) per row."""
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        mask = targets != IGNORED
+        with head_sees_only(self.model, mask):
+            logits = self.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            ).logits
+        losses = torch.zeros(targets.shape, device=logits.device)
+        losses[mask] = F.cross_entropy(logits.float(), targets[mask], reduction="none")
+        scores = (-losses.sum(1)).tolist()
+        rows = zip(batch["place"].tolist(), batch["option"].tolist(), scores, strict=True)
+        return [(place, {option: score}) for place, option, score in rows]
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.adapters, self.core)

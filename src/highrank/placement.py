@@ -232,8 +232,8 @@ def resolve(
     views = [
         view
         for layer in chosen_layers
-        for path, members in groups
-        for view in _views_of(modules[layer], layer, path, members, config.model_type)
+        for path, members, whole in groups
+        for view in _views_of(modules[layer], layer, path, members, whole)
     ]
     if not views:
         raise UserError(
@@ -288,8 +288,8 @@ Member = tuple[str, tuple[int, int] | None]
 """A part and the rows it takes, None for the whole module."""
 
 
-def _groups(parts: Sequence[str], paths: Mapping[str, Any], fused: str) -> list[tuple[str, list[Member]]]:
-    """Groups the parts by module and applies the `fused` policy."""
+def _groups(parts: Sequence[str], paths: Mapping[str, Member], fused: str) -> list[tuple[str, list[Member], bool]]:
+    """Groups the parts by module; the last item says whether the module is adapted whole."""
     if fused not in ("auto", "fused", "split"):
         raise UserError(f"fused: the policy is auto, fused or split, got fused={fused}")
     by_path: dict[str, list[Member]] = {}
@@ -297,7 +297,7 @@ def _groups(parts: Sequence[str], paths: Mapping[str, Any], fused: str) -> list[
         path, rows = paths[part]
         by_path.setdefault(path, []).append((part, rows))
     every_part = {path: [p for p, (other, _) in paths.items() if other == path] for path in by_path}
-    incomplete = [path for path, members in by_path.items() if [m[0] for m in members] != every_part[path]]
+    incomplete = [path for path, members in by_path.items() if len(members) < len(every_part[path])]
     if fused == "fused" and incomplete:
         lacking = [p for path in incomplete for p in every_part[path] if p not in parts]
         raise UserError(
@@ -305,38 +305,34 @@ def _groups(parts: Sequence[str], paths: Mapping[str, Any], fused: str) -> list[
             f"{', '.join(incomplete)}; add them or use fused=split"
         )
     split = fused == "split" or bool(incomplete)
-    groups = []
-    for path, members in by_path.items():
-        whole = len(members) > 1 and not split
-        groups.append((path, [("+".join(p for p, _ in members), None)] if whole else members))
-    return groups
+    return [(path, members, len(members) > 1 and not split) for path, members in by_path.items()]
 
 
 def _views_of(
-    block: tuple[str, nn.Module], layer: int, path: str, members: Sequence[Member], model_type: str
+    block: tuple[str, nn.Module], layer: int, path: str, members: Sequence[Member], whole: bool
 ) -> Iterator[WeightView]:
     prefix, module = block
     names = dict(module.named_modules())
+    full_path = f"{prefix}.{path}"
     if path not in names:
-        raise UserError(
-            f"placement: no module {prefix}.{path} in this {model_type}{suggest(path, (n for n in names if n))}"
-        )
+        raise UserError(f"placement: no module {full_path} in this model{suggest(path, (n for n in names if n))}")
     out_features, in_features = weight_of(names[path]).shape
     taken: set[int] = set()
     for part, rows in members:
         span = range(*(rows or (0, out_features)))
         if not span or span.stop > out_features or taken.intersection(span):
             raise UserError(
-                f"placement: rows of {prefix}.{path} are matched once and lie in [0, {out_features}), got {part} at {rows}"
+                f"placement: rows of {full_path} are matched once and lie in [0, {out_features}), got {part} at {rows}"
             )
         taken.update(span)
-        full_path = f"{prefix}.{path}"
-        yield WeightView(
-            name=full_path if rows is None else f"{full_path}[{part}]",
-            path=full_path,
-            part=part,
-            layer=layer,
-            rows=rows,
-            in_features=in_features,
-            out_features=len(span),
-        )
+        if not whole:
+            name = full_path if rows is None else f"{full_path}[{part}]"
+            yield WeightView(name, full_path, part, layer, rows, in_features, len(span))
+    if whole:
+        if len(taken) < out_features:
+            raise UserError(
+                f"placement: a matrix adapted whole must be covered by its parts, got {len(taken)} of {out_features} "
+                f"rows of {full_path}; use fused=split"
+            )
+        parts = "+".join(part for part, _ in members)
+        yield WeightView(full_path, full_path, parts, layer, None, in_features, out_features)

@@ -8,6 +8,7 @@ from typing import Any
 
 from highrank.backbones import DTYPES, empty_model, head_modules, model_config
 from highrank.config import Run
+from highrank.data import hold_out
 from highrank.placement import WeightView, resolve
 
 
@@ -88,10 +89,8 @@ def make_plan(run: Run) -> Plan:
     core = run.core
     views = resolve(model, core.placement, core.layers, core.fused, core.architecture)
     params = count(model, views, run.method, run.method_cfg, task.kind)
-    records = task.train()
-    steps = optimizer_steps(run, len(records))
-    chars = sum(_length(record, run) for record in records) / max(1, len(records))
-    tokens_each = min(run.protocol.max_length, chars / 4)
+    num_train, tokens_each = _training_size(task, run)
+    steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4
     hidden = max(view.in_features for view in views)
     num_layers = len({view.layer for view in views})
@@ -107,11 +106,23 @@ def make_plan(run: Run) -> Plan:
         placement=core.placement,
         matched=dict(Counter(view.part for view in views)),
         params=params,
-        num_train=len(records),
+        num_train=num_train,
         steps=steps,
         tokens=int(steps * core.batch_size * core.accumulate * tokens_each),
         memory_bytes=memory,
     )
+
+
+def _training_size(task: Any, run: Run) -> tuple[int, float]:
+    """Returns the number of training examples and their mean tokens, at four characters per token.
+
+    A dry run without the data takes the published number, each as long as the cut-off allows.
+    """
+    if run.core.dry_run and not task.has_data and task.num_train is not None:
+        return task.num_train - run.protocol.num_validation, run.protocol.max_length
+    records, _ = hold_out(task.train(), run.protocol)
+    chars = sum(_length(record, run) for record in records) / len(records)
+    return len(records), min(run.protocol.max_length, chars / 4)
 
 
 def _length(record: Any, run: Run) -> int:

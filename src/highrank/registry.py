@@ -23,7 +23,8 @@ def available(group: str) -> dict[str, str]:
         UserError: if two plugins claim one name.
     """
     package = importlib.import_module(f"highrank.{group}")
-    found = {m.name: f"highrank.{group}.{m.name}" for m in pkgutil.iter_modules(package.__path__)}
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    found = {name: f"highrank.{group}.{name}" for name in names}
     for entry in importlib.metadata.entry_points(group=f"highrank.{group}"):
         if entry.name in found and found[entry.name] != entry.value:
             raise UserError(

@@ -41,8 +41,8 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
     table.add_row("trainable / total", f"{params.trainable:,} / {params.total:,} ({params.percent:.4f} %)")
     for when, label in (("before", "before"), ("final", "after")):
         for name, found in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
-            shown = ", ".join(f"{k} {v:.1f} %" for k, v in found.items() if k != "n")
-            table.add_row(f"{name} {label}", f"{shown} (n = {found['n']})")
+            shown = ", ".join(f"{k} {v:.1f} %" for k, v in found.items() if not k.startswith(("n", "leaked")))
+            table.add_row(f"{name} {label}", f"{shown} (n = {found['n']}, {found['leaked']} seen in training)")
     times = results.get("time", {})
     if times:
         table.add_row(

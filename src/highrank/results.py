@@ -39,19 +39,15 @@ class RunDirectory:
         """
         file = self.path / "results.json"
         if not file.is_file():
-            foreign = [p.name for p in self.path.iterdir() if p.name != "plan.json"] if self.path.is_dir() else []
-            if foreign and not (self.path / "config.yaml").is_file():
+            names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            foreign = [name for name in names if name != "plan.json" and not name.endswith(".partial")]
+            if foreign:
                 raise UserError(
                     f"run: a run directory is empty or holds a run, got run_dir={self.path} with {foreign[:3]}; "
                     "choose another run_dir"
                 )
             return False
-        try:
-            found = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"run: results.json is damaged, got {error} in {self.path}; choose another run_dir"
-            ) from error
+        found = read_results(self.path)
         if found["config_hash"] != self.run.hash:
             raise UserError(
                 f"run: an existing run directory keeps its config, got run_dir={self.path} with config_hash="
@@ -61,9 +57,9 @@ class RunDirectory:
         return found["status"] == "done"
 
     def open(self) -> None:
-        """Creates the folder and writes the resolved config."""
+        """Creates the folder and starts results.json afresh: it marks the folder as this run's, so it comes first."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.run.resolved)).encode())
+        self.results = {}
         self.write(
             status="running",
             config_hash=self.run.hash,
@@ -76,6 +72,7 @@ class RunDirectory:
                 "version": self.run.protocol.version,
             },
         )
+        write_atomic(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.run.resolved)).encode())
 
     def write(self, **values: Any) -> None:
         """Merges `values` into results.json, in one rename."""
@@ -87,6 +84,21 @@ class RunDirectory:
         file = self.path / "predictions" / f"{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Returns what results.json in a run directory holds.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_text())
+        if not isinstance(found, dict) or not {"status", "config_hash"} <= found.keys():
+            raise ValueError("no status and config_hash")
+    except (OSError, ValueError) as error:
+        raise UserError(f"run: results.json is damaged, got {error} in {folder}; choose another run_dir") from error
+    return found
 
 
 def git_state() -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ from highrank.module import FineTuner
 from highrank.placement import resolve
 from highrank.plan import Plan, make_plan, optimizer_steps
 from highrank.results import RunDirectory, peak_memory
-from highrank.scoring import macro_average, metrics, prediction_rows
+from highrank.scoring import evaluate_rows, macro_average
+from highrank.selection import KeepBest
 from highrank.task import Task
 
 
@@ -80,7 +81,7 @@ def predict(trainer: lightning.Trainer, module: FineTuner, data: TaskData, recor
     outputs: list[Any] = [None] * len(records)
     for batch in trainer.predict(module, data.eval_dataloader(records)) or []:
         for place, output in batch:
-            outputs[place] = output
+            outputs[place] = {**(outputs[place] or {}), **output} if isinstance(output, dict) else output
     return outputs
 
 
@@ -90,9 +91,8 @@ def evaluate(
     """Evaluates every test set; returns metrics per set and their macro average, and saves the predictions."""
     by_set = {}
     for name, records in data.task.test().items():
-        rows = prediction_rows(data.task, records, predict(trainer, module, data, records))
+        rows, by_set[name] = evaluate_rows(data, name, records, predict(trainer, module, data, records))
         save(name, rows)
-        by_set[name] = metrics(data.task, rows)
     return {"sets": by_set, data.task.metric: macro_average(data.task, by_set)}
 
 
@@ -104,12 +104,13 @@ def execute(run: Run) -> tuple[Path, str]:
     """
     plan = make_plan(run)
     directory = RunDirectory(run)
+    finished = directory.finished
     if run.core.dry_run:
         report.show_plan(plan)
         directory.path.mkdir(parents=True, exist_ok=True)
         report.write_plan(plan, directory.path)
         return directory.path, "planned"
-    if directory.finished:
+    if finished:
         report.show_results(plan, directory.results, note="finished before; nothing was run again")
         return directory.path, "done"
     report.show_plan(plan)
@@ -143,7 +144,7 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> N
     stop.check()
     data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
     steps = optimizer_steps(run, len(data.examples))
-    module = FineTuner(adapters, task, backbone.tokenizer, core, steps)
+    module = FineTuner(adapters, task, backbone.tokenizer, core, steps, run.protocol)
     per_epoch = math.ceil(len(data.buckets) / core.accumulate)
     trainer = make_trainer(run, directory, stop, steps, math.ceil(steps / per_epoch))
     times = {"setup_s": time.perf_counter() - started}
@@ -158,13 +159,17 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> N
 
     at = time.perf_counter()
     module.train()
-    trainer.fit(module, train_dataloaders=data.train_dataloader())
+    trainer.fit(
+        module,
+        train_dataloaders=data.train_dataloader(),
+        val_dataloaders=data.val_dataloader() if data.validation else None,
+    )
     times["train_s"] = time.perf_counter() - at
     adapters.save(directory.path / "adapter")
     trainer.save_checkpoint(directory.path / "checkpoints" / "last.ckpt")
     directory.write(
         time=times,
-        tokens={"train": module.num_tokens, "skipped_examples": data.num_skipped},
+        tokens={"train": module.num_tokens, "skipped_examples": data.num_skipped, "cut_off": dict(data.cut_off)},
         steps=trainer.global_step,
     )
     stop.check()
@@ -180,14 +185,22 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> N
 
 def make_trainer(run: Run, directory: RunDirectory, stop: StopOnSignal, steps: int, epochs: int) -> lightning.Trainer:
     """Returns the Lightning Trainer of a run: TensorBoard events and progress bars, no automatic checkpoints."""
+    callbacks: list[Callback] = [stop, RichProgressBar(), EpochOrder()]
+    validation: dict[str, Any] = {}
+    if run.protocol.num_validation:
+        interval = min(run.protocol.validate_every, steps) * run.core.accumulate
+        validation = {"val_check_interval": interval, "check_val_every_n_epoch": None}
+    if run.protocol.selection == "best":
+        callbacks.append(KeepBest())
     return lightning.Trainer(
         **run.trainer,
+        **validation,
         max_steps=steps,
         max_epochs=epochs,
         accumulate_grad_batches=run.core.accumulate,
         gradient_clip_val=run.core.max_grad_norm or None,
         logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False),
-        callbacks=[stop, RichProgressBar(), EpochOrder()],
+        callbacks=callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=1,
@@ -204,9 +217,10 @@ class EpochOrder(Callback):
 
 def log_final(trainer: lightning.Trainer, final: dict[str, Any]) -> None:
     """Writes the final metrics as TensorBoard scalars under final/."""
+    logger: Any = trainer.logger
     for name, found in final["sets"].items():
-        trainer.logger.log_metrics({f"final/{name}/{k}": v for k, v in found.items()}, trainer.global_step)
-    trainer.logger.finalize("success")
+        logger.log_metrics({f"final/{name}/{k}": v for k, v in found.items()}, trainer.global_step)
+    logger.finalize("success")
 
 
 @contextmanager
@@ -217,6 +231,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+        warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

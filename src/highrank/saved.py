@@ -12,6 +12,7 @@ from highrank.config import Run, build, register_configs
 from highrank.data import TaskData
 from highrank.errors import UserError
 from highrank.module import FineTuner
+from highrank.results import read_results
 from highrank.run import build_model, evaluate, quiet
 
 
@@ -33,7 +34,7 @@ def load_run(folder: Path | str) -> tuple[Run, Backbone, Adapters]:
     """Returns the run, its backbone and its adapters with their trained values."""
     run = read_run(folder)
     backbone, adapters = build_model(run, run.task(run.task_cfg, run.core.seed))
-    recorded = json.loads((Path(folder) / "results.json").read_text())["model"]["sha"]
+    recorded = read_results(Path(folder))["model"]["sha"]
     if backbone.source.sha != recorded:
         raise UserError(
             f"run: the base must be the one trained on, got sha={backbone.source.sha} from {backbone.source.kind} "
@@ -64,7 +65,7 @@ def evaluate_run(folder: Path | str) -> str:
     run, backbone, adapters = load_run(folder)
     task, core = run.task(run.task_cfg, run.core.seed), run.core
     data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
-    module = FineTuner(adapters, task, backbone.tokenizer, core, total_steps=1)
+    module = FineTuner(adapters, task, backbone.tokenizer, core, 1, run.protocol)
     with quiet():
         trainer = lightning.Trainer(**run.trainer, logger=False, enable_checkpointing=False)
         module.eval()

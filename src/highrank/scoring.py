@@ -4,51 +4,120 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torchmetrics.functional import matthews_corrcoef, pearson_corrcoef
+from torchmetrics.functional import matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.classification import binary_f1_score
 
-from highrank.task import Task
+from highrank import leak
+from highrank.answers import RULES, reported
+from highrank.config import Protocol
+from highrank.data import TaskData, prompt_text, ranks
+from highrank.task import Example, Task
 
 
-def prediction_rows(task: Task, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
-    """Returns one row per record: what was asked, what came, what it was read as, and whether that is right."""
+def prediction_rows(data: TaskData, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns one row per record: what was asked, what came, what it was read as, and whether that is right.
+
+    `correct_<rule>` and `parsed_<rule>` are the second answer rule's; `leaked` marks questions seen in training.
+    """
     rows: list[dict[str, Any]] = []
-    for record, output in zip(records, outputs, strict=True):
-        if task.kind == "generate":
-            answer = task.extract(output)
-            rows.append(
-                {
-                    "id": record.id,
-                    "prompt": record.instruction,
-                    "output": output,
-                    "parsed": answer,
-                    "gold": record.answer,
-                    "correct": task.is_correct(answer, record),
-                }
-            )
+    for record, output, leaked in zip(records, outputs, data.leaked(records), strict=True):
+        if data.task.kind == "generate":
+            row = {"id": record.id, "prompt": prompt_text(record, data.protocol, evaluation=True)}
+            row |= _read(record, output, data.protocol, ranked=ranks(records, data.protocol))
         else:
             row = {"id": record.id, "output": output, "gold": record.label}
-            rows.append(row | ({"correct": output == record.label} if task.kind == "classify" else {}))
+            if data.task.kind == "classify":
+                row["correct"] = output == record.label
+        rows.append({**row, "leaked": leaked})
     return rows
 
 
-def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns n, the headline metric in percent and, for generated text, the percentage without a readable answer."""
-    n = len(rows)
-    found: dict[str, float] = {"n": n}
-    if task.kind != "regress":
-        found["accuracy"] = 100 * sum(row["correct"] for row in rows) / n
-    if task.kind == "generate":
-        found["unparsed"] = 100 * sum(row["parsed"] is None for row in rows) / n
-    preds, golds = (
-        (torch.tensor([float(row[key]) for row in rows]) for key in ("output", "gold"))
-        if (task.metric in ("matthews", "pearson"))
-        else (None, None)
-    )
-    if task.metric == "matthews":
-        found["matthews"] = 100 * float(matthews_corrcoef(preds.long(), golds.long(), "multiclass", task.num_labels))
-    if task.metric == "pearson":
-        found["pearson"] = 100 * float(pearson_corrcoef(preds, golds))
+def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dict[str, Any]:
+    if ranked:
+        best = max(sorted(output), key=output.__getitem__)
+        answer = record.choices[best]
+        return {"output": output, "parsed": answer, "gold": record.answer, "correct": answer == record.answer}
+    text = output
+    for stop in protocol.stop:
+        text = text.partition(stop)[0]
+    row: dict[str, Any] = {"output": output, "gold": list(record.references) or record.answer}
+    first, second = reported(protocol.answer_rule)
+    row["parsed"], row["correct"] = RULES[first].judge(text, record.answer, record.choices)
+    row[f"parsed_{second}"], row[f"correct_{second}"] = RULES[second].judge(text, record.answer, record.choices)
+    return row
+
+
+def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns n, the task's metrics and, for generated text, the percentage without a readable answer, per rule.
+
+    `leaked` counts the questions seen in training; if there are some, `<metric>_clean` is that of the others.
+    """
+    found = _metrics(task, rows)
+    seen = [row["leaked"] for row in rows]
+    found["leaked"] = sum(seen)
+    if any(seen) and not all(seen):
+        clean = _metrics(task, [row for row in rows if not row["leaked"]])
+        found |= {f"{name}_clean": value for name, value in clean.items()}
     return found
+
+
+def _metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"n": len(rows)}
+    for name in task.metrics:
+        found[name] = MEASURES[name](task, rows)
+    for key in rows[0]:
+        kind, _, rule = key.partition("_")
+        if kind == "correct" and rule and "accuracy" in task.metrics:
+            found[f"accuracy_{rule}"] = _share(rows, key)
+        if kind == "parsed" and "accuracy" in task.metrics:
+            found["unparsed" + (f"_{rule}" if rule else "")] = 100 * sum(row[key] is None for row in rows) / len(rows)
+    return found
+
+
+def _share(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return 100 * sum(row[key] for row in rows) / len(rows)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    preds, gold = (torch.tensor([float(row[key]) for row in rows], dtype=torch.float64) for key in ("output", "gold"))
+    return preds, gold
+
+
+def _matthews(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Matthews correlation; 0 where all predictions are one class."""
+    preds, gold = _columns(rows)
+    return 100 * float(matthews_corrcoef(preds.long(), gold.long(), "multiclass", num_classes=task.num_labels))
+
+
+def _f1(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
+    """F1 of class 1."""
+    preds, gold = _columns(rows)
+    return 100 * float(binary_f1_score(preds.long(), gold.long()))
+
+
+def _correlation(measure: Any) -> Any:
+    def correlation(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
+        """Correlation; 0 where predictions or gold values are all equal, and none is defined."""
+        preds, gold = _columns(rows)
+        return 100 * float(measure(preds, gold)) if preds.unique().numel() > 1 < gold.unique().numel() else 0.0
+
+    return correlation
+
+
+MEASURES = {
+    "accuracy": lambda task, rows: _share(rows, "correct"),
+    "matthews": _matthews,
+    "f1": _f1,
+    "pearson": _correlation(pearson_corrcoef),
+    "spearman": _correlation(spearman_corrcoef),
+}
+
+
+def evaluate_rows(data: TaskData, name: str, records: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, Any]:
+    """Returns the prediction rows and the metrics of one set."""
+    rows = prediction_rows(data, records, outputs)
+    leak.warn_if_trained_on(name, [row["leaked"] for row in rows])
+    return rows, metrics(data.task, rows)
 
 
 def macro_average(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> float:

@@ -14,7 +14,7 @@ def permutation(k, b, i):
     order = []
     for start in range(0, k, b * 2**i):
         chunks = [list(range(start + c * b // 2, start + (c + 1) * b // 2)) for c in range(2 ** (i + 1))]
-        order += sum(chunks[0::2] + chunks[1::2], [])
+        order += [place for chunk in chunks[0::2] + chunks[1::2] for place in chunk]
     return torch.eye(k, dtype=torch.float64)[order]
 
 

@@ -1,0 +1,30 @@
+"""The leak audit: which test questions occur in the training data."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+
+def normalise(text: str) -> str:
+    """Returns a text's letters and digits in lower case: spacing, punctuation and case do not make a new question."""
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+def questions(records: Sequence[Any]) -> set[str]:
+    """Returns the normalised questions of some examples."""
+    return {normalise(record.question) for record in records}
+
+
+def found(records: Sequence[Any], known: set[str]) -> list[bool]:
+    """Returns per example whether its question is among the known ones."""
+    return [normalise(record.question) in known for record in records]
+
+
+def warn_if_trained_on(name: str, leaked: Sequence[bool]) -> None:
+    """Warns if the whole test set was in the training data: then it is the training data."""
+    if leaked and all(leaked):
+        warnings.warn(
+            f"leak audit: all {len(leaked)} questions of {name} occur in the training data; was a test file given as "
+            "training data?",
+            stacklevel=2,
+        )

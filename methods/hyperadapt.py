@@ -36,6 +36,7 @@ class HyperAdaptConfig:
 
 @register_method(config=HyperAdaptConfig)
 class HyperAdapt(Method):
+    default_lr = 3e-3
     no_decay = ("a", "b")
 
     def __init__(self, in_features: int, out_features: int, cfg: HyperAdaptConfig, shared: nn.Module | None = None):

@@ -105,7 +105,8 @@ class Commonsense(FileTask):
         options = row["instruction"].rpartition("Answer format: ")[2].strip().split("/")
         if answer not in options:
             raise ValueError(f"answer must be one of {', '.join(options)}, got answer={answer!r}")
-        choices = ("true", "false") if part == "boolq" else self._choices(part, options)
+        # The merged file does not say which set a row is from, and needs not: it is trained on only.
+        choices = words(part) if part in MEMBERS else tuple(options)
         return Example(
             id,
             row["instruction"],
@@ -115,11 +116,6 @@ class Commonsense(FileTask):
             choices,
             tuple(f"the correct answer is {option}" for option in choices if option in options),
         )
-
-    def _choices(self, part: str, options: list[str]) -> tuple[str, ...]:
-        if part in MEMBERS:
-            return words(part)
-        return tuple(options)  # the merged file does not say which set a row is from; it is trained on only
 
 
 def in_words(row: Mapping[str, Any], part: str) -> dict[str, str]:

@@ -37,8 +37,12 @@ class ConvAI2(FileTask):
     kind = "generate"
     family = "dialogue"
     version = 1
-    metrics = ("bleu", "dialogue")
+    metrics = ("dialogue",)
     max_new_tokens = 32
+
+    @property
+    def metric(self) -> str:
+        return "bleu"
 
     def train_parts(self) -> Mapping[str, Source]:
         return {"train": Source(("train_self_original_no_cands.txt",), GET, 131_438)}
@@ -46,8 +50,8 @@ class ConvAI2(FileTask):
     def test_parts(self) -> Mapping[str, Source]:
         return {"convai2": Source(("valid_self_original_no_cands.txt",), GET, 7_801)}
 
-    def records(self, rows: Sequence[str], part: str) -> list[tuple[int, Any]]:
-        examples: list[tuple[int, Any]] = []
+    def records(self, rows: Sequence[str], part: str) -> list[Any]:
+        examples: list[Any] = []
         context: list[str] = []
         for i, line in enumerate(rows, start=1):
             number, _, text = line.partition(" ")
@@ -63,7 +67,7 @@ class ConvAI2(FileTask):
                 raise ValueError(f"a turn must be an utterance, a tab and a reply, got {text[:40]!r} in row {i}")
             said, reply = spaced(turns[0]), spaced(turns[1])
             context.append(f"Q: {said}")
-            examples.append((i, Example(f"{part}-{i}", " [SEP] ".join(context), reply, reply)))
+            examples.append(Example(f"{part}-{i}", " [SEP] ".join(context), reply, reply))
             context.append(f"R: {reply}")
         return examples
 

@@ -300,9 +300,14 @@ def attach(
     """Freezes `model`, puts one adapter on each view and unfreezes `heads` (names of modules that train in full).
 
     An adapter's start depends on `seed` and its view's name alone, so adding a placement leaves the others unchanged.
+    Everything that trains is fp32, whatever the base is: heads are cast, and for full fine-tuning the whole model.
     """
     adapters = Adapters(model, views, method, cfg, seed)
     model.requires_grad_(False)
+    if method.replaces_base:
+        model.float()
+    for name in heads:
+        _train_in_fp32(model.get_submodule(name))
     pristine = {view.name: weight_of(model.get_submodule(view.path), view.rows) for view in views}
     by_part: dict[str, dict[int, str]] = defaultdict(dict)
     for view in views:
@@ -338,6 +343,13 @@ def attach(
             parameter.requires_grad_(True)
             adapters.extra.append(name)
     return adapters
+
+
+def _train_in_fp32(head: nn.Module) -> None:
+    """Casts a head, and whatever it is given, to fp32."""
+    if next(head.parameters()).dtype != torch.float32:
+        head.float()
+        head.register_forward_pre_hook(lambda module, args: tuple(a.float() for a in args))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from highrank.adapters import write_atomic
+from highrank.answers import RULES
 from highrank.plan import Plan
 
 console = Console()
+SECONDARY = ("_clean", *(f"_{rule}" for rule in RULES))
 
 
 def show_plan(plan: Plan) -> None:
@@ -33,6 +35,14 @@ def write_plan(plan: Plan, folder: Path) -> None:
     write_atomic(folder / "plan.json", json.dumps(plan.as_dict(), indent=1).encode())
 
 
+def _shown(found: dict[str, Any]) -> str:
+    """Returns the headline rule's metrics; results.json has the other rules' and the clean subset's."""
+    skipped = ("n", "leaked")
+    values = [f"{k} {v:.1f} %" for k, v in found.items() if k not in skipped and not k.endswith(SECONDARY)]
+    seen = f", {found['leaked']} seen in training" if found["leaked"] else ""
+    return f"{', '.join(values)} (n = {found['n']}{seen})"
+
+
 def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
     """Prints the small table at the end of a run."""
     title = f"{plan.method} on {plan.model}: {results['status']}" + (f" ({note})" if note else "")
@@ -41,8 +51,7 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
     table.add_row("trainable / total", f"{params.trainable:,} / {params.total:,} ({params.percent:.4f} %)")
     for when, label in (("before", "before"), ("final", "after")):
         for name, found in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
-            shown = ", ".join(f"{k} {v:.1f} %" for k, v in found.items() if not k.startswith(("n", "leaked")))
-            table.add_row(f"{name} {label}", f"{shown} (n = {found['n']}, {found['leaked']} seen in training)")
+            table.add_row(f"{name} {label}", _shown(found))
     times = results.get("time", {})
     if times:
         table.add_row(

@@ -11,13 +11,14 @@ from highrank import leak
 from highrank.answers import RULES, reported
 from highrank.config import Protocol
 from highrank.data import TaskData, prompt_text, ranks
+from highrank.dialogue import dialogue_metrics
 from highrank.task import Example, Task
 
 
 def prediction_rows(data: TaskData, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns one row per record: what was asked, what came, what it was read as, and whether that is right.
 
-    `correct_<rule>` and `parsed_<rule>` are the second answer rule's; `leaked` marks questions seen in training.
+    `correct_<rule>` and `parsed_<rule>` are the second answer rule's; `leaked` marks questions seen in training. `text` is the output up to the protocol's stop texts, where it differs.
     """
     rows: list[dict[str, Any]] = []
     for record, output, leaked in zip(records, outputs, data.leaked(records), strict=True):
@@ -41,6 +42,8 @@ def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dic
     for stop in protocol.stop:
         text = text.partition(stop)[0]
     row: dict[str, Any] = {"output": output, "gold": list(record.references) or record.answer}
+    if text != output:
+        row["text"] = text
     first, second = reported(protocol.answer_rule)
     row["parsed"], row["correct"] = RULES[first].judge(text, record.answer, record.choices)
     row[f"parsed_{second}"], row[f"correct_{second}"] = RULES[second].judge(text, record.answer, record.choices)
@@ -64,7 +67,8 @@ def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"n": len(rows)}
     for name in task.metrics:
-        found[name] = MEASURES[name](task, rows)
+        measured = MEASURES[name](task, rows)
+        found |= measured if isinstance(measured, dict) else {name: measured}
     for key in rows[0]:
         kind, _, rule = key.partition("_")
         if kind == "correct" and rule and "accuracy" in task.metrics:
@@ -104,7 +108,14 @@ def _correlation(measure: Any) -> Any:
     return correlation
 
 
+def _dialogue(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    texts = [row.get("text", row["output"]).strip() for row in rows]
+    golds = [row["gold"] if isinstance(row["gold"], list) else [row["gold"]] for row in rows]
+    return dialogue_metrics(texts, golds, task.cfg.bert)
+
+
 MEASURES = {
+    "dialogue": _dialogue,
     "accuracy": lambda task, rows: _share(rows, "correct"),
     "matthews": _matthews,
     "f1": _f1,

@@ -144,9 +144,9 @@ class FileTask(Task):
         """Returns one example of `part`. A KeyError or ValueError is reported with file, row and field."""
         raise NotImplementedError
 
-    def records(self, rows: Sequence[Any], part: str) -> list[tuple[int, Any]]:
-        """Returns (row number, example) of one part; override where rows and examples are not one to one."""
-        return [(i, self._record(row, part, i)) for i, row in enumerate(rows, start=1)]
+    def records(self, rows: Sequence[Any], part: str) -> list[Any]:
+        """Returns the examples of one part; override where rows and examples are not one to one."""
+        return [self._record(row, part, i) for i, row in enumerate(rows, start=1)]
 
     def _record(self, row: Any, part: str, i: int) -> Record:
         try:
@@ -180,7 +180,7 @@ class FileTask(Task):
             return []
         try:
             found = self.records(table.rows, part)
-        except UserError as error:
+        except ValueError as error:
             raise UserError(f"task {self.name}: {error} in {table.location}; {source.get}") from error
         if source.rows is not None and len(found) != source.rows and not self.cfg.allow_partial:
             raise UserError(
@@ -189,7 +189,7 @@ class FileTask(Task):
             )
         noted = {"name": table.name, "sha256": table.sha256, "rows": len(found)}
         self._noted[key] = noted | ({} if source.rows in (None, len(found)) else {"expected": source.rows})
-        return self._unique([example for _, example in found], table)
+        return self._unique(found, table)
 
     def _unique(self, examples: list[Any], table: Table) -> list[Any]:
         seen: set[str] = set()

@@ -243,3 +243,13 @@ def test_bf16_base_with_fp32_parameters(method, fields):
     for name, parameter in adapters.parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_everything_that_trains_is_fp32(method):
+    """In bf16 an optimizer step of 1e-5 beside a weight of 1e-2 would be rounded away."""
+    for name in ("llama", "bert"):
+        adapters = adapted(name, method, {} if method == "full" else {"r": 2}, dtype="bfloat16", moved=False)
+        assert all(p.dtype == torch.float32 for _, p in adapters.parameters())
+        adapters.model(input_ids=torch.tensor([[5, 6, 7]])).logits.float().sum().backward()
+        assert all(p.grad is not None for n, p in adapters.parameters() if "pooler" not in n)

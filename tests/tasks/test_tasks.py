@@ -1,0 +1,260 @@
+"""Every task over hand-made rows: examples, counts, bad data; and over the real files where HIGHRANK_DATA has them."""
+
+import json
+import os
+
+import pytest
+
+from highrank.answers import RULES
+from highrank.errors import UserError
+from highrank.registry import available, load
+from highrank.sources import MissingData
+from highrank.task import FAMILIES, Example
+
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte", "mnli", "qqp")
+CASES = [(name, {}) for name in sorted(available("tasks"))]
+CASES += [("glue", {"member": m}) for m in GLUE] + [("commonsense170k", {"member": "siqa"})]
+CASES += [("math10k", {"train_set": "parts", "sets": ["addsub", "mawps"]})]
+
+
+@pytest.mark.parametrize(("name", "fields"), CASES)
+def test_the_contract(make, name, fields):
+    task = make(name, **fields)
+    assert task.family in FAMILIES
+    assert task.train()
+    assert task.num_train is None or task.num_train >= 1
+    for examples in task.test().values():
+        for example in examples:
+            if isinstance(example, Example):
+                assert not example.choices or example.answer in example.choices
+                assert len(example.options) <= len(example.choices)
+            elif task.kind == "classify":
+                assert 0 <= example.label < task.num_labels
+    for source in task.sources():
+        assert source["rows"] >= 1
+        assert len(source["sha256"]) == 64
+
+
+def test_glue_labels_and_texts(make):
+    cola, stsb, mrpc = (make("glue", member=m).train() for m in ("cola", "stsb", "mrpc"))
+    assert [(e.text, e.label) for e in cola] == [("The sailors rode.", 1), ('The "sailors rode the.', 0)]
+    assert [(e.text, e.text_pair, e.label) for e in stsb] == [("A.", "B.", 5.0), ("A.", "C.", 0.5)]
+    assert (mrpc[0].text, mrpc[0].text_pair, mrpc[0].label) == ("A b .", "B a .", 1)
+    assert list(make("glue", member="mnli").test()) == ["mnli_matched", "mnli_mismatched"]
+    assert [e.label for e in make("glue", member="rte").train()] == [1, 0]
+    assert make("glue", member="stsb").kind == "regress"
+
+
+RAW = {
+    "boolq": (
+        {"question": "is the sky blue", "answer": True, "passage": "..."},
+        "Please answer the following question with true or false, question: is the sky blue?\n\nAnswer format: true/false",
+        "true",
+    ),
+    "piqa": (
+        {"goal": "open a jar", "sol1": "twist", "sol2": "throw", "label": 0},
+        "Please choose the correct solution to the question: open a jar\n\nSolution1: twist\n\nSolution2: throw\n\n"
+        "Answer format: solution1/solution2",
+        "solution1",
+    ),
+    "siqa": (
+        {"context": "Al ran.", "question": "Why?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
+        "Please choose the correct answer to the question: Al ran. Why?\n\nAnswer1: x Answer2: y Answer3: z\n\n"
+        "Answer format: answer1/answer2/answer3",
+        "answer3",
+    ),
+    "hellaswag": (
+        {"activity_label": "Run", "ctx": "A man", "endings": ["a", "b", "c", "d"], "label": "1"},
+        "Please choose the correct ending to complete the given sentence: Run: A man\n\nEnding1: a Ending2: b Ending3: c "
+        "Ending4: d\n\nAnswer format: ending1/ending2/ending3/ending4",
+        "ending2",
+    ),
+    "winogrande": (
+        {"sentence": "Al saw Bo so _ ran.", "option1": "Al", "option2": "Bo", "answer": "2"},
+        "Please choose the correct answer to fill in the blank to complete the given sentence: Al saw Bo so _ ran.\n\n"
+        "Option1: Al Option2: Bo Answer format: option1/option2",
+        "option2",
+    ),
+    "arc_e": (
+        {"question": "Hot?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        "Please choose the correct answer to the question: Hot?\n\nAnswer1: a Answer2: b Answer3: c\n\n"
+        "Answer format: answer1/answer2/answer3",
+        "answer2",
+    ),
+    "obqa": (
+        {"question_stem": "Sun", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "D"},
+        "Please choose the correct answer to the question: Sun\n\nAnswer1: a Answer2: b Answer3: c Answer4: d\n\n"
+        "Answer format: answer1/answer2/answer3/answer4",
+        "answer4",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", RAW)
+def test_original_rows_are_put_into_the_same_words(make, part):
+    row, instruction, answer = RAW[part]
+    example = make("commonsense170k").record(row, part, "id")
+    assert (example.instruction, example.answer) == (instruction, answer)
+    assert example.output == f"the correct answer is {answer}"
+
+
+def test_a_scorer_looks_for_five_answers_and_ranking_compares_those_of_the_question(make):
+    example = make("commonsense170k").test()["siqa"][0]
+    assert example.choices == ("answer1", "answer2", "answer3", "answer4", "answer5")
+    assert example.options == tuple(f"the correct answer is answer{i}" for i in (1, 2, 3))
+
+
+def test_commonsense_trains_together_or_alone(make):
+    assert len(make("commonsense170k").train()) == 32
+    alone = make("commonsense170k", member="boolq", sets=["boolq", "piqa"])
+    assert (len(alone.train()), list(alone.test())) == (4, ["boolq", "piqa"])
+
+
+def test_a_mixture_is_refused_unless_whole(make):
+    task = make("commonsense170k", allow_partial=False)
+    with pytest.raises(UserError, match=r"boolq must have its published 9427 rows, got 4 in .*allow_partial=true"):
+        task.train()
+    noted = make("commonsense170k").sources()
+    assert noted[0] | {"sha256": ""} == {
+        "name": "commonsense/boolq/train.json.gz",
+        "sha256": "",
+        "rows": 4,
+        "expected": 9427,
+    }
+
+
+def test_a_missing_part_is_recorded(make, tmp_path, folder):
+    (tmp_path / "boolq").mkdir()
+    for split in ("train", "test"):
+        source = folder / "commonsense" / "boolq" / f"{split}.json.gz"
+        (tmp_path / "boolq" / source.name).write_bytes(source.read_bytes())
+    with pytest.raises(MissingData, match=r"piqa/train\.json .*LLM-Adapters"):
+        make("commonsense170k", data=str(tmp_path), allow_partial=False, member="piqa").train()
+    task = make("commonsense170k", data=str(tmp_path))
+    assert {"name": "piqa/train.json", "sha256": None, "rows": 0, "expected": 16113} in task.sources()
+    assert list(task.test()) == ["boolq"]
+
+
+def test_gsm8k_reads_both_layouts(make):
+    train = make("gsm8k").train()
+    assert [e.answer for e in train] == ["12", "1000", "3.5"]
+    assert train[0].output == "He has 4*3 = 12.\nThe answer is: 12"
+    for rule in RULES.values():
+        assert rule.judge(train[0].output, "12") == ("12", True)
+    assert [e.answer for e in make("gsm8k").test()["gsm8k"]] == ["3.0", "3.5"]
+
+
+def test_math_sets(make):
+    task = make("math10k")
+    assert list(task.test()) == ["addsub", "singleeq", "gsm8k", "aqua", "multiarith", "svamp"]
+    letter = task.test()["aqua"][0]
+    assert (letter.answer, letter.choices) == ("A", tuple("ABCDE"))
+    parts = make("math10k", train_set="parts").train()
+    assert parts[3].output == "(1.0+1.0) = 2. The answer is 2."
+    assert parts[4].instruction == "3 + 1? Answer Choices: (A) 4 (B) 5"
+    assert parts[4].output == "3+1=4\nThe answer is (A)."
+
+
+def test_dialogues(make):
+    rows = make("convai2").test()["convai2"]
+    assert [row.output for row in rows] == ["i am well .", "i read .", "hello"]
+    assert rows[1].instruction == (
+        "P: i read twenty books a year . [SEP] P: i like cats . [SEP] Q: hello , how are you ? [SEP] R: i am well . "
+        "[SEP] Q: what do you do ?"
+    )
+    assert rows[2].instruction == "P: i ski . [SEP] Q: hi"  # nothing of the dialogue before
+
+
+def test_neighbours_with_one_context_share_their_references():
+    import importlib
+
+    merged = importlib.import_module("highrank.tasks.convai2").merged
+    rows = [Example(str(i), context, out, out) for i, (context, out) in enumerate([("a", "x"), ("a", "y"), ("b", "z")])]
+    assert [(e.instruction, e.references) for e in merged(rows)] == [("a", ("x", "y")), ("b", ("z",))]
+
+
+def test_a_sample_is_drawn_once_and_for_all(make):
+    few = make("commonsense170k", n_train=5, n_test=2, data_seed=1)
+    assert few.train() == make("commonsense170k", n_train=5, n_test=2, data_seed=1).train()
+    assert few.train() != make("commonsense170k", n_train=5, data_seed=2).train()
+    assert {len(rows) for rows in few.test().values()} == {2}
+    assert few.num_train == 5
+
+
+BAD = [
+    ("glue", {"member": "colla"}, "unknown member, got member=colla; did you mean 'cola'"),
+    ("commonsense170k", {"member": "arc"}, "unknown member"),
+    ("commonsense170k", {"sets": ["arc-c"]}, "unknown sets, got sets=arc-c; did you mean 'arc_c'"),
+    ("math10k", {"train_set": "9k"}, "unknown train_set"),
+    ("gsm8k", {"n_test": 0}, "n_test must be >= 1"),
+    ("gsm8k", {"data": "/no/such/folder"}, "data=/no/such/folder"),
+    ("jsonl", {"train": "no.jsonl"}, "train must be an existing file, got task.train='no.jsonl'"),
+    ("jsonl", {"fields": {"question": "q"}}, "got fields.question"),
+    ("jsonl", {"fields": {"output": "reply"}}, "row 1 must have the field 'reply', got instruction, input, output"),
+    ("jsonl", {"choices": ["yes", "no"]}, "row 1: answer must be one of yes, no, got answer='Paris'"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "message"), BAD)
+def test_bad_fields(make, name, fields, message):
+    with pytest.raises(UserError) as error:
+        make(name, **fields).sources()
+    assert message in str(error.value)
+
+
+BAD_ROWS = [
+    ("glue", {"member": "cola"}, "CoLA/train.tsv", "a\t2\t\tx\n", "row 1: label must be one of 0, 1"),
+    (
+        "commonsense170k",
+        {"member": "boolq"},
+        "boolq/train.json",
+        [{"instruction": "Answer format: true/false", "output": "", "answer": "maybe"}],
+        "row 1: answer must be one of true, false, got answer='maybe'",
+    ),
+    ("math10k", {}, "math_10k.json", [{"instruction": "x"}], "row 1 must have the field 'answer', got instruction"),
+    ("gsm8k", {}, "gsm8k/train.jsonl", '{"question": "x", "answer": "5"}', "answer must end in '#### <number>'"),
+    ("convai2", {}, "train_self_original_no_cands.txt", "hello", "a line must start with its number"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "path", "rows", "message"), BAD_ROWS)
+def test_bad_rows_name_file_row_and_field(make, tmp_path, name, fields, path, rows, message):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    with pytest.raises(UserError) as error:
+        make(name, data=str(tmp_path), **fields).train()
+    assert message in str(error.value)
+    assert str(tmp_path / path) in str(error.value)
+
+
+def test_ids_are_distinct(make, tmp_path):
+    rows = [{"id": "a", "instruction": "x", "output": "y"}] * 2
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="ids must be distinct, got 'a' twice"):
+        make("jsonl", train=str(tmp_path / "own.jsonl")).train()
+
+
+REAL = {  # published sizes, wherever the file is there
+    ("glue", "cola"): (8_551, {"cola": 1_043}),
+    ("glue", "sst2"): (67_349, {"sst2": 872}),
+    ("glue", "mrpc"): (3_668, {"mrpc": 408}),
+    ("glue", "stsb"): (5_749, {"stsb": 1_500}),
+    ("glue", "rte"): (2_490, {"rte": 277}),
+    ("commonsense170k", "boolq"): (9_427, {"boolq": 3_270, "piqa": 1_838, "siqa": 1_954, "hellaswag": 10_042}),
+    ("commonsense170k", "arc_e"): (2_251, {"arc_e": 2_376, "winogrande": 1_267, "obqa": 500}),
+    ("gsm8k", None): (7_473, {"gsm8k": 1_319}),
+}
+
+
+@pytest.mark.skipif("HIGHRANK_DATA" not in os.environ, reason="HIGHRANK_DATA names no folder with the real files")
+@pytest.mark.parametrize(("name", "member"), REAL)
+def test_published_sizes(name, member):
+    num_train, sets = REAL[name, member]
+    cls = load("tasks", name)
+    fields = ({"member": member} if member else {}) | ({"sets": list(sets)} if name == "commonsense170k" else {})
+    task = cls(cls.config(**fields), 0)
+    try:
+        assert len(task.train()) == num_train == task.num_train
+        assert {set_name: len(rows) for set_name, rows in task.test().items()} == sets
+    except MissingData as error:
+        pytest.skip(str(error))

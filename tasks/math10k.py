@@ -88,7 +88,9 @@ class Math10k(FileTask):
 
 def _mawps(row: Any, id: str) -> Example:
     """One MAWPS problem; its rationale is the equation."""
-    answer = f"{row['ans']:g}"
+    answer = str(row["ans"]).removesuffix(".0").replace(",", "")
+    if value(answer) is None:
+        raise ValueError(f"ans must be a number, got ans={row['ans']!r}")
     equation = row["equation"].partition("=")[2]
     return Example(id, row["original_text"], f"{equation} = {answer}. The answer is {answer}.", answer)
 

@@ -91,6 +91,10 @@ class RunConfig:
     """Micro-batches per optimizer step."""
     max_grad_norm: float = 1.0
     """Clipping threshold of the global gradient norm; 0 turns clipping off."""
+    compile: bool = False
+    """Whether the training step runs the model through torch.compile."""
+    checkpoint_activations: bool = False
+    """Whether blocks are computed again in backward instead of keeping their activations."""
     eval_batch_size: int = 50
     """Examples per evaluation batch; changes speed, not results."""
     eval_before: bool = True

@@ -1,5 +1,7 @@
 """The one LightningModule: any backbone, any method, language modelling, classification or regression."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -40,6 +42,10 @@ class FineTuner(lightning.LightningModule):
         self.core, self.total_steps, self.protocol = core, total_steps, protocol
         self.num_tokens = 0
         """Tokens seen in training, padding not counted."""
+        if core.checkpoint_activations:
+            self.model.activation_checkpointing_enable()
+        body = self.model.base_model
+        self._compiled = torch.compile(body.forward, dynamic=True) if core.compile else None
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss, num_targets = self.loss(batch)
@@ -47,11 +53,26 @@ class FineTuner(lightning.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=num_targets)
         return loss
 
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Within it the model below its head runs compiled, if the run asks for it; generation never does."""
+        body = self.model.base_model
+        if self._compiled is not None:
+            body.forward = self._compiled
+        try:
+            yield
+        finally:
+            body.__dict__.pop("forward", None)
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Returns the batch's mean loss and over how many targets it is taken.
 
         Cross-entropy in nats for language models and classes, squared error for regression.
         """
+        with self.compiled():
+            return self._loss(batch)
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         if self.task.kind == "generate":
             return language_model_loss(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
         labels = batch["labels"]

@@ -59,7 +59,7 @@ def data_folder(given: str | None) -> Path | None:
         UserError: if it does not exist.
     """
     root = given or os.environ.get("HIGHRANK_DATA")
-    if root is None:
+    if not root:
         return None
     if not Path(root).is_dir():
         raise UserError(f"task: the data folder must exist, got {'data' if given else 'HIGHRANK_DATA'}={root}")

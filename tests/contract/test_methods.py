@@ -37,6 +37,7 @@ CONFIGS = {  # beyond a method's default configuration, or where the default is 
         {"block_size": 16},
         {"block_size": 0, "block_num": 8, "butterfly_factor": 3},
     ],
+    "mora": [{"r": 1}, {"r": 3}, {}, {"r": 1, "type": 1}, {"r": 3, "type": 1}],
 }
 CASES = [
     pytest.param(name, kwargs, id="-".join([name, *(f"{key}={value}" for key, value in kwargs.items())]))
@@ -73,6 +74,9 @@ BAD = [
     ("boft", {"butterfly_factor": 0}, "butterfly_factor"),
     ("boft", {"butterfly_factor": 4}, "butterfly_factor"),
     ("boft", {"block_size": 1, "butterfly_factor": 2}, "block_size"),
+    ("mora", {"r": 0}, "r"),
+    ("mora", {"type": 2}, "type"),
+    ("mora", {"dropout": 1.0}, "dropout"),
 ]
 # Reading order: dtype of W and x, dtype of the parameters, error allowed relative to the largest entry.
 # fp64 and fp32: a few dozen roundings of 1e-16 and 6e-8. bf16: three roundings (W', y, the sum) of 2^-9, doubled for luck.
@@ -309,7 +313,7 @@ def test_delta_weight(name, kwargs):
     assert_near(delta, adapter.effective_weight(W) - W, 1e-6)  # the update itself is made of fp32 parameters
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "vera"])
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "mora"])
 def test_dropout_acts_on_the_update_in_training_only(name):
     W = weight()
     plain, dropping = build(name, {"r": 4}, W), build(name, {"r": 4, "dropout": 0.5}, W)

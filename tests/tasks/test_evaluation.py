@@ -1,6 +1,7 @@
 """From records to metrics: cut-off, validation, leak audit, decoding, ranking, and independence of the batch size."""
 
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ def test_long_examples_are_cut_and_a_lost_answer_is_counted():
     train = [example("q" * 10), example("q" * 36, output="longer"), example("q" * 50)]
     found = data(stub(train), rules)
     assert dict(found.cut_off) == {"cut": 1, "answer_lost": 1, "left_out": 1}  # nothing is left to learn from the last
-    assert [len(row.input_ids) for row in found.examples] == [15, 40]
+    assert [len(row.input_ids) for row in found.examples] == [16, 40]
     whole = data(stub(train), replace(rules, mask_prompt=False))
     assert dict(whole.cut_off) == {"cut": 1, "answer_lost": 1, "left_out": 0}
 
@@ -144,14 +145,18 @@ def test_scores_of_labels():
     assert metrics(task, [{**row, "output": 1} for row in rows])["matthews"] == 0  # one class only
     values = stub([], "regress", ("pearson", "spearman"))
     rows = [{"output": o, "gold": g, "leaked": False} for o, g in [(0.0, 1.0), (1.0, 2.0), (3.0, 2.5)]]
-    assert metrics(values, rows)["spearman"] == pytest.approx(100)
+    assert metrics(values, rows)["spearman"] == pytest.approx(100, abs=1e-3)  # torchmetrics adds an epsilon
     assert metrics(values, [{**row, "output": 1.0} for row in rows])["pearson"] == 0  # constant: undefined
 
 
-def test_dialogue_metrics_say_what_they_cannot_compute():
+def test_dialogue_metrics_say_what_they_cannot_compute(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nltk", None)
     task = stub([], "generate", ("dialogue",), cfg=SimpleNamespace(bert=None))
     rows = [{"output": " i like cats . ", "gold": ["no", "i like cats ."], "leaked": False}]
-    with pytest.warns(UserWarning, match="BERTScore is not computed: give a model folder"):
+    with (
+        pytest.warns(UserWarning, match="BERTScore is not computed: give a model folder"),
+        pytest.warns(UserWarning, match="METEOR is not computed"),
+    ):
         found = metrics(task, rows)
     assert (found["bleu"], found["rouge_l"], found["token_f1"]) == pytest.approx((100, 100, 100))
     assert "average" not in found
@@ -190,10 +195,14 @@ def test_the_batch_size_changes_no_prediction(beams):
 
 def test_sampling_is_seeded_and_leaves_the_random_state_alone():
     rules = replace(PLAIN, max_new_tokens=6, do_sample=True, temperature=2.0, top_p=0.9, top_k=40)
-    torch.manual_seed(3)
+    found = data(stub([example("t")]), rules)
+    batch = next(iter(found.eval_dataloader(RECORDS)))
     before = torch.get_rng_state()
-    first = outputs(rules, RECORDS[:8], 4)
+    tuned = tuner(found.task, rules, found.tokenizer)
+    torch.set_rng_state(before)
+    tuned.predict_step(batch)
     assert torch.equal(torch.get_rng_state(), before)
+    first = outputs(rules, RECORDS[:8], 4)
     assert outputs(rules, RECORDS[:8], 4) == first
     assert outputs(replace(rules, do_sample=False), RECORDS[:8], 4) != first
 
@@ -264,8 +273,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_evaluated(run_cli, fold
     kept = []
     monkeypatch.setattr(KeepBest, "on_fit_end", lambda self, *args: kept.append((self.step, self.loss)))
     words = [f"task.data={folder}", "task.allow_partial=true", "protocol.num_validation=1", "protocol.selection=best"]
-    with pytest.warns(UserWarning, match="leak audit"):  # train and dev are the same two rows
-        status, _, err = run_cli(*WORDS, *words, "protocol.validate_every=1", "task.data_seed=0")
+    status, _, err = run_cli(*WORDS, *words, "protocol.validate_every=1")
     assert status == 0, err
     assert kept[0][0] in (1, 2, 3)
 

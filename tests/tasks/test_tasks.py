@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from highrank import leak
 from highrank.answers import RULES
 from highrank.errors import UserError
 from highrank.registry import available, load
@@ -258,3 +259,24 @@ def test_published_sizes(name, member):
         assert {set_name: len(rows) for set_name, rows in task.test().items()} == sets
     except MissingData as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.skipif("HIGHRANK_DATA" not in os.environ, reason="HIGHRANK_DATA names no folder with the real files")
+def test_known_leaks_of_mawps():
+    """What LLM-Adapters' MAWPS train file shares with the tests of math10k, as its authors warn."""
+    cls = load("tasks", "math10k")
+    task = cls(cls.config(train_set="parts", allow_partial=True, sets=[*KNOWN_LEAKS]), 0)
+    seen = leak.questions(task.train())
+    for name, examples in task.test().items():
+        assert (sum(leak.found(examples, seen)), len(examples)) == KNOWN_LEAKS[name]
+
+
+KNOWN_LEAKS = {
+    "addsub": (327, 395),
+    "singleeq": (416, 508),
+    "multiarith": (452, 600),
+    "mawps": (28, 238),
+    "svamp": (0, 1_000),
+    "gsm8k": (0, 1_319),
+    "aqua": (0, 254),
+}

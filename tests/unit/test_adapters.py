@@ -24,6 +24,7 @@ SMALL = {
     "dora": [{"r": 2}],
     "vera": [{"r": 4}],
     "boft": [{"butterfly_factor": 2}],
+    "mora": [{"r": 2}, {"r": 2, "type": 1}],
 }
 CASES = [(name, fields) for name in sorted(available("methods")) for fields in SMALL.get(name, [{}])]
 

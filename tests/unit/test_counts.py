@@ -104,10 +104,12 @@ HIRA_PAPER = [
     ("llama2_7b method=hira r=32", 56_098_816, 0.8256),
     ("llama2_7b method=hira r=16", 28_049_408, 0.4145),  # printed 0.4128, half of r = 32
     ("llama2_7b method=dora r=32", 56_975_360, 0.8384),  # printed 0.8256, without magnitudes
+    ("llama2_7b method=mora r=32", 55_990_528, 0.8241),
     ("llama3_8b method=lora r=32", 56_623_104, 0.7002),
     ("llama3_8b method=hira r=32", 56_623_104, 0.7002),
     ("llama3_8b method=hira r=16", 28_311_552, 0.3513),
     ("llama3_8b method=dora r=32", 57_409_536, 0.7098),  # printed 0.7002
+    ("llama3_8b method=mora r=32", 56_583_168, 0.6997),
 ]
 
 

@@ -91,7 +91,9 @@ def test_full_rank_trunc_and_lone_smooth_are_w0(W, x):
 
 
 @pytest.mark.parametrize(
-    ("name", "neutral"), [("lora", "B"), ("hira", "A"), ("vera", "lambda_b"), ("boft", "R")], ids=lambda value: value
+    ("name", "neutral"),
+    [("lora", "B"), ("hira", "A"), ("vera", "lambda_b"), ("boft", "R"), ("mora", "M")],
+    ids=lambda value: value,
 )
 def test_a_neutral_factor_is_the_base(W, x, name, neutral):
     adapter = make(name, W)

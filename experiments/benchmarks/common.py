@@ -1,0 +1,362 @@
+"""What the benchmarks share: one model with ours or PEFT's adapters on it, interleaved timing, tables and JSON."""
+
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own start and stop messages
+
+import torch
+from torch import Tensor, nn
+
+from highrank.adapters import Adapters, attach
+from highrank.backbones import DTYPES
+from highrank.config import compose_run
+from highrank.loss import IGNORED, language_model_loss
+from highrank.placement import resolve
+from highrank.registry import load
+
+PLACEMENT = "fc_qkv"
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+"""The modules of PLACEMENT, as PEFT is told."""
+NOISE = 0.02
+"""Standard deviation of what is added to every adapter's start, so that no side multiplies by zeros."""
+FROZEN = "frozen"
+
+
+# --- methods ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of a table: a method with its fields, and the goals for the step's time and saved tensors."""
+
+    key: str
+    label: str
+    method: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    goals: tuple[float, float] = (float("nan"), float("nan"))
+
+
+def cases(keys: str | None = None, r: int = 16, vera_r: int = 256, b: int = 4, factor: int = 4) -> list[Case]:
+    """Returns the rows, or those that `keys` (joined by commas) names."""
+    every = [
+        Case("hyperadapt", "HyperAdapt", "hyperadapt", {}, (1.05, 1.30)),
+        Case("lora", f"LoRA r={r}", "lora", {"r": r}, (1.05, 1.20)),
+        Case("dora", f"DoRA r={r}", "dora", {"r": r}, (1.08, 1.40)),
+        Case("hira", f"HiRA r={r}", "hira", {"r": r}, (1.32, 1.20)),
+        Case("hilora", f"HiLoRA r={r}+{r}", "hilora", {"r1": r, "r2": r}, (1.38, 1.22)),
+        Case("vera", f"VeRA r={vera_r}", "vera", {"r": vera_r}, (1.30, 1.30)),
+        Case("boft1", f"BOFT b={b} factor 1", "boft", {"block_size": b, "butterfly_factor": 1}, (1.35, 1.40)),
+        Case(
+            "boft4", f"BOFT b={b} factor {factor}", "boft", {"block_size": b, "butterfly_factor": factor}, (2.00, 1.70)
+        ),
+    ]
+    if keys is None:
+        return every
+    known = {case.key: case for case in every}
+    unknown = [key for key in keys.split(",") if key not in known]
+    if unknown:
+        sys.exit(f"--methods: unknown name, got {', '.join(unknown)}; known: {', '.join(known)}")
+    return [known[key] for key in keys.split(",")]
+
+
+class Gap(Exception):
+    """Why a side of a comparison does not exist; stands in the table in its place."""
+
+
+PEFT_NAMES = {
+    "lora": {"A": "lora_A", "B": "lora_B"},
+    "dora": {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"},
+    "hira": {"A": "hira_B", "B": "hira_A"},
+    "vera": {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"},
+    "boft": {"R": "boft_R", "s": "boft_s"},
+}
+"""Our name of each parameter -> PEFT's."""
+
+
+def import_peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise Gap("PEFT is not installed") from None
+    return peft
+
+
+def _peft_config(peft: Any, method: str, cfg: Any) -> Any:
+    where = {"target_modules": TARGETS}
+    match method:
+        case "lora" | "dora":
+            return peft.LoraConfig(r=cfg.r, lora_alpha=cfg.scaling * cfg.r, use_dora=method == "dora", **where)
+        case "hira":
+            return peft.HiraConfig(r=cfg.r, **where)
+        case "vera":
+            key = cfg.projection_prng_key
+            return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=key, **where)
+        case _:
+            factor = cfg.butterfly_factor
+            return peft.BOFTConfig(boft_block_size=cfg.block_size, boft_n_butterfly_factor=factor, **where)
+
+
+def add_peft(model: nn.Module, label: str, ours: Adapters) -> Any:
+    """Returns PEFT's model around `model`, with the parameters of `ours`.
+
+    Raises:
+        Gap: if PEFT is not there, lacks the method, or would run another one.
+    """
+    peft, name, cfg = import_peft(), ours.method.name, ours.cfg
+    if name not in PEFT_NAMES:
+        raise Gap(f"PEFT has no {label.split()[0]}")
+    # silenced: PEFT tells of BOFT's missing extension in warnings, and prints the compiler's complaint
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            found = peft.get_peft_model(model, _peft_config(peft, name, cfg))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise Gap(f"PEFT {peft.__version__}: {error}") from error
+    trainable = {key: p for key, p in found.named_parameters() if p.requires_grad}
+    for view in ours.views:
+        for own, theirs in PEFT_NAMES[name].items():
+            match = [key for key in trainable if f".{view.path}." in key and f".{theirs}." in f"{key}."]
+            source, target = getattr(ours.by_view[view.name], own), trainable.pop(match[0])
+            if target.numel() != source.numel():
+                raise Gap("PEFT runs factor 1 without its CUDA extension" if name == "boft" else "another shape")
+            with torch.no_grad():
+                target.copy_(source.view_as(target))
+    assert not trainable, f"parameters without a counterpart: {list(trainable)[:3]}"
+    return found
+
+
+def add_ours(model: nn.Module, method: type, fields: Mapping[str, Any], seed: int = 0) -> Adapters:
+    """Attaches adapters to `model` and moves them off their start by NOISE."""
+    adapters = attach(model, resolve(model, PLACEMENT), method, method.config(**fields), seed)
+    move_off_start(adapters)
+    return adapters
+
+
+def move_off_start(adapters: Adapters) -> None:
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in adapters.parameters():
+            parameter.add_((NOISE * torch.randn(parameter.shape, generator=rng)).to(parameter))
+
+
+# --- models and steps ---------------------------------------------------------------
+
+
+def random_model(args: argparse.Namespace) -> nn.Module:
+    """Returns a model of the chosen shape with random weights, on the device, in training mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(compose_run([f"model={args.shape}"]).model["shape"])
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    given = (args.hidden, args.inter, args.heads, args.kv_heads, args.vocab)
+    shape.update({key: value for key, value in zip(keys, given, strict=True) if value is not None})
+    if args.layers:
+        shape["num_hidden_layers"] = args.layers
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        config = AutoConfig.for_model(**shape)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[args.dtype], attn_implementation=args.attention
+        )
+    return model.requires_grad_(False).train()
+
+
+def same_weights(model: nn.Module) -> nn.Module:
+    """Returns a copy of the modules over the same parameters and buffers: sides share the frozen weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def random_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, Tensor]:
+    """Returns batch x sequence random tokens; the second half of each row carries the loss."""
+    ids = torch.randint(0, vocabulary, (args.batch, args.sequence), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : args.sequence // 2] = IGNORED
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {key: value.to(args.device) for key, value in batch.items()}
+
+
+class Step:
+    """A whole training step: forward, backward and, if anything trains, one AdamW step.
+
+    Without trainable parameters it is the frozen step: backward goes to the output of the input embeddings.
+    """
+
+    def __init__(self, model: Any, batch: Mapping[str, Tensor]):
+        self.model, self.batch = model, batch
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+        if not trained:
+            embeddings = model.get_input_embeddings()
+            embeddings.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+
+    def forward(self) -> Tensor:
+        return language_model_loss(self.model, **self.batch)[0]
+
+    def __call__(self) -> None:
+        self.forward().backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+# --- measuring ----------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, warmups: int = 0, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Returns seconds per side and round; in each round every side runs once, in shuffled order."""
+    rng, times = random.Random(0), {name: [] for name in sides}
+    for i in range(warmups + rounds):
+        for name in rng.sample(list(sides), len(sides)):
+            synchronize(device)
+            started = time.perf_counter()
+            sides[name]()
+            synchronize(device)
+            if i >= warmups:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Returns the median and the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return {"median": middle, "q1": low, "q3": high, "n": len(values)}
+
+
+def over(times: Mapping[str, Sequence[float]], name: str, base: str) -> dict[str, float]:
+    """Returns the summary of the ratios of side `name` to side `base`, round by round."""
+    return summary([a / b for a, b in zip(times[name], times[base], strict=True)])
+
+
+def saved_bytes(step: Step) -> tuple[int, float]:
+    """Returns the bytes that forward keeps for backward, and the loss.
+
+    Each storage counts once; parameters and buffers do not count.
+    """
+    own = {t.untyped_storage().data_ptr() for t in chain(step.model.parameters(), step.model.buffers())}
+    kept: dict[int, Any] = {}  # holds the storages, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step.forward()
+    return sum(storage.nbytes() for storage in kept.values()), float(loss.detach())
+
+
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """Returns the most bytes allocated during a step above what was allocated before it.
+
+    On CUDA from the caching allocator's counters, on a CPU from the profiler's record of every allocation.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+# --- command line and output --------------------------------------------------------
+
+
+def arguments(doc: str, rounds: int, device: bool = True) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds (default {rounds})")
+    parser.add_argument("--json", type=Path, help="file for settings, environment and all numbers")
+    if device:
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dtype", default="float32", choices=DTYPES, help="of the frozen weights; adapters are fp32")
+    add("--shape", default="smollm2_135m", help="a model in configs/model whose shape is taken; weights are random")
+    add("--layers", type=int, default=4, help="0 for all (default 4)")
+    for name in ("hidden", "inter", "heads", "kv-heads", "vocab"):
+        add(f"--{name}", type=int, help="overrides the shape's")
+    add("--batch", type=int, default=4, help="rows (default 4)")
+    add("--sequence", type=int, default=256, help="tokens per row (default 256)")
+    add("--attention", default="sdpa", help="sdpa or eager, on every side")
+    add("--warmups", type=int, default=2, help="rounds that are not measured (default 2)")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Returns what the numbers depend on beside the settings."""
+    cuda = device.startswith("cuda")
+    found = {"device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.processor() or platform.machine()})"}
+    found |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version()}
+    for package in ("torch", "transformers", "lightning", "peft", "accelerate"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def show_environment(title: str, found: Mapping[str, Any]) -> None:
+    print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+
+
+def note(text: str) -> None:
+    """Tells on stderr how far a benchmark is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def ratio(found: Mapping[str, float] | None) -> str:
+    return "–" if found is None else f"{found['median']:.3f} ({found['q1']:.3f} to {found['q3']:.3f})"
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a Markdown table."""
+    print()
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |")
+
+
+def write_json(args: argparse.Namespace, name: str, found: Mapping[str, Any], results: Any) -> None:
+    if args.json is None:
+        return
+    settings = {key: value for key, value in vars(args).items() if key != "json"}
+    content = {"benchmark": name, "settings": settings, "environment": found, "results": results}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(content, indent=1, default=str) + "\n")

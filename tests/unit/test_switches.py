@@ -1,0 +1,121 @@
+"""torch.compile, activation checkpointing, accumulation: they change cost, not results."""
+
+import pytest
+import torch
+
+from highrank.adapters import attach
+from highrank.backbones import load_backbone
+from highrank.config import RunConfig
+from highrank.module import FineTuner
+from highrank.placement import resolve
+from highrank.registry import available, load
+
+FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}, "boft": {"butterfly_factor": 2}} | {
+    name: {"r": 2} for name in ("hira", "lora", "dora", "mora")
+}
+
+
+COMPILE_WARNS = pytest.mark.filterwarnings(  # torch's own, inside its compiler
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:.*script_method.*:DeprecationWarning"
+)
+
+
+class Generate:
+    kind = "generate"
+
+
+def tuner(method, **core):
+    model = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None).model
+    cls = load("methods", method)
+    adapters = attach(model, resolve(model, "all"), cls, cls.config(**FIELDS.get(method, {})))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _, parameter in adapters.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    module = FineTuner(adapters, Generate(), None, RunConfig(lr=1e-3, **core), 10)
+    return module.train()
+
+
+def batch(rows=4, length=12):
+    torch.manual_seed(0)
+    ids = torch.randint(4, 260, (rows, length))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def gradients(module, *batches):
+    module.zero_grad()
+    for one in batches:
+        loss, _ = module.loss(one)
+        (loss / len(batches)).backward()
+    return {name: parameter.grad.clone() for name, parameter in module.adapters.parameters()}
+
+
+def weight_methods():
+    return [
+        name for name in sorted(available("methods")) if getattr(load("methods", name), "site", "weight") == "weight"
+    ]
+
+
+@pytest.mark.parametrize("method", weight_methods())
+def test_activation_checkpointing_gives_the_same_gradients(method):
+    """The same operations on the same numbers, done twice: bit for bit."""
+    plain, checkpointed = tuner(method), tuner(method, checkpoint_activations=True)
+    expected = gradients(plain, batch())
+    for name, found in gradients(checkpointed, batch()).items():
+        assert torch.equal(found, expected[name]), name
+
+
+def test_activation_checkpointing_keeps_less():
+    def kept(module):
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t), id):
+            module.loss(batch(8, 64))
+        return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+    assert kept(tuner("hira", checkpoint_activations=True)) < 0.6 * kept(tuner("hira"))
+
+
+@COMPILE_WARNS
+@pytest.mark.parametrize("method", weight_methods())
+def test_capture_by_torch_compile_gives_the_same_gradients(method):
+    """Dynamo and AOTAutograd capture forward and backward of every method, whole: one graph per layer."""
+    adapters = tuner(method).adapters
+    layer = adapters.layers["model.layers.0.mlp.up_proj"]
+    x = torch.randn(5, 16, requires_grad=True)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(layer(x).square().sum(), wanted)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for found, right in zip(torch.autograd.grad(compiled(x).square().sum(), wanted), expected, strict=True):
+        # The captured graph may sum in another order: a few fp32 roundings of the largest entry.
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
+    torch._dynamo.reset()
+
+
+@COMPILE_WARNS
+def test_a_compiled_step_gives_the_same_gradients(monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: real(f, backend="aot_eager", **kwargs))
+    expected = gradients(tuner("hira"), batch())
+    for name, found in gradients(tuner("hira", compile=True), batch()).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", weight_methods())
+def test_accumulated_halves_are_the_whole(method):
+    whole = batch(4)
+    halves = [{key: value[rows] for key, value in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
+    expected = gradients(tuner(method), whole)
+    for name, found in gradients(tuner(method), *halves).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
+
+
+@COMPILE_WARNS
+def test_generation_is_never_compiled():
+    module = tuner("hira", compile=True)
+    assert "forward" not in module.model.base_model.__dict__
+    with module.compiled():
+        assert "forward" in module.model.base_model.__dict__
+    assert "forward" not in module.model.base_model.__dict__

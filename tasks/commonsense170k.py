@@ -42,8 +42,8 @@ class Member:
 
 MEMBERS = {
     "boolq": Member(9_427, 3_270, "boolq", "", 2, "google/boolq", "validation"),
-    "piqa": Member(16_113, 1_838, "piqa", "solution", 2, "ybisk/piqa", "validation"),
-    "siqa": Member(33_410, 1_954, "social_i_qa", "answer", 5, "allenai/social_i_qa", "validation"),
+    "piqa": Member(16_113, 1_838, "piqa", "solution", 2, "ybisk/piqa@refs/convert/parquet", "validation"),
+    "siqa": Member(33_410, 1_954, "social_i_qa", "answer", 5, "allenai/social_i_qa@refs/convert/parquet", "validation"),
     "hellaswag": Member(39_905, 10_042, "hellaswag", "ending", 4, "Rowan/hellaswag", "validation"),
     "winogrande": Member(63_238, 1_267, "winogrande", "option", 2, "allenai/winogrande:winogrande_xl", "validation"),
     "arc_e": Member(2_251, 2_376, "ARC-Easy", "answer", 5, "allenai/ai2_arc:ARC-Easy", "test"),

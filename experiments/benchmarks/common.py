@@ -13,14 +13,13 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own start and stop messages
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from highrank.backbones import DTYPES
 from highrank.config import compose_run
 from highrank.loss import IGNORED, language_model_loss
 from highrank.placement import resolve
-from highrank.registry import load
 
 PLACEMENT = "fc_qkv"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -173,9 +171,7 @@ def random_model(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(args.device):
         config = AutoConfig.for_model(**shape)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[args.dtype], attn_implementation=args.attention
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.dtype], attn_implementation=args.attention)
     return model.requires_grad_(False).train()
 
 
@@ -271,6 +267,19 @@ def saved_bytes(step: Step) -> tuple[int, float]:
     return sum(storage.nbytes() for storage in kept.values()), float(loss.detach())
 
 
+@contextlib.contextmanager
+def no_stderr() -> Iterator[None]:
+    """Drops what the profiler's library writes to file descriptor 2 at its start and stop."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 def peak_bytes(step: Callable[[], Any], device: str) -> int:
     """Returns the most bytes allocated during a step above what was allocated before it.
 
@@ -283,7 +292,10 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        no_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
@@ -316,6 +328,12 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequence", type=int, default=256, help="tokens per row (default 256)")
     add("--attention", default="sdpa", help="sdpa or eager, on every side")
     add("--warmups", type=int, default=2, help="rounds that are not measured (default 2)")
+
+
+def run_words(given: Sequence[str], wanted: Mapping[str, Any]) -> list[str]:
+    """Returns words for `compose_run`: those of the command line, and of `wanted` what they leave open."""
+    keys = {word.split("=")[0] for word in given}
+    return [*(f"{key}={value}" for key, value in wanted.items() if key not in keys), *given]
 
 
 def environment(device: str) -> dict[str, Any]:

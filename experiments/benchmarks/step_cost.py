@@ -76,12 +76,11 @@ def boft(m: Any, W: Tensor) -> Tensor:
     S, eye = (m.R - m.R.mT) / 2, torch.eye(b, device=W.device)
     Q = torch.eye(k, device=W.device)
     for i, rotations in enumerate((eye - S) @ torch.linalg.inv(eye + S)):
-        chunks = torch.arange(k, device=W.device).view(-1, 2**i, 2, b // 2) if len(S) > 1 else None
-        order = torch.arange(k, device=W.device) if chunks is None else chunks.transpose(1, 2).flatten()
-        # group of b 2^i: chunks (c, parity) -> (parity, c)
-        factor = torch.block_diag(*rotations)[order][:, order]
-        Q = factor @ Q
-    return m.s[:, None] * (W @ Q.T)
+        order = torch.arange(k, device=W.device)
+        if i:  # in each group of b 2^i, the chunks of b/2 at even places first
+            order = order.view(-1, 2**i, 2, b // 2).transpose(1, 2).flatten()
+        Q = torch.block_diag(*rotations)[order][:, order] @ Q
+    return m.s[:, None] * (W.to(Q.dtype) @ Q.T)
 
 
 LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -187,9 +186,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 continue
             goal = f"{goals['time']:.2f}, {goals['saved']:.2f}" if side == "ours" else ""
             speed = f"{at['tokens_per_second']:.0f}"
-            rows.append(
-                [case.label, side, ratio(at["time"]), f"{at['saved']:.3f}", f"{at['peak']:.3f}", speed, goal]
-            )
+            rows.append([case.label, side, ratio(at["time"]), f"{at['saved']:.3f}", f"{at['peak']:.3f}", speed, goal])
         results[case.key]["goals"] = goals
         note(f"{case.label}: {ratio(found['ours']['time'])}")
         gc.collect()

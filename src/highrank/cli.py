@@ -60,6 +60,11 @@ def run(words: list[str]) -> int:
     from highrank.config import compose_run
 
     checked = compose_run(words)
+    if checked.core.dry_run:
+        from highrank.report import dry_run
+
+        print(dry_run(checked))
+        return 0
     from highrank.run import execute
 
     folder, status = execute(checked)

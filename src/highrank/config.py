@@ -99,6 +99,8 @@ class RunConfig:
     """Examples per evaluation batch; changes speed, not results."""
     eval_before: bool = True
     """Whether the untrained model is evaluated too."""
+    general_text: str | None = None
+    """File of general text (.txt by lines, or a field `text`) on which forgetting is measured after training."""
     output: str = "outputs"
     """Folder under which run directories are made."""
     run_dir: str | None = None
@@ -466,17 +468,51 @@ OWN_TRAINER_KEYS = {
 """Arguments of the Lightning Trainer that a core key decides."""
 
 
+TRAINER_KEYS = [
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "precision",
+    "fast_dev_run",
+    "min_epochs",
+    "min_steps",
+    "max_time",
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "limit_predict_batches",
+    "overfit_batches",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "num_sanity_val_steps",
+    "log_every_n_steps",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "gradient_clip_algorithm",
+    "deterministic",
+    "benchmark",
+    "inference_mode",
+    "use_distributed_sampler",
+    "profiler",
+    "detect_anomaly",
+    "barebones",
+    "plugins",
+    "sync_batchnorm",
+    "reload_dataloaders_every_n_epochs",
+    "default_root_dir",
+    "enable_autolog_hparams",
+    "model_registry",
+]
+"""The other arguments of lightning.Trainer, by name, because importing Lightning takes seconds; a test compares them."""
+
+
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    import inspect
-
-    import lightning
-
-    known = [k for k in inspect.signature(lightning.Trainer.__init__).parameters if k != "self"]
     for key in trainer:
         if key in OWN_TRAINER_KEYS:
             raise UserError(f"trainer: {key} is set by a core key, got trainer.{key}; use {OWN_TRAINER_KEYS[key]}")
-        if key not in known:
-            raise UserError(f"trainer: unknown key, got trainer.{key}{suggest(key, known)}")
+        if key not in TRAINER_KEYS:
+            raise UserError(f"trainer: unknown key, got trainer.{key}{suggest(key, TRAINER_KEYS)}")
 
 
 def _check_core(core: RunConfig) -> None:
@@ -497,4 +533,5 @@ def _check_core(core: RunConfig) -> None:
     need(0 <= core.warmup_ratio <= 1, "warmup_ratio", "must be in [0, 1]")
     need(core.epochs > 0, "epochs", "must be > 0")
     need(core.max_steps is None or core.max_steps >= 1, "max_steps", "must be >= 1")
+    need(core.general_text is None or Path(core.general_text).is_file(), "general_text", "must be an existing file")
     need(core.path is None or Path(core.path).is_dir(), "path", "must be an existing folder")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -142,7 +141,7 @@ def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     return out
 
 
-class TaskData(lightning.LightningDataModule):
+class TaskData:
     """A task's training set as length-bucketed batches, what is held out of it, and its test sets as sorted batches.
 
     `cut_off` counts what max_length did to the training examples: left_out, cut, answer_lost (the target was cut away;
@@ -152,7 +151,6 @@ class TaskData(lightning.LightningDataModule):
     def __init__(
         self, task: Task, protocol: Protocol, tokenizer: Any, batch_size: int, eval_batch_size: int, seed: int
     ):
-        super().__init__()
         self.task, self.protocol, self.tokenizer = task, protocol, tokenizer
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.train_records, self.validation = hold_out(task.train(), protocol)

@@ -6,6 +6,7 @@ from itertools import chain
 
 import torch
 from torchmetrics.functional.text import bert_score, rouge_score, sacre_bleu_score
+from transformers import AutoConfig
 
 
 def dialogue_metrics(
@@ -61,7 +62,7 @@ def _meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict
         scores = [meteor_score([word_tokenize(r) for r in refs], word_tokenize(output)) for output, refs in pairs]
     except (ImportError, LookupError) as error:
         warnings.warn(
-            f"METEOR is not computed ({type(error).__name__}): it needs `pip install nltk` and NLTK's data "
+            f"METEOR is not computed ({type(error).__name__}): it needs `pip install highrank[dialogue]` and NLTK's data "
             "`python -m nltk.downloader wordnet punkt_tab`",
             stacklevel=3,
         )
@@ -75,8 +76,13 @@ def _bert(outputs: Sequence[str], references: Sequence[Sequence[str]], folder: s
         warnings.warn("BERTScore is not computed: give a model folder, task.bert=<roberta-large>", stacklevel=3)
         return {}
     pairs = [(place, output, r) for place, output in enumerate(outputs) for r in references[place]]
-    # An empty output has no token to compare; a full stop stands for it.
-    scores = bert_score([o or "." for _, o, _ in pairs], [r for _, _, r in pairs], model_name_or_path=folder)
+    layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    scores = bert_score(
+        [o or "." for _, o, _ in pairs],  # an empty output has no token to compare
+        [r for _, _, r in pairs],
+        model_name_or_path=folder,
+        num_layers=17 if layers == 24 else None,  # the layer that BERTScore takes of roberta-large
+    )
     precision, recall, f1 = (torch.as_tensor(scores[key]).reshape(-1) for key in ("precision", "recall", "f1"))
     best: dict[int, int] = {}
     for i, (place, _, _) in enumerate(pairs):

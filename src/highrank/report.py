@@ -9,7 +9,9 @@ from rich.table import Table
 
 from highrank.adapters import write_atomic
 from highrank.answers import RULES
-from highrank.plan import Plan
+from highrank.config import Run
+from highrank.plan import Plan, make_plan
+from highrank.results import RunDirectory
 
 console = Console()
 SECONDARY = ("_clean", *(f"_{rule}" for rule in RULES))
@@ -31,8 +33,18 @@ def show_plan(plan: Plan) -> None:
     console.print(table)
 
 
-def write_plan(plan: Plan, folder: Path) -> None:
-    write_atomic(folder / "plan.json", json.dumps(plan.as_dict(), indent=1).encode())
+def dry_run(run: Run) -> Path:
+    """Prints a run's plan and writes it as plan.json; returns the folder. Loads no weights.
+
+    Raises:
+        UserError: for bad input, or a run directory that holds another run.
+    """
+    plan, directory = make_plan(run), RunDirectory(run)
+    _ = directory.finished  # refuses a folder that holds another run
+    show_plan(plan)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory.path / "plan.json", json.dumps(plan.as_dict(), indent=1).encode())
+    return directory.path
 
 
 def _shown(found: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from highrank.adapters import Adapters, attach
 from highrank.backbones import Backbone, head_modules, load_backbone
 from highrank.config import Run
 from highrank.data import TaskData
+from highrank.forgetting import forgetting
 from highrank.module import FineTuner
 from highrank.placement import resolve
 from highrank.plan import Plan, make_plan, optimizer_steps
@@ -97,20 +98,14 @@ def evaluate(
 
 
 def execute(run: Run) -> tuple[Path, str]:
-    """Runs, and returns the run directory and the status: done, interrupted (Ctrl-C, SIGTERM), or planned.
+    """Runs, and returns the run directory and the status: done, or interrupted (Ctrl-C, SIGTERM).
 
     Raises:
         UserError: for bad input, before any weight loads.
     """
     plan = make_plan(run)
     directory = RunDirectory(run)
-    finished = directory.finished
-    if run.core.dry_run:
-        report.show_plan(plan)
-        directory.path.mkdir(parents=True, exist_ok=True)
-        report.write_plan(plan, directory.path)
-        return directory.path, "planned"
-    if finished:
+    if directory.finished:
         report.show_results(plan, directory.results, note="finished before; nothing was run again")
         return directory.path, "done"
     report.show_plan(plan)
@@ -167,10 +162,12 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> N
     times["train_s"] = time.perf_counter() - at
     adapters.save(directory.path / "adapter")
     trainer.save_checkpoint(directory.path / "checkpoints" / "last.ckpt")
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     directory.write(
         time=times,
         tokens={"train": module.num_tokens, "skipped_examples": data.num_skipped, "cut_off": dict(data.cut_off)},
         steps=trainer.global_step,
+        selected=[{"step": c.step, "loss": c.loss} for c in callbacks if isinstance(c, KeepBest)],
     )
     stop.check()
 
@@ -179,6 +176,8 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> N
     found["final"] = evaluate(trainer, module, data, directory.write_predictions)
     times["eval_final_s"] = time.perf_counter() - at
     times["total_s"] = time.perf_counter() - started
+    if core.general_text is not None and task.kind == "generate":
+        directory.write(forgetting=forgetting(adapters, backbone.tokenizer, core.general_text, core.eval_batch_size))
     directory.write(status="done", metrics=found, time=times, memory=peak_memory())
     log_final(trainer, found["final"])
 

@@ -37,7 +37,7 @@ class Source:
     columns: tuple[str, ...] = ()
     """Column names of a tsv file without a header line."""
     hub: str | None = None
-    """Hub id, with `:subset` if it has several."""
+    """Hub id, with `:subset` if it has several, and `@revision` if its main branch is not plain data."""
     split: str = "train"
 
 
@@ -104,7 +104,9 @@ def _read_hub(source: Source, revision: str | None) -> Table:
         raise MissingData(f"data: {source.paths[0]} is needed, got no data folder, and nothing from {place}; {advice}")
     from datasets import load_dataset
 
-    repo, _, subset = source.hub.partition(":")
+    name, _, pinned = source.hub.partition("@")
+    repo, _, subset = name.partition(":")
+    revision = revision or pinned or None
     try:
         rows = list(load_dataset(repo, subset or None, split=source.split, revision=revision))
     except Exception as error:  # datasets raises its own, the hub client's, httpx's and OS errors
@@ -112,7 +114,7 @@ def _read_hub(source: Source, revision: str | None) -> Table:
             f"data: {source.paths[0]} is needed, got no data folder, and {type(error).__name__} from {place}; {advice}"
         ) from error
     digest = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
-    name = f"{source.hub}/{source.split}@{revision or 'main'}"
+    name = f"{name}/{source.split}@{revision or 'main'}"
     return Table(rows, name, digest, name)
 
 

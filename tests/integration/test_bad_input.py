@@ -70,6 +70,18 @@ def test_bad_input(run_cli, tmp_path, monkeypatch, words, message):
     assert not (tmp_path / "outputs").exists()
 
 
+def test_the_trainers_arguments_are_lightnings():
+    """They are listed by name so that a dry run need not import Lightning."""
+    import inspect
+
+    import lightning
+
+    from highrank.config import OWN_TRAINER_KEYS, TRAINER_KEYS
+
+    names = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self"}
+    assert set(TRAINER_KEYS) | set(OWN_TRAINER_KEYS) == names
+
+
 def test_unknown_command(capsys):
     from highrank.cli import main
 

@@ -13,6 +13,7 @@ from highrank.answers import RULES
 from highrank.backbones import load_backbone, tiny_tokenizer
 from highrank.config import Protocol, RunConfig
 from highrank.data import IGNORED, TaskData, encode, hold_out
+from highrank.dialogue import dialogue_metrics
 from highrank.errors import UserError
 from highrank.module import FineTuner
 from highrank.run import predict, quiet
@@ -160,6 +161,19 @@ def test_dialogue_metrics_say_what_they_cannot_compute(monkeypatch):
         found = metrics(task, rows)
     assert (found["bleu"], found["rouge_l"], found["token_f1"]) == pytest.approx((100, 100, 100))
     assert "average" not in found
+
+
+def test_bertscore_takes_a_local_model_and_the_nearest_reference(tmp_path, monkeypatch):
+    backbone = load_backbone({"name": "tiny_bert", "dtype": "float32"}, None, "classify", 2)
+    backbone.model.bert.save_pretrained(tmp_path)
+    backbone.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    with pytest.warns(UserWarning, match="METEOR"):
+        found = dialogue_metrics(["i ski .", "hm"], [["no", "i ski ."], ["i read ."]], str(tmp_path))
+    assert 0 < found["bert_f1"] <= 100
+    with pytest.warns(UserWarning, match="METEOR"):
+        same = dialogue_metrics(["i ski ."], [["no", "i ski ."]], str(tmp_path))
+    assert [same[key] for key in ("bert_precision", "bert_recall", "bert_f1")] == pytest.approx([100] * 3, abs=1e-3)
 
 
 def tuner(task, protocol, tokenizer):

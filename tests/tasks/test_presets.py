@@ -61,6 +61,6 @@ def test_a_preset_can_be_overridden(monkeypatch):
 
 def test_a_dry_run_counts_the_data_where_there_is_some(run_cli, folder, tmp_path):
     words = ["task=gsm8k", f"task.data={folder}", "task.allow_partial=true", "model=tiny_llama", "method=lora", "r=1"]
-    status, out, err = run_cli(*words, "placement=q", "dry_run=true", f"run_dir={tmp_path / 'run'}")
+    status, _, err = run_cli(*words, "placement=q", "dry_run=true", f"run_dir={tmp_path / 'run'}")
     assert status == 0, err
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["num_train"] == 3

@@ -1,0 +1,278 @@
+"""A whole run in samples per second: ours through Lightning against PEFT through the Hugging Face Trainer.
+
+    python experiments/benchmarks/train_throughput.py --json out.json
+    python experiments/benchmarks/train_throughput.py task=commonsense170k task.data=FOLDER task.n_train=384
+
+Both sides train the same model on the same encoded examples, with the same start of the adapter, batch size, optimizer
+settings, schedule, clipping and number of steps; further words are those of run.py. Ours is what run.py does: TaskData,
+FineTuner, Lightning. The peer is what a user of PEFT gets: its model in `transformers.Trainer` with its own optimizer,
+its own loss over all logits, random batches and DataCollatorForSeq2Seq padding to the longest row of a batch.
+
+Both loops are the frameworks' own and run in one process, in two threads of which one has the turn: after --block steps
+it waits while the other does its block. The first block of each holds the start-up and is not measured. The ratio is
+taken block by block; the losses shown are those of the last quarter of the steps (each side's own batches), and, after
+the last step, of the same test examples, both by our loss.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from common import (
+    Gap,
+    add_peft,
+    arguments,
+    environment,
+    import_peft,
+    note,
+    over,
+    ratio,
+    run_words,
+    show_environment,
+    show_table,
+    summary,
+    synchronize,
+    write_json,
+)
+from lightning.pytorch.callbacks import Callback
+
+from highrank.adapters import Adapters
+from highrank.backbones import load_backbone
+from highrank.config import Run, compose_run
+from highrank.data import TaskData, collate, encode
+from highrank.loss import language_model_loss
+from highrank.module import SCHEDULERS, FineTuner
+from highrank.results import RunDirectory
+from highrank.run import StopOnSignal, build_model, make_trainer, quiet
+
+
+class Relay:
+    """Lets training loops in several threads take turns of `block` steps, and times the turns."""
+
+    def __init__(self, names: Sequence[str], block: int, device: str):
+        self.queue, self.block, self.device = list(names), block, device
+        self.times: dict[str, list[float]] = {name: [] for name in names}
+        self.losses: dict[str, list[float]] = {name: [] for name in names}
+        self.errors: list[BaseException] = []
+        self._changed = threading.Condition()
+        self._steps, self._started = 0, 0.0
+
+    def take(self, name: str) -> None:
+        """Returns when it is this side's turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.queue[0] == name)
+        self._steps, self._started = 0, time.perf_counter()
+
+    def _pass_on(self, leave: bool) -> None:
+        with self._changed:
+            name = self.queue.pop(0)
+            if not leave:
+                self.queue.append(name)
+            self._changed.notify_all()
+
+    def step(self, name: str) -> None:
+        """Counts a step; at the end of a block waits for the next turn."""
+        self._steps += 1
+        if self._steps == self.block:
+            synchronize(self.device)
+            self.times[name].append(time.perf_counter() - self._started)
+            note(f"{name}: block {len(self.times[name])} in {self.times[name][-1]:.1f} s")
+            self._pass_on(leave=False)
+            self.take(name)
+
+    def leave(self) -> None:
+        """Ends the turn of the side that has it, for good."""
+        self._pass_on(leave=True)
+
+
+class Ours(Callback):
+    """Takes our turns in Lightning's loop."""
+
+    def __init__(self, relay: Relay):
+        self.relay, self.steps = relay, 0
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.relay.losses["ours"].append(float(outputs["loss"]))
+        if trainer.global_step > self.steps:  # not between micro-batches
+            self.steps = trainer.global_step
+            self.relay.step("ours")
+
+
+def train_ours(run: Run, data: TaskData, adapters: Adapters, relay: Relay) -> None:
+    directory = RunDirectory(run)
+    directory.open()
+    steps = run.core.max_steps or 0
+    module = FineTuner(adapters, data.task, data.tokenizer, run.core, steps, run.protocol)
+    epochs = math.ceil(steps / math.ceil(len(data.buckets) / run.core.accumulate))
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # the progress bar is drawn, and paid for, not shown
+        trainer = make_trainer(run, directory, StopOnSignal(), steps, epochs)
+        trainer.callbacks.append(Ours(relay))  # type: ignore[attr-defined]
+        module.train()
+        relay.take("ours")
+        trainer.fit(module, train_dataloaders=data.train_dataloader())
+
+
+def train_peft(run: Run, data: TaskData, model: Any, relay: Relay, folder: str, device: str) -> None:
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class Theirs(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            relay.step("PEFT")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in (logs or {}):  # the mean of the block's losses
+                relay.losses["PEFT"].extend([float(logs["loss"])] * relay.block)
+
+    core = run.core
+    rows = [
+        {"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids), "labels": row.labels}
+        for row in data.examples
+    ]
+    settings = TrainingArguments(
+        output_dir=folder,
+        max_steps=core.max_steps or 0,
+        per_device_train_batch_size=core.batch_size,
+        gradient_accumulation_steps=core.accumulate,
+        learning_rate=core.lr,
+        adam_beta1=core.betas[0],
+        adam_beta2=core.betas[1],
+        weight_decay=core.weight_decay,
+        max_grad_norm=core.max_grad_norm,
+        lr_scheduler_type=SCHEDULERS[core.schedule],
+        warmup_steps=core.warmup_steps or round(core.warmup_ratio * (core.max_steps or 0)),
+        logging_steps=relay.block,
+        seed=core.seed,
+        use_cpu=device == "cpu",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    collator = DataCollatorForSeq2Seq(data.tokenizer, label_pad_token_id=-100)
+    trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=collator, callbacks=[Theirs()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+@torch.no_grad()
+def test_loss(model: Any, run: Run, data: TaskData, n: int) -> float:
+    """Returns the mean loss in nats over the target tokens of n test examples."""
+    records = [record for rows in data.task.test().values() for record in rows][:n]
+    encoded = [row for row in (encode(r, run.protocol, data.tokenizer) for r in records) if row is not None]
+    model.eval()
+    device = next(model.parameters()).device
+    total = count = 0.0
+    for start in range(0, len(encoded), 8):
+        batch = collate(encoded[start : start + 8], data.tokenizer.pad_token_id)
+        loss, num = language_model_loss(model, **{key: value.to(device) for key, value in batch.items()})
+        total, count = total + float(loss) * num, count + num
+    return total / count
+
+
+def measure(method: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Returns samples/s and losses of both sides, and the ratio of their speeds; or the peer's gap."""
+    wanted = {
+        "method": method,
+        "placement": "fc_qkv",
+        "max_steps": args.steps,
+        "output": folder,
+        "protocol.num_validation": 0,
+        "protocol.selection": "last",
+        "trainer.accelerator": "gpu" if args.device.startswith("cuda") else "cpu",
+        "trainer.devices": 1,
+    }
+    run = compose_run(run_words(args.words, wanted))
+    task = run.task(run.task_cfg, run.core.seed)
+    backbone, adapters = build_model(run, task)
+    core = run.core
+    data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
+    peer, gap = None, None
+    try:
+        import_peft()
+        try:
+            import accelerate  # noqa: F401
+        except ImportError:
+            raise Gap("accelerate, which the Trainer needs, is not installed") from None
+        peer = add_peft(load_backbone(run.model, core.path).model.to(args.device), method, adapters)
+        peer.train()
+    except Gap as reason:
+        gap = str(reason)
+    relay = Relay(["ours", "PEFT"] if peer else ["ours"], args.block, args.device)
+
+    def their_thread() -> None:
+        try:
+            relay.take("PEFT")
+            train_peft(run, data, peer, relay, f"{folder}/peft", args.device)
+        except BaseException as error:
+            relay.errors.append(error)
+        finally:
+            relay.leave()
+
+    thread = threading.Thread(target=their_thread, daemon=True)
+    if peer:
+        thread.start()
+    train_ours(run, data, adapters, relay)
+    relay.leave()
+    if peer:
+        thread.join()
+    if relay.errors:
+        raise relay.errors[0]
+
+    models = {"ours": adapters.model.to(args.device), "PEFT": peer}
+    samples = args.block * core.batch_size * core.accumulate
+    found: dict[str, Any] = {"model": run.model["name"], "task": run.task.name, "batch_size": core.batch_size}
+    for name in relay.times:
+        times = relay.times[name][1:]
+        losses = relay.losses[name]
+        window = losses[-max(1, len(losses) // 4) :]
+        found[name] = {
+            "samples_per_second": summary([samples / t for t in times]),
+            "final_loss": sum(window) / len(window),
+            "test_loss": test_loss(models[name], run, data, args.test_examples),
+            "losses": losses,
+        }
+    if gap:
+        found["PEFT"] = {"gap": gap}
+    else:
+        found["speedup"] = over({name: t[1:] for name, t in relay.times.items()}, "PEFT", "ours")
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__, rounds=11)
+    parser.add_argument("words", nargs="*", help="words of run.py: model=, task=, batch_size=, lr=, seed=, ...")
+    parser.add_argument("--methods", default="lora,hira")
+    parser.add_argument("--block", type=int, default=4, help="steps per turn (default 4)")
+    parser.add_argument("--test-examples", type=int, default=64, help="for the loss after training (default 64)")
+    args = parser.parse_intermixed_args(words)
+    args.steps = args.block * (args.rounds + 1)
+    env = environment(args.device)
+    show_environment("train_throughput", env)
+    results, rows = {}, []
+    for method in args.methods.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            found = results[method] = measure(method, args, folder)
+        title = f"{found['model']}, {found['task']}, batch {found['batch_size']}, {args.steps} steps"
+        for side in ("ours", "PEFT"):
+            at = found[side]
+            if "gap" in at:
+                rows.append([method, "PEFT + Trainer", f"– ({at['gap']})", "–", "–", ""])
+                continue
+            speed = f"{at['samples_per_second']['median']:.2f}"
+            name = "ours" if side == "ours" else "PEFT + Trainer"
+            times = ratio(found.get("speedup")) if side == "ours" else ""
+            rows.append([method, name, speed, f"{at['final_loss']:.3f}", f"{at['test_loss']:.3f}", times])
+    print(title)
+    columns = ["method", "side", "samples/s", "loss, last quarter", "loss, test set", "ours over PEFT (quartiles)"]
+    show_table(columns, rows)
+    write_json(args, "train_throughput", env, results)
+
+
+if __name__ == "__main__":
+    main()

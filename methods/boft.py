@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.errors import UserError
+from highrank.kernels import row_scaled
 from highrank.method import Method, Site
 from highrank.registry import register_method
 
@@ -90,9 +91,7 @@ class BOFT(Method):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = s ⊙ (W (Qᵀ x)) + bias, each block of Q on its slice of x."""
-        y = F.linear(_times(x, self.cached("Q", W, self.rotation).to(x.dtype)), W)
-        scaled = self.s * y if bias is None else torch.addcmul(bias, self.s, y)
-        return scaled.to(y.dtype)
+        return row_scaled(F.linear(_times(x, self.cached("Q", W, self.rotation).to(x.dtype)), W), self.s, bias)
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: BOFTConfig) -> None:

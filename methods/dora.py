@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.errors import UserError
+from highrank.kernels import low_rank_linear, row_scaled
 from highrank.method import Method, Site, kaiming_uniform_
 from highrank.registry import register_method
 
@@ -87,15 +88,13 @@ class DoRA(Method):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         g = self.cached("g", W, lambda: self.gain(W))
-        A, B = self.A.to(x.dtype), (self.cfg.scaling * self.B).to(x.dtype)
         if self.cfg.dropout and self.training:
+            A, B = self.A.to(x.dtype), (self.cfg.scaling * self.B).to(x.dtype)
             x_dropped = F.dropout(x, self.cfg.dropout)
             y = F.linear(x, W, bias)
             update = (g - 1) * F.linear(x_dropped, W) + g * F.linear(F.linear(x_dropped, A), B)
             return y + update.to(y.dtype)
-        y = F.linear(x, W) + F.linear(F.linear(x, A), B)
-        scaled = g * y if bias is None else torch.addcmul(bias, g, y)
-        return scaled.to(y.dtype)
+        return row_scaled(low_rank_linear(x, W, self.A, self.B, self.cfg.scaling), g, bias)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: DoRAConfig) -> int:

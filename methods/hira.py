@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from highrank.errors import UserError
+from highrank.kernels import in_compute_dtype
 from highrank.method import Method, Site, kaiming_uniform_
 from highrank.registry import register_method
 
@@ -190,10 +191,3 @@ def _linear(x: Tensor, W: Tensor, operand: Tensor, bias: Tensor | None) -> Tenso
     if x.dtype.itemsize > 2:
         return F.linear(x, operand.to(x.dtype), bias)
     return F.linear(x, W.to(x.dtype), bias) + F.linear(x, operand)
-
-
-def in_compute_dtype(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Casts as autocast would before a linear layer, so that it can be switched off around fp32 arithmetic."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x, None if bias is None else bias.to(x.dtype)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from highrank.kernels import row_scaled
 from highrank.method import Method, Site
 from highrank.registry import register_method
 
@@ -53,9 +54,7 @@ class HyperAdapt(Method):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """One dense product: y = a ⊙ (W (b ⊙ x)) + bias, both scalings in fp32 (in bf16, 1 + 0.003 is 1)."""
-        y = F.linear((self.b * x).to(x.dtype), W)
-        scaled = self.a * y if bias is None else torch.addcmul(bias, self.a, y)
-        return scaled.to(y.dtype)
+        return row_scaled(F.linear((self.b * x).to(x.dtype), W), self.a, bias)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: HyperAdaptConfig) -> int:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.errors import UserError
+from highrank.kernels import low_rank_linear
 from highrank.method import Method, Site, kaiming_uniform_
 from highrank.registry import register_method
 
@@ -64,9 +65,10 @@ class LoRA(Method):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """Two thin products beside the frozen one: y = x Wᵀ + bias + scaling (x̃ Aᵀ) Bᵀ."""
+        if not (self.cfg.dropout and self.training):
+            return low_rank_linear(x, W, self.A, self.B, self.cfg.scaling, bias)
         A, B = self.A.to(x.dtype), (self.cfg.scaling * self.B).to(x.dtype)
-        x_dropped = F.dropout(x, self.cfg.dropout, self.training)
-        return F.linear(x, W, bias) + F.linear(F.linear(x_dropped, A), B)
+        return F.linear(x, W, bias) + F.linear(F.linear(F.dropout(x, self.cfg.dropout), A), B)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: LoRAConfig) -> int:

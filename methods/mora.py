@@ -1,6 +1,6 @@
 """MoRA: high-rank updating with one small square matrix.
 
-    ΔW x = decompress(M compress(x)),    W' = W + ΔW,    r̂ = ⌊√(r (n + k)) + ½⌋, for type 6 the even number at or below
+    W' = W + ΔW,    ΔW x = decompress(M compress(x)),    r̂ = ⌊√(r (n + k)) + ½⌋, for type 6 the even number at or below
 
 Type 1, sharing:   x, continued from its own start to a multiple of r̂, is cut into blocks of r̂ and the blocks are
                    summed; the r̂ outputs of M are repeated until there are n.

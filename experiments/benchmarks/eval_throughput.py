@@ -33,7 +33,8 @@ from common import (
 
 from highrank.backbones import load_backbone
 from highrank.config import compose_run
-from highrank.data import TaskData, encode_prompt, pad
+from highrank.data import TaskData, pad
+from highrank.encoding import encode_prompt
 from highrank.module import FineTuner
 from highrank.run import build_model
 

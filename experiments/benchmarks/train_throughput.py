@@ -46,7 +46,8 @@ from lightning.pytorch.callbacks import Callback
 from highrank.adapters import Adapters
 from highrank.backbones import load_backbone
 from highrank.config import Run, compose_run
-from highrank.data import TaskData, collate, encode
+from highrank.data import TaskData, collate
+from highrank.encoding import encode
 from highrank.loss import language_model_loss
 from highrank.module import SCHEDULERS, FineTuner
 from highrank.results import RunDirectory

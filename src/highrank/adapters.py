@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from highrank.errors import UserError
 from highrank.method import Method, Site
 from highrank.placement import WeightView, weight_of
+from highrank.whole import WholeModelMethod
 
 FORMAT_VERSION = 1
 
@@ -78,10 +79,12 @@ class AdaptedLinear(nn.Module):
 class Adapters:
     """The adapters of one model and what can be done with them; made by `attach`."""
 
-    def __init__(self, model: nn.Module, views: Sequence[WeightView], method: type[Method], cfg: Any, seed: int):
+    def __init__(self, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, seed: int):
         self.model, self.views, self.method, self.cfg, self.seed = model, list(views), method, cfg, seed
-        self.by_view: dict[str, Method] = {}
+        self.by_view: dict[str, Any] = {}
+        """The adapter of each view; for a method whose update is no weight, its one module under the method's name."""
         self.layers: dict[str, AdaptedLinear] = {}
+        self.whole: WholeModelMethod | None = None
         self.extra: list[str] = []
         """Names of parameters outside the adapters that train too: heads, or everything in full fine-tuning."""
 
@@ -103,6 +106,8 @@ class Adapters:
         """Writes W' into the base weights and keeps W, so that `unmerge` restores it bit for bit."""
         if self.merged:
             raise UserError("merge: the adapter is merged already, got merged=True; unmerge first")
+        if self.whole is not None:
+            self.whole.merge(self.model)
         for layer in self.layers.values():
             W = weight_of(layer.base)
             layer.merged_from = W.clone()
@@ -115,13 +120,16 @@ class Adapters:
         """Restores the pristine base weights, bit for bit."""
         if not self.merged:
             raise UserError("unmerge: the adapter must be merged, got merged=False")
+        if self.whole is not None:
+            self.whole.unmerge(self.model)
         for layer in self.layers.values():
             weight_of(layer.base).copy_(layer.merged_from)  # type: ignore[arg-type]
             layer.merged_from = None
 
     @property
     def merged(self) -> bool:
-        return any(layer.merged_from is not None for layer in self.layers.values())
+        whole = self.whole is not None and self.whole.merged
+        return whole or any(layer.merged_from is not None for layer in self.layers.values())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -130,16 +138,23 @@ class Adapters:
             raise UserError("disabled: the adapter must not be merged, got merged=True; unmerge first")
         for layer in self.layers.values():
             layer.enabled = False
+        if self.whole is not None:
+            self.whole.unplug()
         try:
             yield
         finally:
             for layer in self.layers.values():
                 layer.enabled = True
+            if self.whole is not None:
+                self.whole.plug(self.model)
 
     def unload(self) -> nn.Module:
         """Takes the wrappers off and returns the model: with W' if merged, else with W."""
         for path, layer in self.layers.items():
             _set_module(self.model, path, layer.base)
+        if self.whole is not None:
+            self.whole.unplug()
+            del self.model.highrank_adapter
         return self.model
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -186,13 +201,27 @@ class Adapters:
         named = dict(self.model.named_parameters())
         return sum(named[name].numel() for name in self.extra)
 
+    @property
+    def _embeddings(self) -> Tensor:
+        return self.model.get_input_embeddings().weight  # type: ignore[operator]
+
+    @property
+    def base_dtype(self) -> str:
+        return str((self.base_weight(self.views[0]) if self.views else self._embeddings).dtype)
+
     @torch.no_grad()
     def probe(self) -> dict[str, list[float]]:
         """Returns, per view, ‖y‖² and a signed sum of y = x W'ᵀ for one fixed input: a fingerprint of W and adapter.
 
-        It differs if the adapter is loaded on another base, with another R or other shared projections.
+        It differs if the adapter is loaded on another base, with another R or other shared projections. Without views it
+        is taken of the first input embeddings.
         """
         prints = {}
+        if self.whole is not None:
+            E = self._embeddings[:1024].double().cpu()
+            y = E @ torch.cos(torch.arange(E.shape[1], dtype=torch.float64)) / E.shape[1] ** 0.5
+            signs = torch.cos(1.7 * torch.arange(len(E), dtype=torch.float64))
+            prints["input embeddings"] = [float(y.square().sum()), float((signs * y).sum())]
         for view in self.views:
             x = torch.cos(torch.arange(view.in_features, dtype=torch.float64)) / view.in_features**0.5
             signs = torch.cos(1.7 * torch.arange(view.out_features, dtype=torch.float64))
@@ -222,7 +251,7 @@ class Adapters:
             "fields": asdict(self.cfg),
             "seed": self.seed,
             "sha256": hashlib.sha256(weights).hexdigest(),
-            "base_dtype": str(self.base_weight(self.views[0]).dtype),
+            "base_dtype": self.base_dtype,
             "views": [asdict(view) for view in self.views],
             "extra": self.extra,
             "probe": self.probe(),
@@ -248,7 +277,7 @@ class Adapters:
         self.load_state_dict(safetensors.torch.load(raw))
         # The same base held in another dtype differs by its rounding, 2^-9 per entry; in the same dtype by nothing but
         # the order of fp64 sums and, for a truncated R, the SVD's last digits.
-        same_dtype = card["base_dtype"] == str(self.base_weight(self.views[0]).dtype)
+        same_dtype = card["base_dtype"] == self.base_dtype
         tolerance = 1e-5 if same_dtype else 2e-2
         for name, found in self.probe().items():
             stored = card["probe"][name]
@@ -292,15 +321,17 @@ def write_atomic(path: Path, data: bytes) -> None:
 def attach(
     model: nn.Module,
     views: Sequence[WeightView],
-    method: type[Method],
+    method: Any,
     cfg: Any,
     seed: int = 0,
     heads: Sequence[str] = (),
+    tokenizer: Any = None,
 ) -> Adapters:
     """Freezes `model`, puts one adapter on each view and unfreezes `heads` (names of modules that train in full).
 
     An adapter's start depends on `seed` and its view's name alone, so adding a placement leaves the others unchanged.
     Everything that trains is fp32, whatever the base is: heads are cast, and for full fine-tuning the whole model.
+    A method whose update is no weight takes no views; `tokenizer` is for those of them that start from a text.
     """
     adapters = Adapters(model, views, method, cfg, seed)
     model.requires_grad_(False)
@@ -308,6 +339,36 @@ def attach(
         model.float()
     for name in heads:
         _train_in_fp32(model.get_submodule(name))
+    if method.site == "weight":
+        _wrap(adapters)
+    else:
+        _plug(adapters, tokenizer)
+    bases = {id(layer.base.weight) for layer in adapters.layers.values()}
+    own = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
+    in_heads = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
+    for name, parameter in model.named_parameters():
+        trains = method.replaces_base and id(parameter) not in bases
+        if id(parameter) not in own and (id(parameter) in in_heads or trains):
+            parameter.requires_grad_(True)
+            adapters.extra.append(name)
+    return adapters
+
+
+def _plug(adapters: Adapters, tokenizer: Any) -> None:
+    """Makes the one module of a method whose update is no weight, and lets it act."""
+    model, method, cfg = adapters.model, adapters.method, adapters.cfg
+    method.validate(model, cfg)
+    whole = method(model, cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_site_seed(adapters.seed, method.name))
+        whole.reset_parameters(model, tokenizer)
+    whole.to(_device(model)).plug(model)
+    model.highrank_adapter = adapters.whole = adapters.by_view[method.name] = whole
+
+
+def _wrap(adapters: Adapters) -> None:
+    """Puts one adapter on each view."""
+    model, views, method, cfg = adapters.model, adapters.views, adapters.method, adapters.cfg
     pristine = {view.name: weight_of(model.get_submodule(view.path), view.rows) for view in views}
     by_part: dict[str, dict[int, str]] = defaultdict(dict)
     for view in views:
@@ -315,7 +376,6 @@ def attach(
     shared = method.shared([view.shape for view in views], cfg)
     if shared is not None:
         model.highrank_shared = shared.to(_device(model))
-    extra_modules = [model.get_submodule(name) for name in heads]
     for view in views:
         W = pristine[view.name]
 
@@ -324,7 +384,7 @@ def attach(
             return [pristine[name] for name in names if name is not None]
 
         adapter = method(view.in_features, view.out_features, cfg, shared)
-        site_seed = int.from_bytes(hashlib.sha256(f"{seed}/{view.name}".encode()).digest()[:4], "big")
+        site_seed = _site_seed(adapters.seed, view.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(site_seed)
             adapter.reset_parameters(W.detach(), Site(view.name, site_seed, neighbours))
@@ -334,15 +394,10 @@ def attach(
         adapters.by_view[view.name] = adapter
     for path, layer in adapters.layers.items():
         _set_module(model, path, layer)
-    bases = {id(p) for view in views for p in [adapters.layers[view.path].base.weight]}
-    own = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
-    in_heads = {id(p) for module in extra_modules for p in module.parameters()}
-    for name, parameter in model.named_parameters():
-        trains = method.replaces_base and id(parameter) not in bases
-        if id(parameter) not in own and (id(parameter) in in_heads or trains):
-            parameter.requires_grad_(True)
-            adapters.extra.append(name)
-    return adapters
+
+
+def _site_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
 
 
 def _train_in_fp32(head: nn.Module) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from highrank.adapters import Adapters
-from highrank.data import IGNORED, pad
+from highrank.data import pad
 from highrank.errors import UserError
+from highrank.loss import IGNORED
 from highrank.module import language_model_loss
 from highrank.sources import read_file
 

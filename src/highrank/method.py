@@ -36,6 +36,8 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     config: ClassVar[type]
+    site: ClassVar[str] = "weight"
+    """What the method acts on; methods on anything but weights follow the contract in `highrank.whole`."""
     default_lr: ClassVar[float] = 1e-3
     """A starting point for the learning rate, used when none is given."""
     exact_at_init: ClassVar[bool] = True

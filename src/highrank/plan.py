@@ -35,8 +35,9 @@ class Plan:
     method: str
     model: str
     placement: Any
+    """None for a method to which it does not apply."""
     matched: dict[str, int]
-    """Adapted weights per placement part."""
+    """Adapted weights per placement part; virtual tokens or biases for a method whose update is no weight."""
     params: Params
     num_train: int
     steps: int
@@ -54,19 +55,31 @@ def count(model: Any, views: Sequence[WeightView], method: Any, cfg: Any, kind: 
     """Returns the parameter counts of a method on a model, which may be on the meta device.
 
     Raises:
-        UserError: if the method's fields do not fit one of the weights.
+        UserError: if the method's fields do not fit one of the weights, or the model.
     """
-    for view in views:
-        method.validate(view.in_features, view.out_features, cfg)
     heads = head_modules(model) if kind != "generate" else []
     head = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
     total = sum(p.numel() for p in model.parameters()) - head
+    if method.site != "weight":
+        method.validate(model, cfg)
+        trainable = method.num_trainable(model, cfg)
+        return Params(trainable, total, 100 * trainable / (total + trainable), 0, head)
+    for view in views:
+        method.validate(view.in_features, view.out_features, cfg)
     frozen = sum(method.num_frozen_extra(v.in_features, v.out_features, cfg) for v in views)
     frozen += method.num_frozen_shared([v.shape for v in views], cfg)
     if method.replaces_base:
         return Params(total, total, 100.0, 0, head)
     trainable = sum(method.num_trainable(v.in_features, v.out_features, cfg) for v in views)
     return Params(trainable, total, 100 * trainable / (total + trainable), frozen, head)
+
+
+def adapted_views(run: Run, model: Any) -> list[WeightView]:
+    """Returns the weights that the run adapts; none for a method whose update is no weight."""
+    core = run.core
+    if run.method.site != "weight":
+        return []
+    return resolve(model, core.placement, core.layers, core.fused, core.architecture)
 
 
 def optimizer_steps(run: Run, num_train: int) -> int:
@@ -87,13 +100,13 @@ def make_plan(run: Run) -> Plan:
     config = model_config(run.model, run.core.path)
     model = empty_model(config, task.kind, task.num_labels)
     core = run.core
-    views = resolve(model, core.placement, core.layers, core.fused, core.architecture)
+    views = adapted_views(run, model)
     params = count(model, views, run.method, run.method_cfg, task.kind)
     num_train, tokens_each = _training_size(task, run)
     steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4
-    hidden = max(view.in_features for view in views)
-    num_layers = len({view.layer for view in views})
+    hidden = max((view.in_features for view in views), default=config.hidden_size)
+    num_layers = len({view.layer for view in views}) or config.num_hidden_layers
     trained = params.trainable + params.head
     memory = {
         "weights": params.total * (DTYPES[run.model["dtype"]].itemsize) + 4 * params.frozen_extra,
@@ -103,8 +116,8 @@ def make_plan(run: Run) -> Plan:
     return Plan(
         method=run.method.name,
         model=run.model["name"],
-        placement=core.placement,
-        matched=dict(Counter(view.part for view in views)),
+        placement=core.placement if views else None,
+        matched=dict(Counter(view.part for view in views)) if views else run.method.sites(model, run.method_cfg),
         params=params,
         num_train=num_train,
         steps=steps,

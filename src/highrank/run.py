@@ -23,8 +23,7 @@ from highrank.config import Run
 from highrank.data import TaskData
 from highrank.forgetting import forgetting
 from highrank.module import FineTuner
-from highrank.placement import resolve
-from highrank.plan import Plan, make_plan, optimizer_steps
+from highrank.plan import Plan, adapted_views, make_plan, optimizer_steps
 from highrank.results import RunDirectory, peak_memory
 from highrank.scoring import evaluate_rows, macro_average
 from highrank.selection import KeepBest
@@ -72,9 +71,11 @@ def build_model(run: Run, task: Task) -> tuple[Backbone, Adapters]:
     """Loads the backbone and attaches the run's adapters to it."""
     core = run.core
     backbone = load_backbone(run.model, core.path, task.kind, task.num_labels, core.seed)
-    views = resolve(backbone.model, core.placement, core.layers, core.fused, core.architecture)
+    views = adapted_views(run, backbone.model)
     heads = head_modules(backbone.model) if task.kind != "generate" else []
-    return backbone, attach(backbone.model, views, run.method, run.method_cfg, core.seed, heads)
+    return backbone, attach(
+        backbone.model, views, run.method, run.method_cfg, core.seed, heads, tokenizer=backbone.tokenizer
+    )
 
 
 def predict(trainer: lightning.Trainer, module: FineTuner, data: TaskData, records: Any) -> list[Any]:

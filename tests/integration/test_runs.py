@@ -16,13 +16,14 @@ from highrank.registry import available
 
 TINY = ["model=tiny_llama", "max_steps=2", "batch_size=2", "task.n_train=8", "task.n_test=3"]
 FIELDS = {"vera": ["r=4"], "hilora": ["r1=2", "r2=2"]} | {m: ["r=2"] for m in ("hira", "lora", "dora")}
+FIELDS["bitfit"] = ["model=tiny_qwen2"]  # llama has no biases
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("method", sorted(available("methods")))
 def test_every_method_runs(run_cli, method):
-    status, out, _ = run_cli(f"method={method}", *TINY, *FIELDS.get(method, []))
-    assert status == 0
+    status, out, err = run_cli(f"method={method}", *TINY, *FIELDS.get(method, []))
+    assert status == 0, err
     folder = Path(out.strip().splitlines()[-1])  # the last line is the run directory
     results = json.loads((folder / "results.json").read_text())
     assert results["status"] == "done"
@@ -108,6 +109,29 @@ def test_dry_run_loads_no_weights(run_cli):
     assert plan["matched"] == {"q": 32, "k": 32, "v": 32, "up": 32, "down": 32}
     assert plan["params"]["trainable"] == 56_623_104
     assert {"steps", "tokens", "memory_bytes"} <= set(plan)
+
+
+def test_dry_run_of_a_method_whose_update_is_no_weight(run_cli):
+    status, out, _ = run_cli("model=llama3_8b", "method=p_tuning", "dry_run=true")
+    assert status == 0
+    plan = json.loads((Path(out.strip().splitlines()[-1]) / "plan.json").read_text())
+    assert (plan["placement"], plan["matched"]) == (None, {"virtual tokens": 20})
+    assert plan["params"]["trainable"] == 50_425_856
+    status, _, err = run_cli("model=llama3_8b", "method=bitfit", "dry_run=true")
+    assert status == 2
+    assert "bitfit: the model has no biases to train, got model_type=llama" in err
+
+
+def test_merge_of_a_run_that_has_no_merged_weight(run_cli, tmp_path, capsys):
+    from highrank.cli import main
+
+    _, out, _ = run_cli(*TINY, "method=prompt_tuning")
+    folder = Path(out.strip().splitlines()[-1])
+    assert main(["merge", str(folder), "--out", str(tmp_path / "merged")]) == 2
+    assert "merge: prompt_tuning has no merged weight" in capsys.readouterr().err
+    assert main(["eval", str(folder)]) == 0
+    again = json.loads("{" + capsys.readouterr().out.split("{", 1)[1])
+    assert again == json.loads((folder / "results.json").read_text())["metrics"]["final"]
 
 
 def test_ctrl_c_leaves_a_usable_directory(tmp_path):

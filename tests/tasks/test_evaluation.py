@@ -12,7 +12,9 @@ import torch
 from highrank.answers import RULES
 from highrank.backbones import load_backbone, tiny_tokenizer
 from highrank.config import Protocol, RunConfig
-from highrank.data import IGNORED, TaskData, encode, hold_out
+from highrank.data import TaskData, hold_out
+from highrank.encoding import encode
+from highrank.loss import IGNORED
 from highrank.dialogue import dialogue_metrics
 from highrank.errors import UserError
 from highrank.module import FineTuner

@@ -16,7 +16,8 @@ import pytest
 
 from highrank.backbones import tiny_tokenizer
 from highrank.config import compose_run, digest
-from highrank.data import IGNORED, encode, encode_prompt
+from highrank.encoding import encode, encode_prompt
+from highrank.loss import IGNORED
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "protocols.json"
 PROTOCOLS = ("clean", "llm_adapters", "hyperadapt", "hira", "peft_metamath")

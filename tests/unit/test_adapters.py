@@ -26,7 +26,8 @@ SMALL = {
     "boft": [{"butterfly_factor": 2}],
     "mora": [{"r": 2}, {"r": 2, "type": 1}],
 }
-CASES = [(name, fields) for name in sorted(available("methods")) for fields in SMALL.get(name, [{}])]
+WEIGHT_METHODS = [name for name in sorted(available("methods")) if load("methods", name).site == "weight"]
+CASES = [(name, fields) for name in WEIGHT_METHODS for fields in SMALL.get(name, [{}])]
 
 
 def backbone(name, dtype="float32", shuffled=False):

@@ -10,8 +10,7 @@ import pytest
 
 from highrank.backbones import empty_model, model_config
 from highrank.config import compose_run
-from highrank.placement import resolve
-from highrank.plan import count
+from highrank.plan import adapted_views, count
 
 
 @functools.cache
@@ -24,8 +23,7 @@ def params(words):
     run = compose_run(words.split())
     kind = "classify" if run.model["name"] == "roberta_large" else "generate"
     model = model_of(run.model["name"], kind)
-    views = resolve(model, run.core.placement, run.core.layers, run.core.fused)
-    return count(model, views, run.method, run.method_cfg, kind)
+    return count(model, adapted_views(run, model), run.method, run.method_cfg, kind)
 
 
 TOTALS = {
@@ -110,6 +108,13 @@ HIRA_PAPER = [
     ("llama3_8b method=hira r=16", 28_311_552, 0.3513),
     ("llama3_8b method=dora r=32", 57_409_536, 0.7098),  # printed 0.7002
     ("llama3_8b method=mora r=32", 56_583_168, 0.6997),
+    ("llama2_7b method=mora type=1 r=32", 56_079_424, 0.8254),  # not what the table has
+    ("llama3_8b method=mora type=1 r=32", 56_634_944, 0.7003),
+    ("llama2_7b method=prompt_tuning", 81_920, 0.0012),
+    ("llama2_7b method=p_tuning", 50_425_856, 0.7428),  # version 1, whatever the text says of every layer
+    ("llama3_8b method=prompt_tuning", 81_920, 0.0010),
+    ("llama3_8b method=p_tuning", 50_425_856, 0.6240),
+    ("llama3_8b method=prefix", 1_310_720, 0.0163),  # 20 · 2 · 32 · 1024: eight key-value heads
 ]
 
 
@@ -178,6 +183,8 @@ PEFT_COMPARISON = {
     "method=dora r=32": 9_289_728,
     "method=vera r=256": 129_024,
     "method=boft": 802_816,
+    "method=prompt_tuning num_virtual_tokens=200": 614_400,
+    "method=p_tuning": 28_382_208,
 }
 
 
@@ -185,6 +192,11 @@ PEFT_COMPARISON = {
 def test_peft_method_comparison(words, trainable):
     """Llama-3.2-3B, q and v, as listed in huggingface/peft method_comparison/MetaMathQA."""
     assert params(f"model=llama3.2_3b placement=qv {words}").trainable == trainable
+
+
+def test_bitfit():
+    assert params("model=qwen2.5_7b method=bitfit").trainable == 129_024  # q, k and v
+    assert params("model=roberta_large method=bitfit").trainable == 271_360  # linear layers and norms of the encoder
 
 
 def test_full_fine_tuning_trains_everything():

@@ -1,0 +1,85 @@
+"""Prefix tuning (P-tuning version 2): trained keys and values in front of every layer's own.
+
+    K'_l = [P_l0; K_l],    V'_l = [P_l1; V_l]    for every layer l and head
+
+| symbol   | shape             | start                   | trained |
+| -------- | ----------------- | ----------------------- | ------- |
+| K_l, V_l | (g, T, d_h)       | the tokens', in layer l | no      |
+| P        | (L, 2, g, p, d_h) | N(0, 1)                 | yes     |
+
+g key-value heads of d_h numbers, L layers. Trainable: 2 p L g d_h for the whole model. The output differs from the base's
+at the start, and there is no merged weight.
+
+Source: Li and Liang, "Prefix-Tuning", arXiv 2101.00190, section 4 (eq. 3); Liu et al., "P-Tuning v2", arXiv 2110.07602,
+section 3, which trains P itself, without a network in front.
+Reference code: huggingface/peft 0.21, tuners/prefix_tuning (prefix_projection off; embedding.weight = P as (p, 2 L g d_h)).
+P holds keys as they are behind the rotary embedding, as there; the tokens' positions count from p on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from highrank.errors import UserError
+from highrank.registry import register_method
+from highrank.whole import VirtualTokens, is_start, make_room, named
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    num_virtual_tokens: int = 20
+    """p, trained positions in front of every layer's keys and values."""
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise UserError(
+                f"prefix: num_virtual_tokens must be >= 1, got num_virtual_tokens={self.num_virtual_tokens}"
+            )
+
+
+@register_method(config=PrefixConfig)
+class Prefix(VirtualTokens):
+    site = "prefix"
+
+    def __init__(self, model: Any, cfg: PrefixConfig):
+        super().__init__(model, cfg)
+        layers, heads, width = _shape(model.config)
+        self.P = nn.Parameter(torch.empty(layers, 2, heads, cfg.num_virtual_tokens, width))
+
+    def reset_parameters(self, model: Any, tokenizer: Any) -> None:
+        nn.init.normal_(self.P)
+
+    def hooks(self, model: Any) -> list[RemovableHandle]:
+        return [model.base_model.register_forward_pre_hook(self._fill_cache, with_kwargs=True)]
+
+    def _fill_cache(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        from transformers import DynamicCache
+
+        if body.training and any(getattr(module, "gradient_checkpointing", False) for module in body.modules()):
+            raise UserError(
+                "prefix: activation checkpointing keeps no cache for a prefix to be in, got checkpoint_activations=true"
+            )
+        kwargs = named(args, kwargs)
+        if is_start(kwargs):
+            cache = kwargs.get("past_key_values")
+            if cache is None:
+                cache = kwargs["past_key_values"] = DynamicCache(config=body.config)
+            rows = len(kwargs["input_ids"])
+            for layer, (K, V) in enumerate(self.P.to(body.dtype)):
+                cache.update(K.expand(rows, -1, -1, -1), V.expand(rows, -1, -1, -1), layer)
+        return (), make_room(kwargs, self.cfg.num_virtual_tokens, 0)
+
+    @classmethod
+    def num_trainable(cls, model: Any, cfg: PrefixConfig) -> int:
+        layers, heads, width = _shape(model.config)
+        return 2 * cfg.num_virtual_tokens * layers * heads * width
+
+
+def _shape(config: Any) -> tuple[int, int, int]:
+    """Returns L, g and d_h."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, width

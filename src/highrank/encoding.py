@@ -1,0 +1,88 @@
+"""From an example to tokens and labels, under a protocol."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from highrank.config import Protocol
+from highrank.errors import UserError
+from highrank.loss import IGNORED
+from highrank.task import Example, LabelledText, Record
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of one example; `labels` holds a target per token (IGNORED elsewhere), or the one class or value."""
+
+    input_ids: list[int]
+    labels: list[int] | float
+    token_type_ids: list[int] | None = None
+    cut: str = ""
+    """What the cut-off took: "" nothing, "cut" some tokens, "answer_lost" the whole target."""
+
+
+def prompt_text(example: Example, protocol: Protocol, evaluation: bool = False) -> str:
+    """Returns the text that a model is given before it answers."""
+    plain, with_input = protocol.template, protocol.template_with_input
+    if evaluation:
+        plain = protocol.eval_template or plain
+        with_input = protocol.eval_template_with_input or (None if protocol.eval_template else with_input)
+    if example.input and with_input is not None:
+        return with_input.format(instruction=example.instruction, input=example.input)
+    instruction = f"{example.instruction}\n{example.input}" if example.input else example.instruction
+    return plain.format(instruction=instruction)
+
+
+def encode_prompt(example: Example, protocol: Protocol, tokenizer: Any, evaluation: bool = True) -> list[int]:
+    """Returns the tokens that a model is given before it answers."""
+    bos = protocol.eval_bos if evaluation and protocol.eval_bos is not None else protocol.bos
+    return tokenizer(prompt_text(example, protocol, evaluation), add_special_tokens=bos).input_ids
+
+
+def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool = False) -> Encoded | None:
+    """Returns the tokens of prompt and target, or None if the protocol drops the example for its length.
+
+    Unless the protocol tokenises them as one text, prompt and target are tokenised apart, so that the border is where
+    it will be when the model answers.
+
+    Raises:
+        UserError: if the protocol ends targets with an end-of-text token that the tokenizer lacks.
+    """
+    if isinstance(record, LabelledText):
+        return encode_text(record, protocol, tokenizer)
+    if protocol.eos and tokenizer.eos_token_id is None:
+        raise UserError(f"protocol {protocol.name}: eos=true needs a tokenizer with an end-of-text token, got none")
+    prompt = encode_prompt(record, protocol, tokenizer, evaluation)
+    if protocol.joint:
+        text = prompt_text(record, protocol, evaluation) + record.output
+        target = tokenizer(text, add_special_tokens=protocol.bos).input_ids
+        prompt, target = target[: len(prompt)], target[len(prompt) :]
+    else:
+        target = tokenizer(record.output, add_special_tokens=False).input_ids
+    target = target + [tokenizer.eos_token_id] * protocol.eos
+    whole, whole_target = len(prompt) + len(target), len(target)
+    if protocol.max_target_length is not None:
+        prompt, target = prompt[: protocol.max_length], target[: protocol.max_target_length]
+    else:
+        prompt = prompt[: protocol.max_length]
+        target = target[: protocol.max_length - len(prompt)]
+    cut = ""
+    if len(prompt) + len(target) < whole:
+        if protocol.too_long == "drop":
+            return None
+        cut = "cut" if target or not whole_target else "answer_lost"
+    ids = prompt + target
+    return Encoded(ids, [IGNORED] * len(prompt) + target if protocol.mask_prompt else list(ids), cut=cut)
+
+
+def encode_text(record: LabelledText, protocol: Protocol, tokenizer: Any) -> Encoded:
+    """Returns an encoder's input; texts that are too long are cut, as encoders' tokenizers do, the longer one first."""
+    texts = (record.text,) if record.text_pair is None else (record.text, record.text_pair)
+    tokens = tokenizer(*texts, truncation=True, max_length=protocol.max_length)
+    full = len(tokens.input_ids) == protocol.max_length
+    cut = full and len(tokenizer(*texts).input_ids) > protocol.max_length
+    return Encoded(tokens.input_ids, record.label, tokens.get("token_type_ids"), "cut" if cut else "")
+
+
+def supervised(row: Encoded) -> bool:
+    """Whether any loss falls on the example."""
+    return not isinstance(row.labels, list) or any(label != IGNORED for label in row.labels[1:])

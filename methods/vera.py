@@ -23,10 +23,12 @@ than K gets the smaller bound of K.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from highrank.errors import UserError
 from highrank.method import Method, Site
@@ -84,10 +86,9 @@ class VeRA(Method):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = x Wᵀ + bias + λ_b ⊙ (B (λ_d ⊙ (A x̃))): the vectors act on activations, in fp32."""
-        A, B = (projection.to(x.dtype) for projection in self._projections())
-        narrow = self.lambda_d * F.linear(F.dropout(x, self.cfg.dropout, self.training), A)
-        y = F.linear(x, W, bias)
-        return torch.addcmul(y, self.lambda_b, F.linear(narrow.to(x.dtype), B)).to(y.dtype)
+        A, B = self._projections()
+        narrow = F.linear(F.dropout(x, self.cfg.dropout, self.training), A.to(x.dtype))
+        return Widen.apply(narrow, self.lambda_d, B.to(narrow.dtype), self.lambda_b, F.linear(x, W, bias))
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: VeRAConfig) -> int:
@@ -100,6 +101,31 @@ class VeRA(Method):
     @classmethod
     def shared(cls, shapes: Sequence[tuple[int, int]], cfg: VeRAConfig) -> nn.Module:
         return Projections(shapes, cfg)
+
+
+class Widen(torch.autograd.Function):
+    """y = base + λ_b ⊙ (B (λ_d ⊙ p)), keeping p (..., r); wide = B (λ_d ⊙ p) (..., n) is kept only where n > r, else built
+    again.
+
+    With δ = ∂y and ∂s = B^T (λ_b ⊙ δ): ∂p = λ_d ⊙ ∂s, ∂λ_d = Σ p ⊙ ∂s, ∂λ_b = Σ δ ⊙ wide, ∂base = δ. B is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, d: Tensor, B: Tensor, b: Tensor, base: Tensor) -> Tensor:
+        wide = F.linear((d * p).to(p.dtype), B)
+        ctx.save_for_backward(p, d, B, b, wide if B.shape[0] > B.shape[1] else None)
+        return torch.addcmul(base, b, wide).to(base.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        p, d, B, b, wide = ctx.saved_tensors
+        if wide is None:
+            wide = F.linear((d * p).to(p.dtype), B)
+        db = (dy * wide).reshape(-1, len(b)).sum(0, dtype=b.dtype)
+        ds = (b * dy).to(p.dtype) @ B
+        dd = (p * ds).reshape(-1, len(d)).sum(0, dtype=d.dtype)
+        return (d * ds).to(p.dtype), dd, None, db, dy
 
 
 def _largest(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -5,7 +5,7 @@ One record: "Ben has 4 boxes with 6 shells in each and 5 loose shells. How many 
 step, then end with "The answer is" and the number." -> "4 * 6 = 24. 24 + 5 = 29. The answer is 29."
 Metric: exact-answer accuracy in percent, higher is better. Decoding is the protocol's.
 
-There are 14 families of problems with one or two operations. The split of a problem is decided by a hash of its whole
+There are 13 families of problems with one or two operations. The split of a problem is decided by a hash of its whole
 computation ("4*6=24;24+5=29", operands of + and * sorted), so a computation, and with it a question, lives in exactly
 one of train, validation and test, whatever the seed or the size asked for. Single steps are shared on purpose: 4*6 may
 occur in training and inside a longer test problem. Only `Random.random()` and sha256 are used, whose results are the
@@ -107,7 +107,7 @@ def _apply(x, op, y):
 
 
 def _add(d):
-    a, b = d.int(6, 60), d.int(6, 39)
+    a, b = d.int(3, 20), d.int(3, 20)
     p, q = d.two_names()
     t = d.one(_THINGS)
     question = d.one(
@@ -121,8 +121,8 @@ def _add(d):
 
 
 def _sub(d):
-    a = d.int(14, 90)
-    b = d.int(3, a - 4)
+    a = d.int(5, 20)
+    b = d.int(2, a - 2)
     p, q = d.two_names()
     t = d.one(_THINGS)
     question = d.one(
@@ -136,22 +136,22 @@ def _sub(d):
 
 
 def _compare(d):
-    b = d.int(4, 40)
-    a = b + d.int(3, 40)
+    b = d.int(2, 10)
+    a = b + d.int(2, 10)
     p, q = d.two_names()
     t = d.one(_THINGS)
     question = d.one(
         (
             f"{p} has {a} {t} and {q} has {b} {t}. How many more {t} does {p} have than {q}?",
-            f"{q} found {b} {t}. {p} found {a} {t}. How many fewer {t} did {q} find than {p}?",
-            f"{q} has {b} {t}. {p} has {a} {t}. How many {t} does {q} need to have as many as {p}?",
+            f"{p} found {a} {t}. {q} found {b} {t}. How many more {t} did {p} find than {q}?",
+            f"{p} wants {a} {t} but has only {b} {t}. How many more {t} does {p} need?",
         )
     )
     return question, [(a, "-", b)]
 
 
 def _mul(d):
-    a, b = d.int(2, 9), d.int(3, 12)
+    a, b = d.int(2, 9), d.int(2, 10)
     p, _ = d.two_names()
     t = d.one(_THINGS)
     box, boxes = d.one(_BOXES)
@@ -166,7 +166,7 @@ def _mul(d):
 
 
 def _div(d):
-    a, b = d.int(2, 9), d.int(3, 12)
+    a, b = d.int(2, 9), d.int(2, 10)
     p, _ = d.two_names()
     t = d.one(_THINGS)
     box, boxes = d.one(_BOXES)
@@ -181,7 +181,7 @@ def _div(d):
 
 
 def _mul_add(d):
-    a, b, c = d.int(2, 9), d.int(3, 10), d.int(2, 20)
+    a, b, c = d.int(2, 6), d.int(2, 10), d.int(2, 10)
     p, she = d.person()
     t = d.one(_THINGS)
     _, boxes = d.one(_BOXES)
@@ -196,8 +196,8 @@ def _mul_add(d):
 
 
 def _mul_sub(d):
-    a, b, c = d.int(2, 9), d.int(3, 10), d.int(2, 20)
-    c = min(c, a * b - 2)
+    a, b = d.int(2, 6), d.int(3, 10)
+    c = d.int(2, min(10, a * b - 2))
     p, she = d.person()
     t = d.one(_THINGS)
     _, boxes = d.one(_BOXES)
@@ -212,8 +212,8 @@ def _mul_sub(d):
 
 
 def _change(d):
-    a, b = d.int(2, 9), d.int(2, 10)
-    c = d.one([note for note in (20, 50, 100) if note > a * b + 1])
+    a, b = d.int(2, 6), d.int(2, 8)
+    c = d.one([note for note in (20, 50) if note > a * b + 1])
     p, she = d.person()
     good, goods = d.one(_GOODS)
     question = d.one(
@@ -227,8 +227,8 @@ def _change(d):
 
 
 def _add_sub(d):
-    a, b = d.int(8, 50), d.int(4, 30)
-    c = d.int(3, a + b - 4)
+    a, b = d.int(3, 15), d.int(2, 10)
+    c = d.int(2, min(10, a + b - 2))
     p, she = d.person()
     t = d.one(_THINGS)
     question = d.one(
@@ -242,8 +242,8 @@ def _add_sub(d):
 
 
 def _sub_add(d):
-    a = d.int(12, 60)
-    b, c = d.int(3, a - 4), d.int(3, 30)
+    a = d.int(6, 20)
+    b, c = d.int(2, min(10, a - 2)), d.int(2, 10)
     p, she = d.person()
     t = d.one(_THINGS)
     question = d.one(
@@ -257,35 +257,35 @@ def _sub_add(d):
 
 
 def _more_total(d):
-    a, b = d.int(4, 30), d.int(2, 20)
+    a, b = d.int(3, 15), d.int(2, 10)
     p, q = d.two_names()
     t = d.one(_THINGS)
     question = d.one(
         (
             f"{p} has {a} {t}. {q} has {b} more {t} than {p}. How many {t} do they have together?",
             f"{p} made {a} {t} on Friday and {b} more than that on Saturday. How many {t} did {p} make in all?",
-            f"{q} found {b} more {t} than {p}, who found {a}. How many {t} did they find in total?",
+            f"{p} found {a} {t} and {q} found {b} more than {p}. How many {t} did they find in total?",
         )
     )
     return question, [(a, "+", b), (a, "+", a + b)]
 
 
 def _times_total(d):
-    a, b = d.int(3, 12), d.int(2, 6)
+    a, b = d.int(2, 10), d.int(2, 5)
     p, q = d.two_names()
     t = d.one(_THINGS)
     question = d.one(
         (
             f"{p} has {a} {t}. {q} has {b} times as many. How many {t} do they have together?",
             f"{p} sold {a} {t} in May and {b} times as many in June. How many {t} did {p} sell in all?",
-            f"{q} has {b} times as many {t} as {p}, who has {a}. How many {t} are there altogether?",
+            f"{p} owns {a} {t}. {q} owns {b} times as many {t} as {p}. How many {t} are there altogether?",
         )
     )
     return question, [(b, "*", a), (a, "+", a * b)]
 
 
 def _sub_div(d):
-    a, b, c = d.int(2, 9), d.int(2, 10), d.int(2, 15)
+    a, b, c = d.int(2, 6), d.int(2, 8), d.int(2, 9)
     total = a * b + c
     p, she = d.person()
     t = d.one(_THINGS)
@@ -298,23 +298,6 @@ def _sub_div(d):
         )
     )
     return question, [(total, "-", c), (a * b, "/", a)]
-
-
-def _add_div(d):
-    a, b = d.int(2, 9), d.int(3, 10)
-    total = a * b
-    c = d.int(2, total - 2)
-    p, q = d.two_names()
-    t = d.one(_THINGS)
-    _, boxes = d.one(_BOXES)
-    question = d.one(
-        (
-            f"{p} has {c} {t} and {q} has {total - c}. They share all of them equally among {a} friends. How many {t} does each friend get?",
-            f"{p} picked {c} {t} and {q} picked {total - c}. They packed them in {boxes} of {a}. How many {boxes} did they fill?",
-            f"A class of {c} girls and {total - c} boys is split into {a} equal teams. How many children are in each team?",
-        )
-    )
-    return question, [(c, "+", total - c), (total, "/", a)]
 
 
 FAMILIES = (
@@ -331,7 +314,6 @@ FAMILIES = (
     _more_total,
     _times_total,
     _sub_div,
-    _add_div,
 )
 
 
@@ -408,7 +390,7 @@ class WordMath(Task):
     kind = "generate"
     family = "math"
     version = 2
-    max_new_tokens = 40
+    max_new_tokens = 32
 
     def train(self) -> Sequence[Example]:
         return generate("train", self.cfg.n_train, self.cfg.data_seed)

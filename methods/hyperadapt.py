@@ -15,7 +15,7 @@ B = [bᵀ; 1ᵀ].
 Source: "HyperAdapt: Simple High-Rank Adaptation", arXiv 2509.18629, section 3 (W' and Lemma 1, the rank bound).
 Reference code: the listing in section 4 (diag_A = a as (n, 1), diag_B = b as (1, k)).
 Differences: the listing builds W' in each step and fails on every bias (it tests a tensor's truth value, or reads a field
-that was never set); here the vectors act on activations and a bias is added after a, unscaled. Neither a nor b decays:
+that was never set); here a bias is added after a, unscaled. Neither a nor b decays:
 their neutral value is 1.
 """
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.kernels import row_scaled
+from highrank.kernels import ScaledWeightLinear, row_scaled, scales_weight
 from highrank.method import Method, Site
 from highrank.registry import register_method
 
@@ -53,7 +53,13 @@ class HyperAdapt(Method):
         return self.a[:, None] * W * self.b
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        """One dense product: y = a ⊙ (W (b ⊙ x)) + bias, both scalings in fp32 (in bf16, 1 + 0.003 is 1)."""
+        """One dense product: y = a ⊙ (W (b ⊙ x)) + bias, both scalings in fp32 (in bf16, 1 + 0.003 is 1).
+
+        The vectors act on activations, or on W where that is fewer numbers to touch.
+        """
+        if scales_weight(x, W, self.a, self.b):
+            y = ScaledWeightLinear.apply(x.reshape(-1, x.shape[-1]), W, self.a, self.b, bias)
+            return y.view(*x.shape[:-1], len(W))
         return row_scaled(F.linear((self.b * x).to(x.dtype), W), self.a, bias)
 
     @classmethod

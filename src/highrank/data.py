@@ -1,5 +1,6 @@
 """From encoded examples to padded batches: length buckets, collation, what is held out."""
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -132,7 +133,7 @@ class TaskData:
         """Returns batches of `records`, longest first; each batch carries `index`, the records' places.
 
         For generation the prompts are padded on the left, so that every row's answer starts at the same column. For
-        likelihood ranking each record becomes one row per option, and `option` says which.
+        likelihood ranking a record's prompt is one row and each of its options a `tail`, whose `owner` is that row.
         """
         pad_id = self.tokenizer.pad_token_id
         if self.task.kind != "generate":
@@ -158,25 +159,41 @@ class TaskData:
         )
 
     def _option_dataloader(self, records: Sequence[Example]) -> DataLoader:
+        """Returns batches of records with all their options: the tokens that a record's options share come once."""
         whole = replace(self.protocol, mask_prompt=True, max_target_length=None, max_length=10**9)
-        rows, places, options = [], [], []
-        for place, record in enumerate(records):
-            for option, text in enumerate(record.options):
-                row = encode(replace(record, output=text), whole, self.tokenizer, evaluation=True)
-                assert row is not None
-                rows.append(row)
-                places.append(place)
-                options.append(option)
+        rows = [[self._option(record, text, whole) for text in record.options] for record in records]
+        shared = [shared_prefix(options) for options in rows]
+        prefixes = [Encoded(options[0].input_ids[:n], []) for options, n in zip(rows, shared, strict=True)]
+        pad_id = self.tokenizer.pad_token_id
 
         def build(index: Sequence[int]) -> dict[str, Tensor]:
-            batch = collate([rows[i] for i in index], self.tokenizer.pad_token_id)
+            ids = [prefixes[i].input_ids for i in index]
+            owners = [at for at, i in enumerate(index) for _ in rows[i]]
+            tails = [row.input_ids[shared[i] :] for i in index for row in rows[i]]
+            labels: Any = [row.labels[shared[i] :] for i in index for row in rows[i]]  # type: ignore[index]
             return {
-                **batch,
-                "place": torch.tensor([places[i] for i in index]),
-                "option": torch.tensor([options[i] for i in index]),
+                "input_ids": pad(ids, pad_id, left=True),
+                "attention_mask": pad([[1] * len(r) for r in ids], 0, left=True),
+                "owner": torch.tensor(owners),
+                "tail_ids": pad(tails, pad_id),
+                "tail_mask": pad([[1] * len(r) for r in tails], 0),
+                "tail_labels": pad(labels, IGNORED),
             }
 
-        return self._sorted(rows, build)
+        return self._sorted(prefixes, build)
+
+    def _option(self, record: Example, text: str, protocol: Protocol) -> Encoded:
+        row = encode(replace(record, output=text), protocol, self.tokenizer, evaluation=True)
+        assert row is not None
+        return row
+
+
+def shared_prefix(options: Sequence[Encoded]) -> int:
+    """Returns how many leading tokens all options share, all before the first that is scored."""
+    columns = zip(*(row.input_ids for row in options), strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    scored = min(next(i for i, label in enumerate(row.labels) if label != IGNORED) for row in options)  # type: ignore[arg-type]
+    return min(same, scored)
 
 
 def ranks(records: Sequence[Any], protocol: Protocol) -> bool:

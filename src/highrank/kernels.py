@@ -90,3 +90,43 @@ class RowScaled(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         return dz, dscale, dbias
+
+
+def scales_weight(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether diag(a) W diag(b) is cheaper to build, once forward and once backward, than its vectors are on activations.
+
+    Only in 32 bits or more, where building it rounds nothing that matters, on a CPU, where every pass over memory tells,
+    and without a 0 in a or b, by which `ScaledWeightLinear` divides.
+    """
+    if (
+        x.device.type != "cpu"
+        or x.dtype.itemsize < 4
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    (n, k), tokens = W.shape, x.numel() // x.shape[-1]
+    return tokens * (n + k) > 2 * n * k and bool((a != 0).all()) and bool((b != 0).all())
+
+
+class ScaledWeightLinear(torch.autograd.Function):
+    """y = x W'^T + bias with W' = diag(a) W diag(b), x (T, k), keeping x and z = y - bias.
+
+    With δ = ∂y: ∂x = δ W', ∂a = Σ δ z / a, ∂b = Σ x ∂x / b, because z = a (W (b ⊙ x)) and ∂x = b (Wᵀ (a ⊙ δ)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        z = F.linear(x, (W * b).mul_(a[:, None]))
+        ctx.save_for_backward(x, W, a, b, z)
+        return z if bias is None else z + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, a, b, z = ctx.saved_tensors
+        dx = dy @ (W * b).mul_(a[:, None])
+        da = (dy * z).sum(0).div_(a)
+        db = (x * dx).sum(0).div_(b)
+        dbias = dy.sum(0) if ctx.needs_input_grad[4] else None
+        return dx, None, da, db, dbias

@@ -87,7 +87,7 @@ class FineTuner(lightning.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
         """Returns (place, output) per row: a generated text, a class index, a value, or {option: log-probability}."""
-        if "option" in batch:
+        if "owner" in batch:
             return self.rank_options(batch)
         places = batch["index"].tolist()
         if self.task.kind != "generate":
@@ -127,18 +127,40 @@ class FineTuner(lightning.LightningModule):
         return found
 
     def rank_options(self, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
-        """Returns (place, {option: sum of the target tokens' log-probabilities in nats}) per row."""
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        mask = targets != IGNORED
-        with head_sees_only(self.model, mask):
+        """Returns (place, {option: sum of the target tokens' log-probabilities in nats}) per row.
+
+        The prompt is computed once per row; its keys and values then serve every option.
+        """
+        owner, labels, mask = batch["owner"], batch["tail_labels"], batch["attention_mask"]
+        prompt = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        prompt.past_key_values.batch_select_indices(owner)
+        lengths = mask.sum(1)[owner]
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        predicts = following != IGNORED
+        with head_sees_only(self.model, predicts):
             logits = self.model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                input_ids=batch["tail_ids"],
+                attention_mask=torch.cat([mask[owner], batch["tail_mask"]], dim=1),
+                position_ids=lengths[:, None] + torch.arange(labels.shape[1], device=lengths.device),
+                past_key_values=prompt.past_key_values,
+                use_cache=True,
             ).logits
-        losses = torch.zeros(targets.shape, device=logits.device)
-        losses[mask] = F.cross_entropy(logits.float(), targets[mask], reduction="none")
-        scores = (-losses.sum(1)).tolist()
-        rows = zip(batch["place"].tolist(), batch["option"].tolist(), scores, strict=True)
-        return [(place, {option: score}) for place, option, score in rows]
+        losses = torch.zeros(labels.shape, device=logits.device)
+        losses[predicts] = F.cross_entropy(logits.float(), following[predicts], reduction="none")
+        first = F.cross_entropy(
+            prompt.logits[:, -1].float()[owner], labels[:, 0], ignore_index=IGNORED, reduction="none"
+        )
+        scores = (-losses.sum(1) - first).tolist()
+        found: dict[int, dict[int, float]] = {place: {} for place in range(len(mask))}
+        for row, score in zip(owner.tolist(), scores, strict=True):
+            found[row][len(found[row])] = score
+        return [(place, found[row]) for row, place in enumerate(batch["index"].tolist())]
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.adapters, self.core)

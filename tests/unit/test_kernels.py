@@ -1,0 +1,90 @@
+"""Shared autograd functions give what the plain operations give, in every regime they choose between."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from highrank.kernels import ScaledWeightLinear, low_rank_linear, row_scaled, scales_weight
+from highrank.method import Site
+from highrank.registry import load
+
+N, K, R = 6, 4, 2
+
+
+def rand(*shape):
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)), requires_grad=True
+    )
+
+
+@pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_low_rank_linear(shape, with_bias):
+    x, W, A, B = rand(*shape), rand(N, K).detach(), rand(R, K), rand(N, R)
+    bias = rand(N) if with_bias else None
+    plain = F.linear(x, W, bias) + 0.7 * F.linear(F.linear(x, A), B)
+    torch.testing.assert_close(low_rank_linear(x, W, A, B, 0.7, bias), plain)
+    assert gradcheck(lambda x, A, B, bias: low_rank_linear(x, W, A, B, 0.7, bias), (x, A, B, bias))
+
+
+def test_low_rank_linear_of_an_input_without_gradient():
+    x, W, A, B = rand(5, K).detach(), rand(N, K).detach(), rand(R, K), rand(N, R)
+    assert gradcheck(lambda A, B: low_rank_linear(x, W, A, B, 0.7), (A, B))
+
+
+def test_low_rank_linear_of_a_transposed_weight_and_a_strided_input():
+    """GPT-2's Conv1D gives W as a transposed view; x may be a slice."""
+    x, W, A, B = rand(5, 2 * K), rand(K, N).detach().t(), rand(R, K), rand(N, R)
+    assert gradcheck(lambda x, A, B: low_rank_linear(x[:, ::2], W, A, B, 0.7), (x, A, B))
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["no zero", "a zero"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_row_scaled(with_bias, zero):
+    z, scale = rand(3, 5, N), rand(N)
+    if zero:
+        scale = scale.detach().index_fill(0, torch.tensor([2]), 0).requires_grad_()
+    bias = rand(N) if with_bias else None
+    plain = scale * z if bias is None else scale * z + bias
+    torch.testing.assert_close(row_scaled(z.clone(), scale, bias), plain)
+    assert gradcheck(lambda z, scale, bias: row_scaled(z.clone(), scale, bias), (z, scale, bias))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_scaled_weight_linear(with_bias):
+    x, W, a, b = rand(40, K), rand(N, K).detach(), rand(N), rand(K)
+    bias = rand(N) if with_bias else None
+    plain = a * F.linear(b * x, W) if bias is None else a * F.linear(b * x, W) + bias
+    torch.testing.assert_close(ScaledWeightLinear.apply(x, W, a, b, bias), plain)
+    assert gradcheck(lambda x, a, b, bias: ScaledWeightLinear.apply(x, W, a, b, bias), (x, a, b, bias))
+
+
+def test_hyperadapt_chooses_by_the_number_of_tokens_and_never_divides_by_zero():
+    W, one = torch.randn(N, K), torch.ones
+    assert scales_weight(torch.randn(40, K), W, one(N), one(K))
+    assert not scales_weight(torch.randn(2, K), W, one(N), one(K))
+    assert not scales_weight(torch.randn(40, K), W, torch.tensor([1.0, 0, 1, 1, 1, 1]), one(K))
+    assert not scales_weight(torch.randn(40, K), W, one(N), torch.tensor([1.0, 0, 1, 1]))
+    assert not scales_weight(torch.randn(40, K).bfloat16(), W.bfloat16(), one(N), one(K))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("zero", [False, True], ids=["no zero", "zeros"])
+def test_hyperadapt_gradients_in_both_regimes(tokens, zero):
+    cls = load("methods", "hyperadapt")
+    adapter = cls(K, N, cls.config()).double()
+    W, x = rand(N, K).detach(), rand(tokens, K)
+    adapter.reset_parameters(W, Site("w", 0, lambda: [W]))
+    with torch.no_grad():
+        adapter.a.add_(0.3 * torch.randn(N))
+        adapter.b.add_(0.3 * torch.randn(K))
+        if zero:
+            adapter.a[1] = adapter.b[2] = 0
+    y = adapter(x, W)
+    found = torch.autograd.grad(y.sin().sum(), [x, adapter.a, adapter.b])
+    plain = F.linear(x, adapter.a[:, None] * W * adapter.b)
+    expected = torch.autograd.grad(plain.sin().sum(), [x, adapter.a, adapter.b])
+    torch.testing.assert_close(y, plain)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -25,10 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from highrank.adapters import Adapters, attach
+from highrank.allocator import keep_freed_memory
 from highrank.backbones import DTYPES
 from highrank.config import compose_run
 from highrank.loss import IGNORED, language_model_loss
 from highrank.placement import resolve
+
+keep_freed_memory()  # as a run does; it serves every side alike
 
 PLACEMENT = "fc_qkv"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from highrank import leak
-from highrank.config import Protocol
 from highrank.encoding import Encoded, encode, encode_prompt, encode_text, supervised
 from highrank.errors import UserError
 from highrank.loss import IGNORED
+from highrank.protocol import Protocol
 from highrank.task import Example, Task
 from highrank.token_cache import cached_encoding
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.config import Protocol
 from highrank.errors import UserError
 from highrank.loss import IGNORED
+from highrank.protocol import Protocol
 from highrank.task import Example, LabelledText, Record
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from highrank.adapters import Adapters
-from highrank.config import Protocol, RunConfig
+from highrank.config import RunConfig
 from highrank.loss import IGNORED, head_sees_only, language_model_loss
+from highrank.protocol import Protocol
 from highrank.task import Task
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from highrank import report
 from highrank.adapters import Adapters, attach
+from highrank.allocator import keep_freed_memory
 from highrank.backbones import Backbone, head_modules, load_backbone
 from highrank.config import Run
 from highrank.data import TaskData
@@ -104,6 +105,7 @@ def execute(run: Run) -> tuple[Path, str]:
     Raises:
         UserError: for bad input, before any weight loads.
     """
+    keep_freed_memory()
     plan = make_plan(run)
     directory = RunDirectory(run)
     if directory.finished:

@@ -7,6 +7,7 @@ import lightning
 from omegaconf import OmegaConf
 
 from highrank.adapters import Adapters
+from highrank.allocator import keep_freed_memory
 from highrank.backbones import Backbone
 from highrank.config import Run, build, register_configs
 from highrank.data import TaskData
@@ -66,6 +67,7 @@ def evaluate_run(folder: Path | str) -> str:
     task, core = run.task(run.task_cfg, run.core.seed), run.core
     data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
     module = FineTuner(adapters, task, backbone.tokenizer, core, 1, run.protocol)
+    keep_freed_memory()
     with quiet():
         trainer = lightning.Trainer(**run.trainer, logger=False, enable_checkpointing=False)
         module.eval()

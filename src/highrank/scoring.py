@@ -9,10 +9,10 @@ from torchmetrics.functional.classification import binary_f1_score
 
 from highrank import leak
 from highrank.answers import RULES, reported
-from highrank.config import Protocol
 from highrank.data import TaskData, ranks
 from highrank.dialogue import dialogue_metrics
 from highrank.encoding import prompt_text
+from highrank.protocol import Protocol
 from highrank.task import Example, Task
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from highrank.adapters import write_atomic
 from highrank.backbones import cache_dir
-from highrank.config import Protocol, digest
 from highrank.encoding import Encoded
 from highrank.loss import IGNORED
+from highrank.protocol import Protocol, digest
 
 MIN_EXAMPLES = 5_000
 """Below this, encoding takes less than a second or two and is not worth a file."""

@@ -11,13 +11,14 @@ import torch
 
 from highrank.answers import RULES
 from highrank.backbones import load_backbone, tiny_tokenizer
-from highrank.config import Protocol, RunConfig
+from highrank.config import RunConfig
 from highrank.data import TaskData, hold_out
 from highrank.dialogue import dialogue_metrics
 from highrank.encoding import encode
 from highrank.errors import UserError
 from highrank.loss import IGNORED
 from highrank.module import FineTuner
+from highrank.protocol import Protocol
 from highrank.run import predict, quiet
 from highrank.scoring import evaluate_rows, metrics
 from highrank.task import Example, LabelledText

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from highrank.backbones import tiny_tokenizer
-from highrank.config import compose_run, digest
+from highrank.config import compose_run
 from highrank.encoding import encode, encode_prompt
 from highrank.loss import IGNORED
+from highrank.protocol import digest
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "protocols.json"
 PROTOCOLS = ("clean", "llm_adapters", "hyperadapt", "hira", "peft_metamath")

@@ -6,8 +6,8 @@ import pytest
 
 from highrank import token_cache
 from highrank.backbones import tiny_tokenizer
-from highrank.config import Protocol
 from highrank.encoding import Encoded, encode
+from highrank.protocol import Protocol
 from highrank.task import Example, LabelledText
 from highrank.token_cache import cached_encoding
 

@@ -89,7 +89,7 @@ class HiRA(Method):
         if self.cfg.R == "random_uniform":
             self.R.copy_(torch.rand(W.shape, generator=rng))
         elif self.cfg.R == "random_scaled":
-            self.R.copy_(torch.randn(W.shape, generator=rng)).mul_(W.to(self.R.dtype).std())
+            self.R.copy_(torch.randn(W.shape, generator=rng)).mul_(float(W.to(self.R.dtype).std()))
         elif self.cfg.R == "w0_smooth":
             self.R.copy_(torch.stack([w.to(self.R.dtype) for w in site.neighbours()]).mean(0))
         elif self.cfg.R == "w0_trunc":

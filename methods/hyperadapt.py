@@ -14,9 +14,9 @@ B = [bᵀ; 1ᵀ].
 
 Source: "HyperAdapt: Simple High-Rank Adaptation", arXiv 2509.18629, section 3 (W' and Lemma 1, the rank bound).
 Reference code: the listing in section 4 (diag_A = a as (n, 1), diag_B = b as (1, k)).
-Differences: the listing builds W' in each step and fails on every bias (it tests a tensor's truth value, or reads a field
-that was never set); here a bias is added after a, unscaled. Neither a nor b decays:
-their neutral value is 1.
+Differences: the listing has autograd keep W' and the product a bᵀ in each step, and fails on every bias (it tests a
+tensor's truth value, or reads a field that was never set); here neither is kept, and a bias is added after a, unscaled.
+Neither a nor b decays: their neutral value is 1.
 """
 
 from dataclasses import dataclass

@@ -154,7 +154,7 @@ def add_ours(model: nn.Module, method: type, fields: Mapping[str, Any], seed: in
 def move_off_start(adapters: Adapters) -> None:
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for _, parameter in adapters.parameters():
+        for _, parameter in adapters.named_parameters():
             parameter.add_((NOISE * torch.randn(parameter.shape, generator=rng)).to(parameter))
 
 

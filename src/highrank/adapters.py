@@ -7,7 +7,6 @@ adapters.save(folder); adapters.merge(); adapters.unmerge()
 import hashlib
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -87,6 +86,8 @@ class Adapters:
         self.whole: WholeModelMethod | None = None
         self.extra: list[str] = []
         """Names of parameters outside the adapters that train too: heads, or everything in full fine-tuning."""
+        self.pristine_extra: dict[str, Tensor] = {}
+        """Full fine-tuning's start of those, for `disabled`."""
 
     def base_weight(self, view: WeightView) -> Tensor:
         """Returns the pristine W (out_features, in_features) of a view, also while merged."""
@@ -140,13 +141,24 @@ class Adapters:
             layer.enabled = False
         if self.whole is not None:
             self.whole.unplug()
+        self._swap_extra()
         try:
             yield
         finally:
+            self._swap_extra()
             for layer in self.layers.values():
                 layer.enabled = True
             if self.whole is not None:
                 self.whole.plug(self.model)
+
+    @torch.no_grad()
+    def _swap_extra(self) -> None:
+        """Exchanges the trained values of full fine-tuning's other parameters with their pristine ones."""
+        named = dict(self.model.named_parameters())
+        for name, kept in self.pristine_extra.items():
+            trained = named[name].clone()
+            named[name].copy_(kept)
+            kept.copy_(trained)
 
     def unload(self) -> nn.Module:
         """Takes the wrappers off and returns the model: with W' if merged, else with W."""
@@ -155,9 +167,11 @@ class Adapters:
         if self.whole is not None:
             self.whole.unplug()
             del self.model.highrank_adapter
+        if hasattr(self.model, "highrank_shared"):
+            del self.model.highrank_shared
         return self.model
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields every trainable parameter under the name it is saved by: `<view>.<parameter>`, then the extras."""
         for name, adapter in self.by_view.items():
             for key, parameter in adapter.named_parameters():
@@ -168,7 +182,7 @@ class Adapters:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the trainable tensors alone, detached, on the CPU."""
-        return {name: p.detach().cpu().contiguous() for name, p in self.parameters()}
+        return {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -177,7 +191,7 @@ class Adapters:
         Raises:
             UserError: naming the first tensors that are missing, unexpected or of another shape.
         """
-        own = dict(self.parameters())
+        own = dict(self.named_parameters())
         missing, unexpected = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
         if missing or unexpected:
             raise UserError(
@@ -269,6 +283,8 @@ class Adapters:
         if card["method"] != self.method.name:
             raise UserError(f"adapter: the method must match, got {card['method']} for a model with {self.method.name}")
         path = Path(folder) / "adapter.safetensors"
+        if not path.is_file():
+            raise UserError(f"adapter: a saved adapter has adapter.safetensors, got none in {folder}")
         raw = path.read_bytes()
         digest = hashlib.sha256(raw).hexdigest()
         if digest != card["sha256"]:
@@ -294,12 +310,18 @@ def read_card(folder: Path | str) -> dict[str, Any]:
     """Returns the description of a saved adapter.
 
     Raises:
-        UserError: if there is none, or it is of a later format.
+        UserError: if there is none, it is damaged, or of a later format.
     """
     path = Path(folder) / "adapter.json"
     if not path.is_file():
         raise UserError(f"adapter: a saved adapter has adapter.json, got none in {folder}")
-    card = json.loads(path.read_text())
+    try:
+        card = json.loads(path.read_text())
+        lacking = [key for key in ("format_version", "method", "fields", "sha256", "probe") if key not in card]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"adapter: {path} is damaged, got {error}") from error
+    if lacking:
+        raise UserError(f"adapter: {path} is damaged, got no {', '.join(lacking)}")
     if card["format_version"] > FORMAT_VERSION:
         raise UserError(f"adapter: format {FORMAT_VERSION} is the newest read here, got {card['format_version']}")
     return card
@@ -351,6 +373,8 @@ def attach(
         if id(parameter) not in own and (id(parameter) in in_heads or trains):
             parameter.requires_grad_(True)
             adapters.extra.append(name)
+            if trains:
+                adapters.pristine_extra[name] = parameter.detach().clone()
     return adapters
 
 
@@ -369,19 +393,22 @@ def _plug(adapters: Adapters, tokenizer: Any) -> None:
 def _wrap(adapters: Adapters) -> None:
     """Puts one adapter on each view."""
     model, views, method, cfg = adapters.model, adapters.views, adapters.method, adapters.cfg
-    pristine = {view.name: weight_of(model.get_submodule(view.path), view.rows) for view in views}
-    by_part: dict[str, dict[int, str]] = defaultdict(dict)
+    owners: dict[int, str] = {}
     for view in views:
-        by_part[view.part][view.layer] = view.name
+        first = owners.setdefault(id(model.get_submodule(view.path).weight), view.path)
+        if first != view.path:
+            raise UserError(f"placement: two adapted layers must not share a weight, got {first} and {view.path}")
+        if method.replaces_base and view.rows is not None:
+            raise UserError(f"{method.name}: matrices are trained whole, got rows {view.rows} of {view.path}")
     shared = method.shared([view.shape for view in views], cfg)
     if shared is not None:
         model.highrank_shared = shared.to(_device(model))
     for view in views:
-        W = pristine[view.name]
+        W = weight_of(model.get_submodule(view.path), view.rows)
 
         def neighbours(view: WeightView = view) -> list[Tensor]:
-            names = (by_part[view.part].get(view.layer + offset) for offset in (-1, 0, 1))
-            return [pristine[name] for name in names if name is not None]
+            found = (_weight_in_layer(model, view, view.layer + offset) for offset in (-1, 0, 1))
+            return [weight for weight in found if weight is not None]
 
         adapter = method(view.in_features, view.out_features, cfg, shared)
         site_seed = _site_seed(adapters.seed, view.name)
@@ -394,6 +421,15 @@ def _wrap(adapters: Adapters) -> None:
         adapters.by_view[view.name] = adapter
     for path, layer in adapters.layers.items():
         _set_module(model, path, layer)
+
+
+def _weight_in_layer(model: nn.Module, view: WeightView, layer: int) -> Tensor | None:
+    """Returns the same part's W in another layer, or None beyond either end of the model."""
+    path = view.path.replace(f".{view.layer}.", f".{layer}.", 1)
+    try:
+        return weight_of(model.get_submodule(path), view.rows)
+    except AttributeError:
+        return None
 
 
 def _site_seed(seed: int, name: str) -> int:

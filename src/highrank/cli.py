@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             return show_help()
+        if any(word in ("-h", "--help") for word in words):
+            return show_help()
         if words[0] not in commands:
             raise UserError(f"highrank: unknown command, got {words[0]}{suggest(words[0], commands)}")
         return commands[words[0]](words[1:])
@@ -69,7 +71,7 @@ def run(words: list[str]) -> int:
 
     folder, status = execute(checked)
     print(folder)
-    return {"interrupted": 130}.get(status, 0)
+    return status
 
 
 def methods(words: list[str]) -> int:

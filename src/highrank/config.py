@@ -134,7 +134,7 @@ class Run:
         core = {key: getattr(self.core, key) for key in CORE_KEYS}
         return {
             "method": {"name": self.method.name, **dataclasses.asdict(self.method_cfg)},
-            "task": {"name": self.task.name, **dataclasses.asdict(self.task_cfg)},
+            "task": {"name": self.task.name, "version": self.task.version, **dataclasses.asdict(self.task_cfg)},
             "model": self.model,
             "protocol": dataclasses.asdict(self.protocol),
             "trainer": self.trainer,
@@ -168,11 +168,26 @@ def compose_run(words: Sequence[str]) -> Run:
     Raises:
         UserError: for an unknown key or name (with the nearest ones), a wrong type, or a value out of range.
     """
+    for word in words:
+        _check_word(word)
     register_configs()
-    groups = [w for w in words if w.split("=")[0].lstrip("+~") in GROUPS]
+    groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
     groups = [rewritten for w in groups for rewritten in _rewrite_group(w)]
     method = registry.load("methods", _compose(groups).method.name)
     return build(_compose(rewrite(words, [method])))
+
+
+def _check_word(word: str) -> None:
+    key, equals, _ = word.partition("=")
+    if word.startswith("~"):
+        raise UserError(f"command line: a key cannot be taken away, got {word}; give it a value instead: key=value")
+    if key.lstrip("+").replace("/", ".").split(".")[0] == "hydra":
+        raise UserError(
+            f"command line: Hydra only composes the config, so its own keys change nothing, got {word}; "
+            "use output or run_dir for where a run goes"
+        )
+    if not equals:
+        raise UserError(f"command line: give key=value, got {word}")
 
 
 def rewrite(words: Sequence[str], methods: Sequence[Any]) -> list[str]:
@@ -188,12 +203,10 @@ def rewrite(words: Sequence[str], methods: Sequence[Any]) -> list[str]:
     out = []
     for word in words:
         key, _, value = word.partition("=")
-        bare = key.lstrip("+~")
-        if "=" not in word:
-            raise UserError(f"command line: give key=value, got {word}")
+        bare = key.lstrip("+")
         if bare in GROUPS:
             out += _rewrite_group(word)
-        elif bare.startswith("hydra.") or bare in CORE_KEYS:
+        elif bare in CORE_KEYS:
             out.append(word)
         elif "." in bare and bare.split(".")[0] in GROUPS:
             out.append(f"++{bare}={value}")
@@ -215,13 +228,15 @@ def _unknown_key(key: str, methods: Sequence[Any]) -> str:
 
 
 def _rewrite_group(word: str) -> list[str]:
-    key, _, value = word.partition("=")
+    key, _, value = word.lstrip("+").partition("=")
+    if (key, value) == ("experiment", "null"):  # the default, which Hydra takes from no override
+        return []
     if key == "task" and "/" in value:
         name, _, member = value.partition("/")
         return [f"task={name}", f"++task.member={member}"]
     if key == "model" and value.startswith("hf:"):
         return ["model=hf", f"++model.name='{value.removeprefix('hf:').split('/')[-1]}'", f"++model.hub='{value[3:]}'"]
-    return [word]
+    return [f"{key}={value}"]
 
 
 def _compose(overrides: Sequence[str]) -> Any:
@@ -237,7 +252,9 @@ def _compose(overrides: Sequence[str]) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
         first = str(cause).strip().splitlines()[0]
-        raise UserError(f"config: {first}, got {' '.join(overrides)}") from error
+        key = getattr(cause, "full_key", None) or ""
+        given = [word for word in overrides if word.lstrip("+").partition("=")[0] == key] or overrides
+        raise UserError(f"config: {first}, got {' '.join(given)}") from error
 
 
 def _check_choice(group: str, value: str) -> None:
@@ -246,7 +263,7 @@ def _check_choice(group: str, value: str) -> None:
         known |= {option for option in _options(group) if "/" in option}
     else:
         known = set(_options(group))
-    if value not in known and value != "null":
+    if value not in known and not (group == "experiment" and value == "null"):
         raise UserError(f"{group}: unknown name, got {group}={value}{suggest(value, known)}")
 
 
@@ -277,6 +294,7 @@ def register_configs() -> None:
 
 
 MODEL_KEYS = ("name", "hub", "revision", "wheel", "dtype", "attention", "shape", "shuffled")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 
 def build(config: Any) -> Run:
@@ -286,24 +304,73 @@ def build(config: Any) -> Run:
         UserError: for an unknown field, a wrong type, or a value out of range.
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
+    for group in ("method", "task", "model", "protocol", "trainer"):
+        chosen = values.get(group)
+        if not isinstance(chosen, Mapping):
+            raise UserError(f"{group}: a name is needed, got {group}={chosen}; choose one with {group}=<name>")
+        if group != "trainer" and not isinstance(chosen.get("name"), str):
+            raise UserError(f"{group}: a name is a text, got {group}.name={chosen.get('name')}; use {group}=<name>")
     method, method_cfg = _plugin("methods", values["method"])
+    values["task"].pop("version", None)  # in the config of a saved run
     task, task_cfg = _plugin("tasks", values["task"])
     model = {"revision": None, "attention": None, "shuffled": False, **values["model"]}
-    unknown = [key for key in model if key not in MODEL_KEYS]
-    if unknown:
-        raise UserError(f"model: unknown key, got model.{unknown[0]}{suggest(unknown[0], MODEL_KEYS)}")
-    from highrank.backbones import DTYPES
-
-    if model["dtype"] not in DTYPES:
-        raise UserError(f"model: dtype is one of {', '.join(DTYPES)}, got model.dtype={model['dtype']}")
+    _check_model(model)
     trainer = dict(values["trainer"])
     _check_trainer(trainer)
-    core = RunConfig(**{key: values[key] for key in CORE_KEYS})
+    if str(trainer.get("precision")) == "32":
+        trainer["precision"] = "32-true"
+    core = RunConfig(**{key: values[key] for key in CORE_KEYS if key in values})
+    core.placement = _one_form(core.placement)
     if core.lr is None:
         core.lr = method.default_lr
     _check_core(core)
     protocol = protocol_for(values["protocol"], task.family)
     return Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer)
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    from highrank.backbones import DTYPES
+
+    def need(ok: bool, key: str, rule: str) -> None:
+        if not ok:
+            raise UserError(f"model: {key} {rule}, got model.{key}={model.get(key)}")
+
+    unknown = [key for key in model if key not in MODEL_KEYS]
+    if unknown:
+        raise UserError(f"model: unknown key, got model.{unknown[0]}{suggest(unknown[0], MODEL_KEYS)}")
+    dtype, attention, wheel = model.get("dtype"), model["attention"], model.get("wheel")
+    need(isinstance(dtype, str) and dtype in DTYPES, "dtype", f"is one of {', '.join(DTYPES)}")
+    need(
+        attention is None or (isinstance(attention, str) and attention in ATTENTIONS),
+        "attention",
+        f"is one of {', '.join(ATTENTIONS)}, or null",
+    )
+    for key in ("hub", "revision"):
+        need(model.get(key) is None or isinstance(model[key], str), key, "must be a text or null")
+    need(isinstance(model["shuffled"], bool), "shuffled", "must be true or false")
+    need(model.get("shape") is None or isinstance(model["shape"], Mapping), "shape", "must be a mapping or null")
+    keys = ("package", "version", "sha256")
+    need(
+        wheel is None
+        or (
+            isinstance(wheel, Mapping) and all(key in wheel for key in keys) and ("gguf" in wheel or "folder" in wheel)
+        ),
+        "wheel",
+        f"must be a mapping with {', '.join(keys)} and gguf or folder, or null",
+    )
+
+
+def _one_form(placement: Any) -> Any:
+    """Returns a placement's one spelling, so that [q,v] and qv are the same run: a named set, else its ordered parts.
+
+    `all` stays by name only: it takes the parts there are, where a list asks for each of them.
+    """
+    from highrank.placement import PLACEMENTS, parse_placement
+
+    parts = parse_placement(placement)
+    if isinstance(placement, str):
+        return placement
+    return next((name for name, own in PLACEMENTS.items() if own == parts and name != "all"), list(parts))
 
 
 def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
@@ -315,6 +382,11 @@ def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
     from highrank.task import FAMILIES
 
     families = values.get("families") or {}
+    if not isinstance(families, Mapping) or not all(isinstance(own, Mapping) for own in families.values()):
+        raise UserError(
+            f"protocol {values['name']}: families is a mapping of a family to its keys, got families={families}; "
+            "set a key with protocol.families.<family>.<key>=<value>"
+        )
     for name in families:
         if name not in FAMILIES:
             raise UserError(f"protocol {values['name']}: unknown family, got families.{name}{suggest(name, FAMILIES)}")
@@ -332,9 +404,9 @@ def dataclass_from(cls: type, values: Mapping[str, Any], owner: str) -> Any:
     """Returns an instance of a config dataclass from primitives, types checked and converted by OmegaConf.
 
     Raises:
-        UserError: for a key that the dataclass lacks, or a value of another type.
+        UserError: for a key that the dataclass lacks, a value of another type, or a number that is not finite.
     """
-    schema = OmegaConf.structured(cls)
+    schema: Any = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)
     known = [f.name for f in dataclasses.fields(cls)]
     for key, value in values.items():
@@ -346,6 +418,8 @@ def dataclass_from(cls: type, values: Mapping[str, Any], owner: str) -> Any:
             field = next(f for f in dataclasses.fields(cls) if f.name == key)
             kind = getattr(field.type, "__name__", str(field.type))
             raise UserError(f"{owner}: {key} must be of type {kind}, got {key}={value}") from error
+        if isinstance(schema[key], float) and not math.isfinite(schema[key]):
+            raise UserError(f"{owner}: {key} must be a finite number, got {key}={value}")
     return OmegaConf.to_object(schema)
 
 
@@ -355,15 +429,26 @@ def _mean(key: str, known: Sequence[str]) -> str:
 
 
 OWN_TRAINER_KEYS = {
-    "max_steps": "max_steps",
-    "max_epochs": "epochs",
-    "accumulate_grad_batches": "accumulate",
-    "gradient_clip_val": "max_grad_norm",
-    "logger": "output",
-    "callbacks": "trainer",
-    "enable_checkpointing": "output",
+    "max_steps": "use max_steps",
+    "max_epochs": "use epochs",
+    "accumulate_grad_batches": "use accumulate",
+    "gradient_clip_val": "use max_grad_norm",
+    "logger": "events are written to the run directory; use output",
+    "callbacks": "a run's callbacks come from its protocol; use protocol.selection",
+    "enable_checkpointing": "a run keeps its last checkpoint in the run directory; use output",
+    "log_every_n_steps": "every step is logged, so leave it out",
+    "enable_model_summary": "use dry_run=true to see what would be trained",
+    "num_sanity_val_steps": "the untrained model is evaluated with eval_before=true",
+    "enable_progress_bar": "the bars are a callback of the run and go quiet without a terminal, so leave it out",
+    "fast_dev_run": "use max_steps=1 and a small task.n_train",
+    "limit_predict_batches": "every test example is scored, so leave it out; where a task has n_test, use task.n_test",
+    "barebones": "a run records its steps and times, so leave it out",
+    "val_check_interval": "use protocol.validate_every",
+    "check_val_every_n_epoch": "use protocol.validate_every",
+    "inference_mode": "adapters see base weights as they are in evaluation, so leave it out",
+    "use_distributed_sampler": "batches are drawn by the run's own seeded sampler, so leave it out",
 }
-"""Arguments of the Lightning Trainer that a core key decides."""
+"""Arguments of the Lightning Trainer that the run itself decides, with what to use instead."""
 
 
 TRAINER_KEYS = [
@@ -372,29 +457,18 @@ TRAINER_KEYS = [
     "devices",
     "num_nodes",
     "precision",
-    "fast_dev_run",
     "min_epochs",
     "min_steps",
     "max_time",
     "limit_train_batches",
     "limit_val_batches",
     "limit_test_batches",
-    "limit_predict_batches",
     "overfit_batches",
-    "val_check_interval",
-    "check_val_every_n_epoch",
-    "num_sanity_val_steps",
-    "log_every_n_steps",
-    "enable_progress_bar",
-    "enable_model_summary",
     "gradient_clip_algorithm",
     "deterministic",
     "benchmark",
-    "inference_mode",
-    "use_distributed_sampler",
     "profiler",
     "detect_anomaly",
-    "barebones",
     "plugins",
     "sync_batchnorm",
     "reload_dataloaders_every_n_epochs",
@@ -405,12 +479,19 @@ TRAINER_KEYS = [
 """The other arguments of lightning.Trainer, by name, because importing Lightning takes seconds; a test compares them."""
 
 
+PRECISIONS = ("32-true", "32", "16-mixed", "bf16-mixed")
+
+
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    for key in trainer:
+    for key, value in trainer.items():
         if key in OWN_TRAINER_KEYS:
-            raise UserError(f"trainer: {key} is set by a core key, got trainer.{key}; use {OWN_TRAINER_KEYS[key]}")
+            raise UserError(f"trainer: {key} is set by the run, got trainer.{key}={value}; {OWN_TRAINER_KEYS[key]}")
         if key not in TRAINER_KEYS:
             raise UserError(f"trainer: unknown key, got trainer.{key}{suggest(key, TRAINER_KEYS)}")
+    precision = str(trainer.get("precision", "32-true"))
+    if precision not in PRECISIONS:
+        fix = "; use model.dtype for the type of the weights" if precision.endswith("-true") else ""
+        raise UserError(f"trainer: precision is one of {', '.join(PRECISIONS)}, got trainer.precision={precision}{fix}")
 
 
 def _check_core(core: RunConfig) -> None:
@@ -426,10 +507,12 @@ def _check_core(core: RunConfig) -> None:
     need(len(core.betas) == 2 and all(0 <= b < 1 for b in core.betas), "betas", "are two numbers in [0, 1)")
     for key in ("batch_size", "accumulate", "eval_batch_size"):
         need(getattr(core, key) >= 1, key, "must be >= 1")
-    for key in ("weight_decay", "warmup_steps", "max_grad_norm", "seed"):
-        need(getattr(core, key) >= 0, key, "must be >= 0")
+    for key in ("weight_decay", "max_grad_norm"):
+        need(math.isfinite(getattr(core, key)) and getattr(core, key) >= 0, key, "must be a finite number >= 0")
+    need(core.warmup_steps >= 0, "warmup_steps", "must be >= 0")
+    need(0 <= core.seed < 2**32, "seed", f"must be in [0, {2**32 - 1}]")
     need(0 <= core.warmup_ratio <= 1, "warmup_ratio", "must be in [0, 1]")
-    need(core.epochs > 0, "epochs", "must be > 0")
+    need(math.isfinite(core.epochs) and core.epochs > 0, "epochs", "must be > 0 and finite")
     need(core.max_steps is None or core.max_steps >= 1, "max_steps", "must be >= 1")
     need(core.general_text is None or Path(core.general_text).is_file(), "general_text", "must be an existing file")
     need(core.path is None or Path(core.path).is_dir(), "path", "must be an existing folder")

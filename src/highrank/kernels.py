@@ -59,7 +59,7 @@ class RowScaled(torch.autograd.Function):
     """y = scale ⊙ z + bias. ∂scale = Σ δ z needs z, or, without a bias, y / scale.
 
     y costs nothing where what follows keeps it too, and takes z's place in memory, so it is kept on a CPU unless a scale
-    is 0. Elsewhere z is: to look for a 0 would make a GPU wait.
+    is 0; to change y in place is then an error in backward. Elsewhere z is: to look for a 0 would make a GPU wait.
     """
 
     @staticmethod
@@ -100,6 +100,7 @@ def scales_weight(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> bool:
     """
     if (
         x.device.type != "cpu"
+        or x.dtype != W.dtype
         or x.dtype.itemsize < 4
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()

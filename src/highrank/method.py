@@ -23,7 +23,7 @@ class Site:
     seed: int
     """Seed for frozen random tensors, a function of the run's seed and `name` alone."""
     neighbours: Callable[[], Sequence[Tensor]]
-    """The pristine W of the same part in layers l-1, l, l+1, as many of them as are adapted."""
+    """The pristine W of the same part in layers l-1, l, l+1, as many of them as the model has."""
 
 
 class Method(nn.Module):

@@ -8,7 +8,7 @@ import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import get_scheduler
+from transformers import GenerationConfig, get_scheduler
 
 from highrank.adapters import Adapters
 from highrank.config import RunConfig
@@ -99,13 +99,11 @@ class FineTuner(lightning.LightningModule):
         with torch.random.fork_rng(enabled=self.decoding["do_sample"]):
             if self.decoding["do_sample"]:
                 torch.manual_seed(1_000_003 * self.core.seed + index)
-            tokens = self.model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                **self.decoding,
+            # In place of the checkpoint's own defaults (penalties, sampling), which would mix into the protocol's.
+            self.model.generation_config = GenerationConfig(
+                eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id, **self.decoding
             )
+            tokens = self.model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         texts = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
         return list(zip(places, texts, strict=True))
 
@@ -186,7 +184,7 @@ def make_optimizer(adapters: Adapters, core: RunConfig) -> torch.optim.Optimizer
     spared = set(adapters.method.no_decay)
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     in_adapters = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
-    for name, parameter in adapters.parameters():
+    for name, parameter in adapters.named_parameters():
         neutral_is_zero = name.rpartition(".")[2] not in spared if id(parameter) in in_adapters else parameter.dim() > 1
         groups[neutral_is_zero].append(parameter)
     settings: dict[str, Any] = {"lr": core.lr}

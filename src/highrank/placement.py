@@ -164,12 +164,14 @@ def weight_of(module: nn.Module, rows: tuple[int, int] | None = None) -> Tensor:
 
 def parse_placement(placement: str | Sequence[str]) -> tuple[str, ...]:
     """Returns the parts that a named set, or a list of parts and sets, stands for, in the order of PARTS."""
+    if not isinstance(placement, str | Sequence):
+        raise UserError(f"placement: give a set such as fc_qkv, or a list such as [q,down], got placement={placement}")
     names = [placement] if isinstance(placement, str) else list(placement)
     if not names:
         raise UserError("placement: at least one part is needed, got placement=[]; use a set such as fc_qkv")
     chosen: set[str] = set()
     for name in names:
-        if name not in PLACEMENTS:
+        if not isinstance(name, str) or name not in PLACEMENTS:
             raise UserError(f"placement: unknown set or part, got placement={name}{suggest(str(name), PLACEMENTS)}")
         chosen.update(PLACEMENTS[name])
     return tuple(p for p in PARTS if p in chosen)
@@ -183,18 +185,23 @@ def parse_layers(layers: str | int | Sequence[int], num_layers: int) -> range | 
     """
     if layers == "all":
         return range(num_layers)
-    if isinstance(layers, int):
-        chosen = [layers]
-    elif isinstance(layers, str):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
-        if not match:
-            raise UserError(f"layers: give all, an index, a range like 4-11 or a list, got layers={layers}")
-        chosen = list(range(int(match[1]), int(match[2] or match[1]) + 1))
+    chosen: range | list[int]
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", layers) if isinstance(layers, str) else None
+    if match:
+        chosen = range(int(match[1]), int(match[2] or match[1]) + 1)
+    elif _is_index(layers):
+        chosen = [layers]  # type: ignore[list-item]
+    elif isinstance(layers, Sequence) and not isinstance(layers, str) and all(_is_index(i) for i in layers):
+        chosen = sorted(layers)
     else:
-        chosen = sorted(int(i) for i in layers)
+        raise UserError(f"layers: give all, an index, a range like 4-11 or a list of indices, got layers={layers}")
     if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers or len(set(chosen)) != len(chosen):
         raise UserError(f"layers: the model has layers 0-{num_layers - 1}, got layers={layers}")
-    return chosen
+    return list(chosen)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def resolve(
@@ -244,12 +251,20 @@ def resolve(
 
 
 def _architecture(model_type: str, custom: Mapping[str, str] | None) -> Architecture:
-    if custom:
+    if custom is not None:
+        if not isinstance(custom, Mapping):
+            raise UserError(
+                f"architecture: a map of parts to paths is needed, got architecture={custom}; give one such as "
+                "{blocks: model.layers, q: self_attn.q_proj}"
+            )
+        wrong = [key for key, path in custom.items() if not isinstance(path, str)]
+        if wrong:
+            raise UserError(f"architecture: a path is a text, got {wrong[0]}={custom[wrong[0]]}")
         rest = {k: v for k, v in custom.items() if k != "blocks"}
         unknown = [k for k in rest if k not in PARTS]
         if "blocks" not in custom or unknown or not rest:
             raise UserError(
-                f"architecture: needs 'blocks' and parts out of {', '.join(PARTS)}, got keys={', '.join(custom)}"
+                f"architecture: needs 'blocks' and parts out of {', '.join(PARTS)}, got keys={', '.join(map(str, custom))}"
             )
         return Architecture(custom["blocks"], lambda config: rest)
     if model_type not in ARCHITECTURES:
@@ -316,6 +331,12 @@ def _views_of(
     full_path = f"{prefix}.{path}"
     if path not in names:
         raise UserError(f"placement: no module {full_path} in this model{suggest(path, (n for n in names if n))}")
+    weight = getattr(names[path], "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(names[path], nn.Embedding):
+        raise UserError(
+            f"placement: an adapted module is a linear layer with a weight matrix, got {full_path}="
+            f"{type(names[path]).__name__}; point the part to a linear layer"
+        )
     out_features, in_features = weight_of(names[path]).shape
     taken: set[int] = set()
     for part, rows in members:

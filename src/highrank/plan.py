@@ -75,10 +75,13 @@ def count(model: Any, views: Sequence[WeightView], method: Any, cfg: Any, kind: 
 
 
 def adapted_views(run: Run, model: Any) -> list[WeightView]:
-    """Returns the weights that the run adapts; none for a method whose update is no weight."""
+    """Returns the weights that the run adapts; none for a method whose update is no weight, every one for full
+    fine-tuning, which trains all there is."""
     core = run.core
     if run.method.site != "weight":
         return []
+    if run.method.replaces_base:
+        return resolve(model, "all", "all", "auto", core.architecture)
     return resolve(model, core.placement, core.layers, core.fused, core.architecture)
 
 

@@ -18,17 +18,16 @@ from highrank.adapters import write_atomic
 from highrank.config import Run
 from highrank.errors import UserError
 
-STATUSES = ("running", "done", "failed", "oom", "interrupted")
-
 
 class RunDirectory:
     """One run's folder: config.yaml, results.json, predictions/, adapter/, checkpoints/, TensorBoard events."""
 
     def __init__(self, run: Run):
-        today = datetime.date.today().isoformat()
         self.run = run
-        self.path = Path(run.core.run_dir or Path(run.core.output) / today / f"{run.name}_{run.hash[:8]}")
+        self.path = Path(run.core.run_dir) if run.core.run_dir else _default_path(run)
         self.results: dict[str, Any] = {}
+        self.opened = False
+        """Whether this run writes into the folder."""
 
     @property
     def finished(self) -> bool:
@@ -37,6 +36,9 @@ class RunDirectory:
         Raises:
             UserError: if it holds another run, or files that no run wrote.
         """
+        for folder in (self.path, *self.path.parents):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"run: a run directory must be a folder, got the file {folder}; choose another run_dir")
         file = self.path / "results.json"
         if not file.is_file():
             names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
@@ -58,6 +60,7 @@ class RunDirectory:
 
     def open(self) -> None:
         """Creates the folder and starts results.json afresh: it marks the folder as this run's, so it comes first."""
+        self.opened = True
         self.path.mkdir(parents=True, exist_ok=True)
         self.results = {}
         self.write(
@@ -84,6 +87,13 @@ class RunDirectory:
         file = self.path / "predictions" / f"{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _default_path(run: Run) -> Path:
+    """Returns <output>/<date>/<name>_<hash>: of the day on which this run was first started, else today."""
+    name = f"{run.name}_{run.hash[:8]}"
+    started = sorted(Path(run.core.output).glob(f"*/{name}/results.json"))
+    return started[-1].parent if started else Path(run.core.output) / datetime.date.today().isoformat() / name
 
 
 def read_results(folder: Path) -> dict[str, Any]:

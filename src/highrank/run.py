@@ -15,6 +15,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from highrank import report
 from highrank.adapters import Adapters, attach
@@ -22,6 +23,7 @@ from highrank.allocator import keep_freed_memory
 from highrank.backbones import Backbone, head_modules, load_backbone
 from highrank.config import Run
 from highrank.data import TaskData
+from highrank.errors import UserError
 from highrank.forgetting import forgetting
 from highrank.module import FineTuner
 from highrank.plan import Plan, adapted_views, make_plan, optimizer_steps
@@ -64,6 +66,17 @@ class StopOnSignal(Callback):
         if self.received is not None:
             trainer.should_stop = True
 
+    def on_train_start(self, *args: Any) -> None:
+        self._take_back()
+
+    def on_predict_start(self, *args: Any) -> None:
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """Lightning puts its own handler of SIGTERM in at every start, which would end the process without saving."""
+        if signal.getsignal(signal.SIGTERM) is not self._note:
+            signal.signal(signal.SIGTERM, self._note)
+
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self.check()
 
@@ -99,8 +112,8 @@ def evaluate(
     return {"sets": by_set, data.task.metric: macro_average(data.task, by_set)}
 
 
-def execute(run: Run) -> tuple[Path, str]:
-    """Runs, and returns the run directory and the status: done, or interrupted (Ctrl-C, SIGTERM).
+def execute(run: Run) -> tuple[Path, int]:
+    """Runs, and returns the run directory and the exit status: 0, or 128 + the signal that interrupted the run.
 
     Raises:
         UserError: for bad input, before any weight loads.
@@ -110,21 +123,41 @@ def execute(run: Run) -> tuple[Path, str]:
     directory = RunDirectory(run)
     if directory.finished:
         report.show_results(plan, directory.results, note="finished before; nothing was run again")
-        return directory.path, "done"
+        return directory.path, 0
     report.show_plan(plan)
+    check_trainer(run)
     stop = StopOnSignal()
     try:
         with stop.listening(), quiet():
             _run(run, plan, directory, stop)
-    except (Interrupted, KeyboardInterrupt):
-        directory.write(status="interrupted", memory=peak_memory())
+    except (Interrupted, KeyboardInterrupt, SystemExit):  # Lightning turns a second Ctrl-C into SystemExit
+        if stop.received is None:
+            raise
+        if directory.opened:
+            directory.write(status="interrupted", memory=peak_memory())
+            report.show_results(plan, directory.results)
+        return directory.path, 128 + stop.received
     except Exception as error:
-        if directory.path.is_dir() and directory.results:
+        if directory.opened:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             directory.write(status="oom" if out_of_memory else "failed", error=f"{type(error).__name__}: {error}")
         raise
     report.show_results(plan, directory.results)
-    return directory.path, directory.results["status"]
+    return directory.path, 0
+
+
+def check_trainer(run: Run) -> None:
+    """Makes a Trainer of the run's arguments and throws it away.
+
+    Raises:
+        UserError: if Lightning refuses them on this machine.
+    """
+    try:
+        with quiet():
+            lightning.Trainer(**run.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        given = ", ".join(f"trainer.{key}={value}" for key, value in run.trainer.items())
+        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}, got {given}") from error
 
 
 def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import lightning
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from highrank.adapters import Adapters
 from highrank.allocator import keep_freed_memory
@@ -28,7 +30,11 @@ def read_run(folder: Path | str) -> Run:
         if not (folder / needed).is_file():
             raise UserError(f"run: a run directory holds {needed}, got {folder}; has the run finished training?")
     register_configs()
-    return build(OmegaConf.load(folder / "config.yaml"))
+    try:
+        config = OmegaConf.load(folder / "config.yaml")
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"run: config.yaml is damaged, got {str(error).splitlines()[0]} in {folder}") from error
+    return build(config)
 
 
 def load_run(folder: Path | str) -> tuple[Run, Backbone, Adapters]:

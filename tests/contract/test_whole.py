@@ -52,7 +52,7 @@ def adapted(method, fields=None, model=None, dtype="float32", moved=True, seed=0
     if moved:
         torch.manual_seed(5)
         with torch.no_grad():
-            for _, parameter in adapters.parameters():
+            for _, parameter in adapters.named_parameters():
                 parameter.add_(0.5 * torch.randn_like(parameter))
     return adapters
 
@@ -100,7 +100,7 @@ def test_loss_at_supervised_positions_is_the_one_over_all_logits(method, model):
     mask[1, 4:], labels[:, :2], labels[1, 4:] = 0, IGNORED, IGNORED
     out = adapters.model(input_ids=IDS, attention_mask=mask).logits
     own = F.cross_entropy(out[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-    parameters = [p for _, p in adapters.parameters()]
+    parameters = [p for _, p in adapters.named_parameters()]
     expected = torch.autograd.grad(own, parameters)
     loss, num_targets = language_model_loss(adapters.model, IDS, mask, labels)
     assert num_targets == 6
@@ -195,13 +195,13 @@ def test_merging_is_exact_or_an_error(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_base_and_autocast(method):
     adapters = adapted(method, dtype="bfloat16")
-    assert all(p.dtype == torch.float32 for _, p in adapters.parameters())
+    assert all(p.dtype == torch.float32 for _, p in adapters.named_parameters())
     adapters.model(input_ids=IDS).logits.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for _, p in adapters.parameters())
+    assert all(p.grad.isfinite().all() for _, p in adapters.named_parameters())
     adapters = adapted(method)
     with torch.autocast("cpu", torch.bfloat16):
         adapters.model(input_ids=IDS).logits.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for _, p in adapters.parameters())
+    assert all(p.grad.isfinite().all() for _, p in adapters.named_parameters())
 
 
 @pytest.mark.parametrize(("method", "fields", "key"), BAD)

@@ -38,7 +38,7 @@ BAD = [
     ("task=wordmth", "task: unknown name, got task=wordmth; did you mean 'wordmath'"),
     ("protocol=cleen", "protocol: unknown name, got protocol=cleen; did you mean 'clean'"),
     ("lr=-1", "run: lr must be a positive number, got lr=-1"),
-    ("lr=fast", "lr"),
+    ("lr=fast", "config: Value 'fast' of type 'str' could not be converted to Float, got lr=fast"),
     ("schedule=step", "schedule is one of constant, linear, cosine, got schedule=step"),
     ("optimizer=lion", "optimizer is one of adamw, adam, sgd, got optimizer=lion"),
     ("batch_size=0", "batch_size must be >= 1, got batch_size=0"),
@@ -49,8 +49,50 @@ BAD = [
     ("model=tiny_bert", "a text-generating task needs a causal language model, got bert"),
     ("task.n_train=0", "n_train must be >= 1, got n_train=0"),
     ("trainer.acelerator=cpu", "trainer: unknown key, got trainer.acelerator; did you mean 'accelerator'"),
-    ("trainer.max_steps=3", "trainer: max_steps is set by a core key"),
+    ("trainer.max_steps=3", "trainer: max_steps is set by the run, got trainer.max_steps=3; use max_steps"),
+    ("trainer.log_every_n_steps=5", "log_every_n_steps is set by the run, got trainer.log_every_n_steps=5; every step"),
+    ("+trainer.fast_dev_run=true", "fast_dev_run is set by the run, got trainer.fast_dev_run=True; use max_steps=1"),
+    ("trainer.val_check_interval=2", "val_check_interval=2; use protocol.validate_every"),
+    ("trainer.precision=bf16-true", "got trainer.precision=bf16-true; use model.dtype"),
+    ("trainer.precision=64-true", "got trainer.precision=64-true; use model.dtype"),
+    ("trainer.precision=8", "precision is one of 32-true, 32, 16-mixed, bf16-mixed, got trainer.precision=8"),
     ("hira", "give key=value, got hira"),
+    ("~r=4", "command line: a key cannot be taken away, got ~r=4; give it a value"),
+    ("hydra.x=y", "command line: Hydra only composes the config, so its own keys change nothing, got hydra.x=y"),
+    ("hydra/launcher=basic", "command line: Hydra only composes the config"),
+    ("method=null", "method: unknown name, got method=null"),
+    ("+method=null", "method: unknown name, got method=null"),
+    ("task=null", "task: unknown name, got task=null"),
+    ("model=null", "model: unknown name, got model=null"),
+    ("protocol=null", "protocol: unknown name, got protocol=null"),
+    ("trainer=null", "trainer: unknown name, got trainer=null"),
+    ("method.name=null", "method: a name is a text, got method.name=None"),
+    ("epochs=inf", "epochs must be > 0 and finite, got epochs=inf"),
+    ("epochs=nan", "epochs must be > 0 and finite, got epochs=nan"),
+    ("weight_decay=inf", "weight_decay must be a finite number >= 0, got weight_decay=inf"),
+    ("seed=4294967296", "seed must be in [0, 4294967295], got seed=4294967296"),
+    ("method=lora alpha=nan", "lora: alpha must be a finite number, got alpha=nan"),
+    ("method=lora dropout=inf", "lora: dropout must be a finite number, got dropout=inf"),
+    ("protocol.temperature=nan", "protocol: temperature must be a finite number, got temperature=nan"),
+    ("protocol.families=3", "families is a mapping of a family to its keys, got families=3"),
+    ("model.wheel=3", "model: wheel must be a mapping with package, version, sha256 and gguf or folder, or null, got"),
+    ("model.attention=foo", "model: attention is one of eager, sdpa, flash_attention_2, or null, got model.attention"),
+    ("model.dtype=[a]", "dtype is one of float32, bfloat16, float16, got model.dtype=['a']"),
+    ("model.shape={model_type:foo}", "shape must be a config that transformers knows, got model.shape="),
+    ("model.name=tiny_foo", "model: unknown tiny model, got model.name=tiny_foo; it is one of: tiny_llama, "),
+    ("model=tiny_llama model.name=foo", "model: its config.json is needed, got model=foo"),
+    ("placement=5", "placement: give a set such as fc_qkv, or a list such as [q,down], got placement=5"),
+    ("placement=null", "or a list such as [q,down], got placement=None"),
+    ("placement=[[q]]", "placement: unknown set or part, got placement=['q']"),
+    ("layers=[a]", "layers: give all, an index, a range like 4-11 or a list of indices, got layers=['a']"),
+    ("layers=1.5", "got layers=1.5"),
+    ("layers=null", "got layers=None"),
+    ("architecture=foo", "architecture: a map of parts to paths is needed, got architecture=foo"),
+    ("architecture={blocks:x,q:5}", "architecture: a path is a text, got q=5"),
+    (
+        "model=tiny_llama architecture={blocks:layers,q:input_layernorm} placement=q",
+        "a linear layer with a weight matrix, got model.layers.0.input_layernorm=LlamaRMSNorm",
+    ),
     ("r={", "config:"),
 ]
 
@@ -80,6 +122,28 @@ def test_the_trainers_arguments_are_lightnings():
 
     names = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self"}
     assert set(TRAINER_KEYS) | set(OWN_TRAINER_KEYS) == names
+
+
+@pytest.mark.parametrize("words", [["experiment=null"], ["+experiment=null"], ["+method=lora"], ["seed=4294967295"]])
+def test_words_that_are_fine(words):
+    from highrank.config import compose_run
+
+    compose_run(["model=tiny_llama", *words])
+
+
+def test_one_run_has_one_hash():
+    """However its placement or precision is spelled."""
+    from highrank.config import compose_run
+
+    def run(*words):
+        return compose_run(["model=tiny_llama", *words])
+
+    assert run("placement=[v,q]").hash == run("placement=qv").hash
+    assert run("placement=[q]").name == run("placement=q").name
+    assert run("placement=[down,o]").hash == run("placement=[o,down]").hash
+    assert run("placement=[down,o]").core.placement == ["o", "down"]
+    assert run("placement=[q,k,v,o,gate,up,down]").hash != run("placement=all").hash
+    assert run("trainer.precision=32").hash == run().hash
 
 
 def test_unknown_command(capsys):

@@ -76,6 +76,10 @@ def test_the_same_seed_gives_the_same_adapter(run_cli, tmp_path):
         ["schedule=constant", "warmup_ratio=0.5", "optimizer=sgd", "max_grad_norm=0"],
         ["trainer.precision=bf16-mixed", "optimizer=adam"],
         ["model.dtype=bfloat16", "model.shuffled=true"],
+        ["model=tiny_phi3", "placement=all", "fused=fused"],
+        ["model=tiny_phi3", "placement=fc_qkv", "fused=split"],
+        ["model=tiny_gpt2", "placement=qv"],
+        ["placement=[q,up]", "architecture={blocks: model.layers, q: self_attn.q_proj, up: 'mlp.up_proj[4:20]'}"],
         ["layers=1", "placement=[q,down]", "eval_before=false", "epochs=0.5"],
     ],
 )
@@ -134,7 +138,8 @@ def test_merge_of_a_run_that_has_no_merged_weight(run_cli, tmp_path, capsys):
     assert again == json.loads((folder / "results.json").read_text())["metrics"]["final"]
 
 
-def test_ctrl_c_leaves_a_usable_directory(tmp_path):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_usable_directory(tmp_path, sent, status):
     """The signal goes to a real process in the middle of training."""
     words = [
         "model=tiny_llama",
@@ -156,9 +161,9 @@ def test_ctrl_c_leaves_a_usable_directory(tmp_path):
     while not list(events.glob("events.*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == status, err
     assert out.strip().splitlines()[-1] == str(tmp_path / "r")
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert results["status"] == "interrupted"

@@ -44,7 +44,7 @@ def adapted(name="llama", method="hira", fields=None, placement="all", dtype="fl
     if moved:
         torch.manual_seed(5)
         with torch.no_grad():
-            for _, parameter in adapters.parameters():
+            for _, parameter in adapters.named_parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return adapters
 
@@ -81,8 +81,6 @@ def test_starts_as_the_base_and_disabled_is_the_base(method, fields):
     # Exact up to the rounding of scalings that are 1 (DoRA's m / norm) and another order of sums.
     torch.testing.assert_close(logits(adapters.model), base, rtol=0, atol=2e-6)
     adapters = adapted("llama", method, fields)
-    if adapters.method.replaces_base:
-        return  # its embeddings and norms train too: there is no base left to switch to
     assert not torch.allclose(logits(adapters.model), base, atol=1e-4)
     with adapters.disabled():
         assert torch.equal(logits(adapters.model), base)
@@ -137,7 +135,7 @@ def test_full_fine_tuning_trains_every_number_once():
     model = backbone("llama")
     total = sum(p.numel() for p in model.parameters())
     adapters = adapted("llama", "full", placement="fc_qkv")
-    assert sum(p.numel() for _, p in adapters.parameters()) == total
+    assert sum(p.numel() for _, p in adapters.named_parameters()) == total
 
 
 def test_an_adapter_starts_the_same_whatever_else_is_placed():
@@ -242,7 +240,7 @@ def test_bf16_base_with_fp32_parameters(method, fields):
     assert all(p.dtype == torch.float32 for a in adapters.by_view.values() for p in a.parameters())
     loss = adapters.model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.float().square().mean()
     loss.backward()
-    for name, parameter in adapters.parameters():
+    for name, parameter in adapters.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
 
@@ -252,6 +250,73 @@ def test_everything_that_trains_is_fp32(method):
     """In bf16 an optimizer step of 1e-5 beside a weight of 1e-2 would be rounded away."""
     for name in ("llama", "bert"):
         adapters = adapted(name, method, {} if method == "full" else {"r": 2}, dtype="bfloat16", moved=False)
-        assert all(p.dtype == torch.float32 for _, p in adapters.parameters())
+        assert all(p.dtype == torch.float32 for _, p in adapters.named_parameters())
         adapters.model(input_ids=torch.tensor([[5, 6, 7]])).logits.float().sum().backward()
-        assert all(p.grad is not None for n, p in adapters.parameters() if "pooler" not in n)
+        assert all(p.grad is not None for n, p in adapters.named_parameters() if "pooler" not in n)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("phi3", "placement=fc_qkv"), ("gpt2", "placement=qv"), ("llama", "layers=1")]
+)
+def test_full_fine_tuning_trains_what_the_plan_counts(name, words):
+    """It ignores placement: matrices of which only some rows are placed train whole."""
+    from highrank.config import compose_run
+    from highrank.plan import adapted_views, count
+
+    run = compose_run([f"model=tiny_{name}", "method=full", words])
+    model = backbone(name)
+    views = adapted_views(run, model)
+    counted = count(model, views, run.method, run.method_cfg)
+    adapters = attach(model, views, run.method, run.method_cfg)
+    assert sum(p.numel() for _, p in adapters.named_parameters()) == counted.trainable == counted.total
+
+
+def test_disabled_full_fine_tuning_is_the_base_again():
+    base = logits(backbone("llama"))
+    adapters = adapted("llama", "full")
+    trained = logits(adapters.model)
+    with adapters.disabled():
+        assert torch.equal(logits(adapters.model), base)
+    assert torch.equal(logits(adapters.model), trained)
+
+
+def test_smooth_r_does_not_depend_on_which_layers_are_adapted():
+    every = adapted("llama", "hira", {"r": 2, "R": "w0_smooth"}, placement="q", moved=False)
+    one = adapted("llama", "hira", {"r": 2, "R": "w0_smooth"}, placement="q", moved=False, layers=1)
+    name = one.views[0].name
+    assert torch.equal(one.by_view[name].R, every.by_view[name].R)
+
+
+def test_two_layers_that_share_a_weight_are_refused():
+    model = backbone("llama")
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+    cls = load("methods", "lora")
+    with pytest.raises(UserError, match=r"must not share a weight, got .*layers.0.* and .*layers.1"):
+        attach(model, resolve(model, "q"), cls, cls.config(r=2))
+
+
+def test_unload_leaves_nothing_behind():
+    adapters = adapted("llama", "vera", {"r": 4})
+    assert not any("highrank" in name for name, _ in adapters.unload().named_modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter.safetensors", None, "has adapter.safetensors, got none"),
+        ("adapter.json", "{", "adapter.json is damaged"),
+        ("adapter.json", "[]", "adapter.json is damaged"),
+        ("adapter.json", "{}", "got no format_version, method"),
+        (
+            "adapter.json",
+            '{"format_version": 9, "method": "", "fields": 0, "sha256": 0, "probe": 0}',
+            "newest read here",
+        ),
+    ],
+)
+def test_a_damaged_adapter_folder_is_named(tmp_path, name, content, message):
+    adapters = adapted("llama", "hira", {"r": 2})
+    adapters.save(tmp_path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        adapters.load(tmp_path)

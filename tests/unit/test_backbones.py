@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,9 +14,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from highrank import backbones
-from highrank.backbones import find_source, load_backbone, prepare_tokenizer, sha256, shuffle_weights, tiny_tokenizer
+from highrank.backbones import (
+    find_source,
+    load_backbone,
+    model_config,
+    prepare_tokenizer,
+    sha256,
+    shuffle_weights,
+    tiny_tokenizer,
+)
 from highrank.cli import main
 from highrank.config import compose_run
 from highrank.errors import UserError
@@ -128,6 +138,134 @@ def test_a_folder_loads_with_its_own_numbers_in_the_asked_dtype(folder):
     for name, parameter in loaded.model.state_dict().items():
         assert torch.equal(parameter, tiny.model.state_dict()[name]), name
     assert not loaded.model.training
+
+
+def edit_config(**fields):
+    def edit(path):
+        file = path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+    return edit
+
+
+def edit_weights(change):
+    """Rewrites the safetensors after `change` of the dict of tensors."""
+
+    def edit(path):
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def truncate(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def write(name, text):
+    return lambda path: (path / name).write_text(text)
+
+
+def without_tokenizer(path):
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+
+
+def broken_index(path):
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "a readable model, got path={} (SafetensorError: "),
+        (write("config.json", "{bad"), "a readable config.json, got path={} (OSError: "),
+        (write("config.json", "{}"), "a readable config.json, got path={} (ValueError: Unrecognized model"),
+        (
+            edit_config(model_type="foo"),
+            "got path={} (ValueError: The checkpoint you are trying to load has model type",
+        ),
+        (edit_config(num_attention_heads="x"), "got path={} (StrictDataclassFieldValidationError: "),
+        (without_tokenizer, "a readable tokenizer, got path={} (ValueError: "),
+        (write("tokenizer.json", "{}"), "a readable tokenizer, got path={} (KeyError: "),
+        (write("tokenizer_config.json", "{"), "a readable tokenizer, got path={} (JSONDecodeError: "),
+        (broken_index, "nor every shard of a model.safetensors.index.json, in path={}"),
+        (
+            edit_config(intermediate_size=64),
+            "the shapes that config.json gives, got path={} with model.layers.0.mlp.down_proj.weight [16, 32] for",
+        ),
+        (
+            edit_config(num_hidden_layers=3),
+            "every weight of the model, got path={} without model.layers.2.input_layernorm.weight, "
+            "model.layers.2.mlp.down_proj.weight, model.layers.2.mlp.gate_proj.weight and 6 more",
+        ),
+        (edit_weights(lambda w: w.pop("lm_head.weight")), "got path={} without lm_head.weight; give a whole copy"),
+    ],
+)
+def test_a_damaged_folder_is_named_with_the_cause(folder, tmp_path, damage, message):
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    damage(path)
+    with pytest.raises(UserError) as error:
+        load_backbone({"name": "x", "dtype": "float32"}, str(path))
+    assert message.format(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def save_tiny(name, kind, path):
+    tiny = load_backbone({"name": f"tiny_{name}", "dtype": "float32"}, None, kind)
+    tiny.model.save_pretrained(path)
+    tiny.tokenizer.save_pretrained(path)
+
+
+HEADS = {"llama": "score.", "bert": "classifier.", "roberta": "classifier.", "distilbert": "pre_classifier."}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_only_a_classification_head_may_be_new(tmp_path, name):
+    save_tiny(name, "classify", tmp_path)
+    spec = {"name": "x", "dtype": "float32"}
+
+    def drop(prefix):
+        def change(tensors):
+            names = [key for key in tensors if key.startswith(prefix)]
+            assert names
+            for key in names:
+                del tensors[key]
+
+        edit_weights(change)(tmp_path)
+
+    drop(HEADS[name])
+    first, again, other = (load_backbone(spec, str(tmp_path), "classify", seed=s).model for s in (1, 1, 2))
+    heads = [{k: v for k, v in m.state_dict().items() if k.startswith(HEADS[name])} for m in (first, again, other)]
+    assert all(torch.equal(heads[0][k], heads[1][k]) for k in heads[0])
+    assert not all(torch.equal(heads[0][k], heads[2][k]) for k in heads[0])
+    prefix = {"llama": "model.norm.", "bert": "bert.pooler."}.get(name, f"{name}.embeddings.word_embeddings.")
+    drop(prefix)
+    with pytest.raises(UserError, match=f"every weight of the model, got path={tmp_path} without {prefix}"):
+        load_backbone(spec, str(tmp_path), "classify")
+
+
+def test_a_tied_head_need_not_be_stored(tmp_path):
+    save_tiny("gemma", "generate", tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    load_backbone({"name": "x", "dtype": "float32"}, str(tmp_path))
+
+
+def test_a_head_for_other_labels_is_refused(tmp_path):
+    save_tiny("bert", "classify", tmp_path)
+    with pytest.raises(UserError, match=r"with classifier.bias \[2\] for \[3\]"):
+        load_backbone({"name": "x", "dtype": "float32"}, str(tmp_path), "classify", num_labels=3)
+
+
+def test_an_unknown_tiny_name_lists_the_known_ones():
+    with pytest.raises(
+        UserError, match=r"unknown tiny model, got model.name=tiny_foo; it is one of: tiny_llama, .*gpt2"
+    ):
+        model_config({"name": "tiny_foo"}, None)
 
 
 # The Hub, for real, against a stub server

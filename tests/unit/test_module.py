@@ -91,13 +91,13 @@ def test_weight_decay_spares_what_rests_at_one(method):
     optimizer = make_optimizer(module.adapters, module.core)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     spared = {id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
-    names = {id(p): n.rpartition(".")[2] for n, p in module.adapters.parameters()}
+    names = {id(p): n.rpartition(".")[2] for n, p in module.adapters.named_parameters()}
     assert {names[i] for i in spared} == set(module.adapters.method.no_decay)
     assert not decayed & spared
     assert len(decayed | spared) == len(names)
 
     before = module.adapters.state_dict()
-    for _, parameter in module.adapters.parameters():
+    for _, parameter in module.adapters.named_parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = {name: tensor.clone() for name, tensor in before.items()}
     optimizer.step()
@@ -109,7 +109,7 @@ def test_weight_decay_spares_what_rests_at_one(method):
 def test_heads_decay_their_matrix_but_not_their_bias():
     module = tuner("lora", "classify", weight_decay=0.1)
     groups = make_optimizer(module.adapters, module.core).param_groups
-    named = dict(module.adapters.parameters())
+    named = dict(module.adapters.named_parameters())
     in_group = {d: {id(p) for g in groups if bool(g["weight_decay"]) == d for p in g["params"]} for d in (True, False)}
     assert id(named["classifier.weight"]) in in_group[True]
     assert id(named["classifier.bias"]) in in_group[False]

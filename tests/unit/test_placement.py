@@ -131,9 +131,9 @@ def test_sets_and_lists(placement, parts):
     assert parse_placement(placement) == parts
 
 
-@pytest.mark.parametrize("placement", ["qvk", ["q", "gates"], []])
+@pytest.mark.parametrize("placement", ["qvk", ["q", "gates"], ["q", 5], [["q"]], []])
 def test_unknown_placements_name_near_ones(placement):
-    with pytest.raises(UserError, match=r"placement: .*got placement=.*(did you mean|use a set)"):
+    with pytest.raises(UserError, match=r"placement: .*got placement=.*(did you mean|it is one of|use a set)"):
         parse_placement(placement)
 
 
@@ -144,7 +144,41 @@ def test_layers(layers, chosen):
     assert list(parse_layers(layers, 4)) == chosen
 
 
-@pytest.mark.parametrize("layers", ["2-9", "3-1", "x", -1, [], [1, 1], 4])
+@pytest.mark.parametrize(
+    "layers",
+    ["2-9", "3-1", "0-999999999", "0-9999999999", "x", -1, [], [1, 1], 4, ["a"], [0.5], 1.5, None, True, {"a": 1}],
+)
 def test_bad_layers(layers):
     with pytest.raises(UserError, match=r"layers: .*got layers="):
         parse_layers(layers, 4)
+
+
+@pytest.mark.parametrize("placement", [5, None, 1.5, {"q": 1}])
+def test_a_placement_is_a_text_or_a_list(placement):
+    with pytest.raises(UserError, match=r"placement: give a set such as fc_qkv, or a list .*got placement="):
+        parse_placement(placement)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("foo", "a map of parts to paths is needed, got architecture=foo"),
+        (["q"], "a map of parts to paths is needed"),
+        ({"blocks": "layers", "q": 5}, "a path is a text, got q=5"),
+        ({"blocks": None, "q": "x"}, "a path is a text, got blocks=None"),
+        ({}, "needs 'blocks'"),
+        ({"blocks": "layers", "q": "input_layernorm"}, "linear layer .*got .*input_layernorm=LlamaRMSNorm"),
+        ({"blocks": "layers", "q": "mlp"}, "linear layer .*got .*mlp=LlamaMLP"),
+        ({"blocks": "layers", "q": "mlp.act_fn"}, "linear layer .*got .*act_fn=SiLU"),
+    ],
+)
+def test_bad_maps(architecture, message):
+    with pytest.raises(UserError, match=message):
+        resolve(tiny("llama"), "q", architecture=architecture)
+
+
+def test_an_embedding_is_no_linear_layer():
+    model = tiny("llama")
+    model.model.layers[0].table = torch.nn.Embedding(4, 4)
+    with pytest.raises(UserError, match=r"linear layer .*got model.layers.0.table=Embedding"):
+        resolve(model, "q", layers=0, architecture={"blocks": "layers", "q": "table"})

@@ -30,7 +30,7 @@ def tuner(method, **core):
     adapters = attach(model, resolve(model, "all"), cls, cls.config(**FIELDS.get(method, {})))
     torch.manual_seed(5)
     with torch.no_grad():
-        for _, parameter in adapters.parameters():
+        for _, parameter in adapters.named_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     module = FineTuner(adapters, Generate(), None, RunConfig(lr=1e-3, **core), 10)
     return module.train()
@@ -49,7 +49,7 @@ def gradients(module, *batches):
     for one in batches:
         loss, _ = module.loss(one)
         (loss / len(batches)).backward()
-    return {name: parameter.grad.clone() for name, parameter in module.adapters.parameters()}
+    return {name: parameter.grad.clone() for name, parameter in module.adapters.named_parameters()}
 
 
 def weight_methods():

@@ -147,7 +147,7 @@ def test_activation_checkpointing_gives_the_same_gradients(method):
     for adapters in (plain, checkpointed):
         adapters.model.train()
         language_model_loss(adapters.model, IDS, torch.ones_like(IDS), IDS)[0].backward()
-    for (_, ours), (_, theirs) in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+    for (_, ours), (_, theirs) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
 
 

@@ -76,11 +76,14 @@ class FineTuner(lightning.LightningModule):
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         if self.task.kind == "generate":
             return language_model_loss(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        labels = batch["labels"]
-        logits = self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
+        labels, logits = batch["labels"], self._logits(batch)
         if self.task.kind == "regress":
             return F.mse_loss(logits.squeeze(-1), labels.float()), len(labels)
         return F.cross_entropy(logits, labels.long()), len(labels)
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns a classification model's logits (B, num_labels) in fp32."""
+        return self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         loss, num_targets = self.loss(batch)
@@ -92,16 +95,16 @@ class FineTuner(lightning.LightningModule):
             return self.rank_options(batch)
         places = batch["index"].tolist()
         if self.task.kind != "generate":
-            logits = self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
+            logits = self._logits(batch)
             outputs = logits.argmax(-1) if self.task.kind == "classify" else logits.squeeze(-1)
             return list(zip(places, outputs.tolist(), strict=True))
-        width = batch["input_ids"].shape[1]
-        with torch.random.fork_rng(enabled=self.decoding["do_sample"]):
-            if self.decoding["do_sample"]:
+        width, decoding = batch["input_ids"].shape[1], self.decoding
+        with torch.random.fork_rng(enabled=decoding["do_sample"]):
+            if decoding["do_sample"]:
                 torch.manual_seed(1_000_003 * self.core.seed + index)
             # In place of the checkpoint's own defaults (penalties, sampling), which would mix into the protocol's.
             self.model.generation_config = GenerationConfig(
-                eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id, **self.decoding
+                eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id, **decoding
             )
             tokens = self.model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         texts = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)

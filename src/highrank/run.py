@@ -97,7 +97,7 @@ def predict(trainer: lightning.Trainer, module: FineTuner, data: TaskData, recor
     outputs: list[Any] = [None] * len(records)
     for batch in trainer.predict(module, data.eval_dataloader(records)) or []:
         for place, output in batch:
-            outputs[place] = {**(outputs[place] or {}), **output} if isinstance(output, dict) else output
+            outputs[place] = output
     return outputs
 
 

@@ -1,0 +1,1 @@
+"""What a trained update is like: singular values, ranks, spectra."""

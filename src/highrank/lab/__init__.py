@@ -1,0 +1,1 @@
+"""The ablation lab: sweeps, learning-rate searches, reports, the TensorBoard dashboard."""

@@ -10,7 +10,8 @@ USAGE = """\
 highrank: parameter-efficient fine-tuning methods, each in one file, compared fairly
 
   python run.py [key=value ...]        train, evaluate before and after, write a run directory
-  highrank run [key=value ...]         the same from anywhere
+  python run.py -m key=a,b ...         a sweep: every combination, each run in its own process; start it again to go on
+  highrank run [-m] [key=value ...]    the same from anywhere
   highrank methods                     the methods, their fields and defaults
   highrank merge RUN --out DIR         a plain model folder with the adapter merged in
   highrank eval RUN                    evaluate a finished run again
@@ -59,6 +60,13 @@ def run(words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         return show_help()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if any(word in ("-m", "--multirun") for word in words):
+        from highrank.lab.sweep import Sweep
+
+        sweep = Sweep([word for word in words if word not in ("-m", "--multirun")])
+        status = sweep.execute()
+        print(sweep.folder)
+        return status
     from highrank.config import compose_run
 
     checked = compose_run(words)

@@ -7,6 +7,7 @@ A bare key is a core key (a field of `RunConfig`) or a field of the chosen metho
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,9 @@ class RunConfig:
     """Prompt, masking, cut-off, decoding and answer rule."""
     trainer: Any = None
     """Arguments of the Lightning Trainer: accelerator, devices, strategy, precision."""
+    sweep: Any = (
+        None  # only in presets: the axes that `-m` sweeps, {key: [values]}, and `cases` of keys that vary together
+    )
     path: str | None = None
     """A local folder with config.json, tokenizer and safetensors, used before any other source."""
     placement: Any = "fc_qkv"
@@ -98,6 +102,8 @@ class RunConfig:
     """Examples per evaluation batch; changes speed, not results."""
     eval_before: bool = True
     """Whether the untrained model is evaluated too."""
+    eval_test: bool = True
+    """Whether the test sets are evaluated at all; a search over the held-out examples needs none."""
     general_text: str | None = None
     """File of general text (.txt by lines, or a field `text`) on which forgetting is measured after training."""
     output: str = "outputs"
@@ -108,7 +114,7 @@ class RunConfig:
     """Load no weights; print what would be adapted and trained, and write plan.json."""
 
 
-CORE_KEYS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("defaults", *GROUPS))
+CORE_KEYS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("defaults", "sweep", *GROUPS))
 UNHASHED = ("output", "run_dir", "dry_run", "eval_batch_size")
 """Keys that do not change a run's results."""
 
@@ -168,13 +174,46 @@ def compose_run(words: Sequence[str]) -> Run:
     Raises:
         UserError: for an unknown key or name (with the nearest ones), a wrong type, or a value out of range.
     """
+    words = scaled(words)
+    return build(_compose(rewrite(words, [method_of(words)])))
+
+
+def scaled(words: Sequence[str]) -> list[str]:
+    """Returns the words with `experiment=<name> scale=small` as `experiment=<name>_small`; scale=paper changes nothing.
+
+    Raises:
+        UserError: for another scale, or without an experiment.
+    """
+    scales = [word.partition("=")[2] for word in words if word.partition("=")[0] == "scale"]
+    kept = [word for word in words if word.partition("=")[0] != "scale"]
+    if not scales:
+        return kept
+    if scales[-1] not in ("paper", "small"):
+        raise UserError(f"command line: scale is paper or small, got scale={scales[-1]}")
+    if not any(word.startswith("experiment=") for word in kept):
+        raise UserError(
+            f"command line: scale belongs to an experiment, got scale={scales[-1]} without experiment=<name>"
+        )
+    ending = "_small" if scales[-1] == "small" else ""
+    return [word + ending if word.startswith("experiment=") else word for word in kept]
+
+
+def method_of(words: Sequence[str]) -> Any:
+    """Returns the method class that command-line words choose.
+
+    Raises:
+        UserError: for a word that is none, or an unknown name.
+    """
     for word in words:
         _check_word(word)
-    register_configs()
     groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
-    groups = [rewritten for w in groups for rewritten in _rewrite_group(w)]
-    method = registry.load("methods", _compose(groups).method.name)
-    return build(_compose(rewrite(words, [method])))
+    return registry.load("methods", _chosen_method(tuple(r for w in groups for r in _rewrite_group(w))))
+
+
+@functools.cache
+def _chosen_method(groups: tuple[str, ...]) -> str:
+    register_configs()
+    return str(_compose(groups).method.name)
 
 
 def _check_word(word: str) -> None:
@@ -320,6 +359,8 @@ def build(config: Any) -> Run:
     if str(trainer.get("precision")) == "32":
         trainer["precision"] = "32-true"
     core = RunConfig(**{key: values[key] for key in CORE_KEYS if key in values})
+    if method.site != "weight" or method.replaces_base:  # such a run is the same whatever the placement
+        core.placement, core.layers, core.fused = "all", "all", "auto"
     core.placement = _one_form(core.placement)
     if core.lr is None:
         core.lr = method.default_lr

@@ -112,6 +112,12 @@ def evaluate(
     return {"sets": by_set, data.task.metric: macro_average(data.task, by_set)}
 
 
+def validate(trainer: lightning.Trainer, module: FineTuner, data: TaskData) -> dict[str, float]:
+    """Returns the mean loss over the held-out training examples, in nats for texts and classes, and their number."""
+    (found,) = trainer.validate(module, data.val_dataloader(), verbose=False)
+    return {"loss": found["validation/loss"], "n": len(data.validation)}
+
+
 def execute(run: Run) -> tuple[Path, int]:
     """Runs, and returns the run directory and the exit status: 0, or 128 + the signal that interrupted the run.
 
@@ -181,7 +187,7 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> N
     times = {"setup_s": time.perf_counter() - started}
 
     found: dict[str, Any] = {}
-    if core.eval_before:
+    if core.eval_before and core.eval_test:
         at = time.perf_counter()
         module.eval()
         found["before"] = evaluate(trainer, module, data, lambda n, r: directory.write_predictions(f"{n}.before", r))
@@ -206,6 +212,11 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> N
         selected=[{"step": c.step, "loss": c.loss} for c in callbacks if isinstance(c, KeepBest)],
     )
     stop.check()
+    if data.validation:
+        directory.write(validation=validate(trainer, module, data))
+    if not core.eval_test:
+        directory.write(status="done", time=times, memory=peak_memory())
+        return
 
     at = time.perf_counter()
     module.eval()

@@ -180,6 +180,6 @@ def test_the_list_of_core_keys_is_a_decision():
         *("path", "placement", "layers", "fused", "architecture", "seed"),
         *("lr", "optimizer", "betas", "weight_decay", "schedule", "warmup_steps", "warmup_ratio"),
         *("epochs", "max_steps", "batch_size", "accumulate", "max_grad_norm"),
-        *("compile", "checkpoint_activations", "eval_batch_size", "eval_before", "general_text"),
+        *("compile", "checkpoint_activations", "eval_batch_size", "eval_before", "eval_test", "general_text"),
         *("output", "run_dir", "dry_run"),
     ) == CORE_KEYS

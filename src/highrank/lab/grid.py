@@ -1,0 +1,182 @@
+"""From the words of a sweep to its cells: `method=hira,lora r=8,16 seed=0,1,2`, in Hydra's grammar.
+
+    key=a,b            an axis: every value with every value of the other axes
+    cases=[{r1:2,r2:30},{r1:4,r2:28}]     keys that vary together
+    experiment=<name>  a preset, whose section `sweep` gives the axes that the command line does not
+
+A key that one method of the sweep has and another lacks is left out for the other: hyperadapt with r=8 and with r=16 is
+one cell. A cell's words are what `run.py` takes.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from highrank import configs
+from highrank.config import CORE_KEYS, GROUPS, Run, compose_run, method_of
+from highrank.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    words: tuple[str, ...]
+    """What `run.py` takes."""
+    axes: dict[str, Any]
+    """The value of each swept key that this run has."""
+    run: Run
+
+    @property
+    def folder(self) -> str:
+        return f"{self.run.name}_{self.run.hash[:8]}"
+
+    @property
+    def arm(self) -> dict[str, Any]:
+        """The axes without the seed: what is compared."""
+        return {key: value for key, value in self.axes.items() if key != "seed"}
+
+    def with_words(self, *words: str) -> "Cell":
+        """Returns the cell with some keys given anew."""
+        keys = {word.partition("=")[0] for word in words}
+        kept = [word for word in self.words if word.partition("=")[0] not in keys]
+        return Cell((*kept, *words), self.axes, compose_run([*kept, *words]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What a sweep's words say."""
+
+    axes: dict[str, list[Any]]
+    """Every swept key with its values, in the words' order."""
+    cells: list[Cell]
+
+
+def expand(words: Sequence[str]) -> Grid:
+    """Returns the grid of a sweep's words: every cell checked, and cells that mean the same run once.
+
+    Raises:
+        UserError: naming every cell that cannot be, or if nothing is swept.
+    """
+    fixed, axes = _split(words)
+    for key, values in _preset_axes(fixed).items():
+        if key not in axes and not any(_key(word) == key for word in fixed):
+            axes[key] = values
+    axes = dict(sorted(axes.items(), key=lambda axis: axis[0] != "method"))  # a method's own keys come after it
+    combinations = [_merged(choice) for choice in itertools.product(*axes.values())]
+    planned = [([*fixed, *_words(values)], values) for values in combinations]
+    methods = {method_of(words) for words, _ in planned}
+    cells: dict[str, Cell] = {}
+    problems: dict[str, str] = {}
+    for all_words, chosen in planned:
+        own = [word for word in all_words if not _foreign(_key(word), method_of(all_words), methods)]
+        kept = {_key(word) for word in own}
+        try:
+            cell = Cell(tuple(own), {k: v for k, v in chosen.items() if k in kept}, compose_run(own))
+            cells.setdefault(cell.run.hash, cell)
+        except UserError as error:
+            problems.setdefault(str(error), " ".join(_words(chosen)))
+    if problems:
+        listed = "\n".join(f"  {where or 'every cell'}: {error}" for error, where in problems.items())
+        raise UserError(
+            f"sweep: every cell must be a possible run, got {len(problems)} problems; nothing was started\n{listed}"
+        )
+    return Grid(_by_key(axes), list(cells.values()))
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:
+    """Returns the words with one value, and per axis its choices, each a mapping of keys to values."""
+    fixed: list[str] = []
+    axes: dict[str, list[dict[str, Any]]] = {}
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"command line: give key=value, got {word}")
+        key = _key(word)
+        if key == "cases":
+            axes["cases"] = _cases(_parse(word).value())
+            continue
+        override = _parse(word)
+        if not override.is_sweep_override():
+            fixed.append(word)
+        elif not override.is_discrete_sweep():
+            raise UserError(f"sweep: an axis has listed values, got {word}; write {key}=a,b,c or {key}=range(a,b)")
+        else:
+            axes[key] = [{key: yaml.safe_load(value)} for value in override.sweep_string_iterator()]
+    return fixed, axes
+
+
+def _parse(word: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise UserError(f"config: {str(error).strip().splitlines()[0]}, got {word}") from error
+
+
+def _preset_axes(fixed: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the axes in the section `sweep` of the chosen preset."""
+    names = [word.partition("=")[2] for word in fixed if _key(word) == "experiment"]
+    file = Path(configs.__path__[0]) / "experiment" / f"{names[-1]}.yaml" if names else None
+    if file is None or not file.is_file():
+        return {}
+    section = yaml.safe_load(file.read_text()).get("sweep") or {}
+    return {
+        key: _cases(values) if key == "cases" else [{key: value} for value in values] for key, values in section.items()
+    }
+
+
+def _cases(values: Any) -> list[dict[str, Any]]:
+    if not isinstance(values, list) or not values or not all(isinstance(case, Mapping) for case in values):
+        raise UserError(
+            f"sweep: cases is a list of mappings, got cases={values}; write cases=[{{r1:2,r2:30}},{{r1:4,r2:28}}]"
+        )
+    return [{str(key): value for key, value in case.items()} for case in values]
+
+
+def _merged(choice: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for values in choice for key, value in values.items()}
+
+
+def _by_key(axes: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for choices in axes.values():
+        for choice in choices:
+            for key, value in choice.items():
+                if value not in found.setdefault(key, []):
+                    found[key].append(value)
+    return found
+
+
+def _words(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={_spelled(value)}" for key, value in values.items()]
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_spelled, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{k}:{_spelled(v)}' for k, v in value.items())}}}"
+    return (
+        {True: "true", False: "false", None: "null"}.get(value, str(value))
+        if isinstance(value, bool | None)
+        else str(value)
+    )
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def _foreign(key: str, method: Any, methods: Iterable[Any]) -> bool:
+    """Whether a key is a field of another method of the sweep, and not of this one."""
+
+    def has(owner: Any) -> bool:
+        return any(field.name == key.removeprefix("method.") for field in dataclasses.fields(owner.config))
+
+    bare = key not in CORE_KEYS and key not in GROUPS and ("." not in key or key.startswith("method."))
+    return bare and not has(method) and any(map(has, methods))

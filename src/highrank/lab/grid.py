@@ -73,7 +73,7 @@ def expand(words: Sequence[str]) -> Grid:
     planned = [([*fixed, *_words(values)], values) for values in combinations]
     methods = {method_of(words) for words, _ in planned}
     cells: dict[str, Cell] = {}
-    problems: dict[str, str] = {}
+    problems: list[tuple[Mapping[str, Any], UserError]] = []
     for all_words, chosen in planned:
         own = [word for word in all_words if not _foreign(_key(word), method_of(all_words), methods)]
         kept = {_key(word) for word in own}
@@ -81,13 +81,19 @@ def expand(words: Sequence[str]) -> Grid:
             cell = Cell(tuple(own), {k: v for k, v in chosen.items() if k in kept}, compose_run(own))
             cells.setdefault(cell.run.hash, cell)
         except UserError as error:
-            problems.setdefault(str(error), " ".join(_words(chosen)))
-    if problems:
-        listed = "\n".join(f"  {where or 'every cell'}: {error}" for error, where in problems.items())
-        raise UserError(
-            f"sweep: every cell must be a possible run, got {len(problems)} problems; nothing was started\n{listed}"
-        )
+            problems.append((chosen, error))
+    refuse(problems)
     return Grid(_by_key(axes), list(cells.values()))
+
+
+def refuse(problems: Sequence[tuple[Mapping[str, Any], UserError]]) -> None:
+    """Raises one UserError over all cells that cannot be, each problem once; does nothing if there is none."""
+    first = {str(error): " ".join(_words(axes)) for axes, error in reversed(problems)}
+    if first:
+        listed = "\n".join(f"  {where or 'every cell'}: {error}" for error, where in reversed(first.items()))
+        raise UserError(
+            f"sweep: every cell must be a possible run, got {len(first)} problems; nothing was started\n{listed}"
+        )
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:

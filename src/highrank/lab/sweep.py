@@ -25,7 +25,7 @@ from highrank.adapters import write_atomic
 from highrank.config import scaled
 from highrank.errors import UserError
 from highrank.lab import lr_search
-from highrank.lab.grid import Cell, Grid, expand
+from highrank.lab.grid import Cell, Grid, expand, refuse
 from highrank.lab.launch import Job, launcher
 from highrank.plan import Plan, make_plan
 from highrank.protocol import digest
@@ -59,10 +59,26 @@ class Sweep:
         key = digest([sorted(cell.run.hash for cell in self.grid.cells), own.get("lr_search")])
         self.folder = Path(own.get("sweep_dir") or Path(own.get("output", "outputs")) / f"{self.name}_{key[:8]}")
 
+    def plan(self) -> tuple[list[Cell], list[Plan]]:
+        """Returns the cells that are not done yet, with their plans.
+
+        Raises:
+            UserError: naming every cell that cannot run.
+        """
+        todo = [cell for cell in self.grid.cells if not self._done(cell)]
+        plans, problems = [], []
+        for cell in todo:
+            try:
+                plans.append(make_plan(cell.run))
+            except UserError as error:
+                problems.append((cell.axes, error))
+        refuse(problems)
+        return todo, plans
+
     def execute(self) -> int:
         """Runs what is not done yet; returns 0, 1 if a run failed, or 128 + the signal that stopped the sweep."""
-        todo = [cell for cell in self.grid.cells if not self._done(cell)]
-        show_grid(self, todo, [make_plan(cell.run) for cell in todo])
+        todo, plans = self.plan()
+        show_grid(self, todo, plans)
         if self.dry_run:
             return 0
         self._check_folder()

@@ -60,6 +60,13 @@ def test_a_presets_axes_give_way_to_the_command_line():
     assert preset.axes["placement"] == ["fc", "qv", "qkv", "qk", "v", "q", "k"]
     assert len(expand(["experiment=hira/table5_placement", "placement=q"]).cells) < len(preset.cells)
     assert expand(["experiment=hira/table5_placement", "placement=q,k"]).axes["placement"] == ["q", "k"]
+    assert expand(["experiment=hira/commonsense170k", "method=hira", "lr=1e-3", "batch_size=8"]).axes == {
+        "model": ["llama3_8b", "llama2_7b"],
+        "r": [32, 16],
+        "dropout": [0.05],
+    }
+    found = expand(["experiment=hira/commonsense170k", "method=hira", "model=llama3_8b", "lr=1e-3", "batch_size=8"])
+    assert [cell.axes for cell in found.cells] == [{"r": 32}, {"r": 16}]  # dropout is no field of hira
 
 
 @pytest.mark.parametrize(

@@ -41,27 +41,24 @@ def started(folder):
 
 
 def test_a_sweep_runs_every_cell_once(sweep):
-    status, folder, out, err = sweep("method=hira,hyperadapt", "r=2,4", "seed=0,1")
+    status, folder, out, err = sweep("method=hira,hyperadapt", "r=2,4", "seed=0")
     assert (status, err) == (0, "")
     assert out.strip().splitlines()[-1] == str(folder)
     found = rows(folder)
-    assert [(row["method"], row["r"], row["seed"]) for row in found] == [
-        *[("hira", r, s) for r in "24" for s in "01"],
-        *[("hyperadapt", "", s) for s in "01"],
-    ]
+    assert [(row["method"], row["r"]) for row in found] == [("hira", "2"), ("hira", "4"), ("hyperadapt", "")]
     assert {row["status"] for row in found} == {"done"}
     record = json.loads((folder / "sweep.json").read_text())
-    assert record["axes"] == {"method": ["hira", "hyperadapt"], "r": [2, 4], "seed": [0, 1]}
+    assert record["axes"] == {"method": ["hira", "hyperadapt"], "r": [2, 4]}
     for cell, row in zip(record["cells"], found, strict=True):
         results = json.loads((folder / cell["run"] / "results.json").read_text())
         assert results["config_hash"] == cell["config_hash"]
         assert float(row["accuracy"]) == results["metrics"]["final"]["accuracy"]
 
-    status, _, out, _ = sweep("method=hira,hyperadapt", "r=2,4", "seed=0,1,2")  # three more cells
+    status, _, out, _ = sweep("method=hira,hyperadapt", "r=2,4", "seed=0,1")  # three more cells
     assert status == 0
-    assert "9 runs, 6 done before" in out
+    assert "6 runs, 3 done before" in out
     assert set(started(folder).values()) == {1}
-    status, _, _, err = sweep("method=hira", "r=2,4", "seed=0,1,2")
+    status, _, _, err = sweep("method=hira", "r=2,4", "seed=0,1")
     assert status == 2
     assert "keeps its cells" in err
 
@@ -116,7 +113,7 @@ def test_every_arm_gets_the_same_search(sweep):
     record = json.loads((folder / "sweep.json").read_text())
     search = record["lr_search"]
     assert (search["values"], search["seed"]) == ([1e-4, 1e-2], 1)
-    assert [arm["axes"] for arm in search["arms"]] == [{"method": "hira", "r": 2}, {"method": "hyperadapt"}]
+    assert [arm["axes"] for arm in search["arms"]] == [{"method": "hira"}, {"method": "hyperadapt"}]
     for arm in search["arms"]:
         assert [trial["lr"] for trial in arm["trials"]] == [1e-4, 1e-2]
         best = min(arm["trials"], key=lambda trial: trial["loss"])

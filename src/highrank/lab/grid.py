@@ -18,7 +18,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from highrank import configs
+from highrank import configs, registry
 from highrank.config import CORE_KEYS, GROUPS, Run, compose_run, method_of
 from highrank.errors import UserError
 
@@ -65,13 +65,17 @@ def expand(words: Sequence[str]) -> Grid:
         UserError: naming every cell that cannot be, or if nothing is swept.
     """
     fixed, axes = _split(words)
-    for key, values in _preset_axes(fixed).items():
-        if key not in axes and not any(_key(word) == key for word in fixed):
-            axes[key] = values
+    given = {_key(word) for word in fixed}.union(*(choice for choices in axes.values() for choice in choices))
+    preset = _preset_axes(fixed)
+    for key, choices in preset.items():
+        kept = [{name: value for name, value in choice.items() if name not in given} for choice in choices]
+        if any(kept):
+            axes.setdefault(key, kept)
     axes = dict(sorted(axes.items(), key=lambda axis: axis[0] != "method"))  # a method's own keys come after it
     combinations = [_merged(choice) for choice in itertools.product(*axes.values())]
     planned = [([*fixed, *_words(values)], values) for values in combinations]
     methods = {method_of(words) for words, _ in planned}
+    methods |= {registry.load("methods", name) for name in _by_key(preset).get("method", [])}
     cells: dict[str, Cell] = {}
     problems: list[tuple[Mapping[str, Any], UserError]] = []
     for all_words, chosen in planned:

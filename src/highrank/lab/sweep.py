@@ -84,15 +84,17 @@ class Sweep:
         self._check_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone(self.folder), interruptible(self.launcher) as stopped:
-            cells, found = self.grid.cells, None
+            asked, found = self.grid.cells, None
+            cells: list[Cell | None] = list(asked)
             if self.search:
                 trials = self.folder / "search"
-                found = self.search.run(cells, trials, lambda trial_cells: self._run(trial_cells, trials))
-                cells = [cell for cell in found.cells if cell is not None]
+                found = self.search.run(asked, trials, lambda trial_cells: self._run(trial_cells, trials))
+                cells = found.cells
+            known = [(cell, own.run.hash) for cell, own in zip(cells, asked, strict=True) if cell is not None]
             if not stopped:
-                self._write(cells, found)
-                self._run(cells, self.folder)
-            rows = [(cell, _read(self.folder / cell.folder)) for cell in cells]
+                self._write(known, found)
+                self._run([cell for cell, _ in known], self.folder)
+            rows = [(cell, _read(self.folder / cell.folder)) for cell, _ in known]
             write_atomic(self.folder / "table.csv", table(self.grid, rows).encode())
             self._dashboard()
         show_rows(self.grid, rows)
@@ -132,16 +134,19 @@ class Sweep:
             raise UserError(
                 f"sweep: a folder keeps its learning-rate search, got sweep_dir={self.folder}; choose another"
             )
-        arms = [digest(cell.axes) for cell in self.grid.cells]
-        lost = [cell["axes"] for cell in old["cells"] if digest(cell["axes"]) not in arms]
+        known = {cell.run.hash for cell in self.grid.cells}
+        lost = [cell["axes"] for cell in old["cells"] if cell["asked"] not in known]
         if lost:
             raise UserError(
                 f"sweep: a sweep folder keeps its cells, got sweep_dir={self.folder} with a grid that lacks {lost[0]}; "
                 "choose another sweep_dir, or extend the grid"
             )
 
-    def _write(self, cells: Sequence[Cell], search: lr_search.Found | None) -> None:
-        listed = [{"run": c.folder, "config_hash": c.run.hash, "words": list(c.words), "axes": c.axes} for c in cells]
+    def _write(self, cells: Sequence[tuple[Cell, str]], search: lr_search.Found | None) -> None:
+        listed = [
+            {"run": c.folder, "config_hash": c.run.hash, "asked": asked, "words": list(c.words), "axes": c.axes}
+            for c, asked in cells
+        ]
         content = {
             "name": self.name,
             "words": self.words,

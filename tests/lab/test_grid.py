@@ -37,6 +37,14 @@ def test_cells_that_mean_the_same_run_are_one():
     assert len(axes_of("method=hira", "method.r=2,4")) == 2
 
 
+def test_values_have_their_types():
+    assert axes_of("lr=1e-3,2e-3", "R=w0,ones", "eval_before=true,false")[0] == {
+        "lr": 1e-3,
+        "R": "w0",
+        "eval_before": True,
+    }
+
+
 def test_the_order_of_the_words_does_not_matter_to_the_method():
     assert len(axes_of("r=2,4", "method=hira,hyperadapt")) == 3
 

@@ -15,9 +15,18 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS, STATUS_UNKNOWN
-from tensorboard.plugins.hparams.summary_v2 import Discrete, HParam, Metric, RealInterval, hparams_config_pb, hparams_pb
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import (
+    STATUS_FAILURE,
+    STATUS_SUCCESS,
+    STATUS_UNKNOWN,
+    Experiment,
+    HParamInfo,
+    MetricInfo,
+    MetricName,
+)
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
+from tensorboard.plugins.hparams.summary_v2 import Discrete, Domain, RealInterval, hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, scalar
 
@@ -27,15 +36,10 @@ from highrank.lab.runs import Record, flat, read_runs, read_sweep
 from highrank.report import SECONDARY
 
 STATUSES = {"done": STATUS_SUCCESS, "failed": STATUS_FAILURE, "oom": STATUS_FAILURE, "interrupted": STATUS_UNKNOWN}
-COSTS = {
-    "trainable": ("params", "trainable"),
-    "percent": ("params", "percent"),
-    "train_s": ("time", "train_s"),
-    "total_s": ("time", "total_s"),
-    "peak_resident_bytes": ("memory", "peak_resident_bytes"),
-    "peak_cuda_bytes": ("memory", "peak_cuda_bytes"),
-}
-"""Scalars under cost/, and where results.json has them."""
+MAIN_COSTS = ("cost/trainable", "cost/total_s")
+"""Costs among the first metrics: TensorBoard shows five until a person ticks more."""
+ABOUT_DATA = ("n", "leaked", "cut", "majority")
+"""What a test set's metrics say about the set and not about the model."""
 
 
 def write_run(folder: Path) -> None:
@@ -45,6 +49,14 @@ def write_run(folder: Path) -> None:
     """
     for record in read_runs([folder])[0]:
         _write_session(record, hyperparameters(record.config))
+
+
+def refresh(folder: Path) -> None:
+    """Writes anew what TensorBoard shows of a sweep, of the sweep that a run belongs to, or of a run by itself."""
+    for sweep in (folder, folder.resolve().parent):
+        if (sweep / "sweep.json").is_file():
+            return write(sweep)
+    write_run(folder)
 
 
 def write(folder: Path) -> None:
@@ -67,15 +79,21 @@ def write(folder: Path) -> None:
     for file in (folder / "search").glob("*/events.out.tfevents.*.session"):
         file.unlink()
 
-    columns = [HParam(key, domain) for key, domain in domains.items()]
     rates = [float(record.config["lr"]) for record in sweep.records if record.config]
-    if "lr" not in domains and rates:
-        columns.append(HParam("lr", RealInterval(min(rates), max(rates))))
+    if rates:
+        domains.setdefault("lr", RealInterval(min(rates), max(rates)))
+    columns = [HParamInfo(name=key, differs=key in sweep.axes) for key in domains]
+    for column in columns:
+        domains[column.name].update_hparam_info(column)
     tags = list(dict.fromkeys(tag for record in sweep.records for tag in scalars(record.results) if _headline(tag)))
-    tags.sort(key=lambda tag: (tag.startswith("cost/"), tag.count("/")))
-    metrics = [Metric(tag, display_name=tag.partition("/")[2].replace("/", " ")) for tag in tags]
+    tags.sort(key=lambda tag: (tag.startswith("cost/") and tag not in MAIN_COSTS, tag.count("/")))
+    metrics = [
+        MetricInfo(name=MetricName(tag=tag), display_name=tag.partition("/")[2].replace("/", " ")) for tag in tags
+    ]
     planned = (folder / "sweep.json").stat().st_mtime
-    _write(folder, "experiment", [hparams_config_pb(columns, metrics, planned), layout(tags), *_figures(folder)], planned)
+    experiment = Experiment(name=sweep.name, hparam_infos=columns, metric_infos=metrics, time_created_secs=planned)
+    summaries = [_record(metadata.EXPERIMENT_TAG, experiment=experiment), layout(tags), *_figures(folder)]
+    _write(folder, "experiment", summaries, planned)
 
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, str | bool | int | float]:
@@ -90,15 +108,17 @@ def scalars(results: Mapping[str, Any]) -> dict[str, float]:
     found = {f"final/{name}": value for name, value in final.items() if name != "sets"}
     for name, values in final.get("sets", {}).items():
         found |= {f"final/{name}/{metric}": value for metric, value in values.items()}
-    found |= {f"cost/{name}": results.get(part, {}).get(key) for name, (part, key) in COSTS.items()}
-    return {tag: value for tag, value in found.items() if value is not None}
+    params, times, memory = (results.get(part, {}) for part in ("params", "time", "memory"))
+    found |= {f"cost/{name}": params[name] for name in ("trainable", "percent") if name in params}
+    found |= {f"cost/{name}": times[name] for name in ("train_s", "total_s") if name in times}
+    found |= {f"cost/{name.removesuffix('bytes')}gib": size / 2**30 for name, size in memory.items()}
+    return {tag: value for tag, value in found.items() if isinstance(value, int | float)}
 
 
 def layout(tags: Iterable[str]) -> Summary:
     """Returns the custom-scalar layout: training curves, final metrics with one chart per test set, costs."""
-    charts: dict[str, dict[str, Any]] = {"training": {}, "final": {}, "cost": {}}
-    for name in ("train/loss", "validation/loss"):
-        charts["training"][name] = ["Multiline", [f"^{name}$"]]
+    losses = ["^train/loss$", "^validation/loss$"]
+    charts: dict[str, dict[str, Any]] = {"training": {"loss": ["Multiline", losses]}, "final": {}, "cost": {}}
     for tag in tags:
         kind, _, name = tag.partition("/")
         title = name if kind == "cost" else name.rpartition("/")[0] or "macro average"
@@ -112,18 +132,19 @@ def _plain(value: Any) -> str | bool | int | float:
     return value if isinstance(value, str | bool | int | float) else "null" if value is None else str(value)
 
 
-def _domain(values: Sequence[str | bool | int | float]) -> Discrete:
-    """Returns the values as one of TensorBoard's types: truth values, numbers, or else text."""
+def _domain(values: Sequence[Any]) -> Domain:
+    """Returns the values as one of TensorBoard's types: truth values, numbers (many: their interval), or else text."""
     if all(isinstance(value, bool) for value in values):
         return Discrete(values, bool)
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return Discrete(map(float, values), float)
+        numbers = [float(value) for value in values]
+        return Discrete(numbers, float) if len(numbers) < 10 else RealInterval(min(numbers), max(numbers))
     return Discrete(map(str, values), str)
 
 
 def _headline(tag: str) -> bool:
-    """Whether a metric is worth a column: not another answer rule's, the clean subset's, or a count of examples."""
-    return tag.startswith("cost/") or not (tag.endswith(SECONDARY) or tag.rpartition("/")[2] in ("n", "leaked"))
+    """Whether a metric is worth a column: not another answer rule's, the clean subset's, or about the data."""
+    return tag.startswith("cost/") or not (tag.endswith(SECONDARY) or tag.rpartition("/")[2] in ABOUT_DATA)
 
 
 def _write_session(record: Record, values: Mapping[str, Any]) -> None:
@@ -131,12 +152,15 @@ def _write_session(record: Record, values: Mapping[str, Any]) -> None:
     started = ended - record.results.get("time", {}).get("total_s", 0)
     summaries = [hparams_pb(values, trial_id="", start_time_secs=started)]
     if record.status in STATUSES:
-        end = plugin_data_pb2.SessionEndInfo(status=STATUSES[record.status], end_time_secs=ended)
-        about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
-        value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
-        summaries.append(Summary(value=[value]))
+        end = SessionEndInfo(status=STATUSES[record.status], end_time_secs=ended)
+        summaries.append(_record(metadata.SESSION_END_INFO_TAG, session_end_info=end))
     summaries += [scalar(tag, value) for tag, value in scalars(record.results).items()]
     _write(record.path, "session", [*summaries, *_figures(record.path)], ended, record.results.get("steps", 0))
+
+
+def _record(tag: str, **content: Any) -> Summary:
+    about = metadata.create_summary_metadata(HParamsPluginData(**content))
+    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
 
 
 def _figures(folder: Path) -> list[Summary]:

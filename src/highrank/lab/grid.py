@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from highrank import configs, registry
 from highrank.config import CORE_KEYS, GROUPS, Run, compose_run, method_of
@@ -80,9 +80,9 @@ def expand(words: Sequence[str]) -> Grid:
     problems: list[tuple[Mapping[str, Any], UserError]] = []
     for all_words, chosen in planned:
         own = [word for word in all_words if not _foreign(_key(word), method_of(all_words), methods)]
-        kept = {_key(word) for word in own}
+        left = {_key(word) for word in own}
         try:
-            cell = Cell(tuple(own), {k: v for k, v in chosen.items() if k in kept}, compose_run(own))
+            cell = Cell(tuple(own), {k: v for k, v in chosen.items() if k in left}, compose_run(own))
             cells.setdefault(cell.run.hash, cell)
         except UserError as error:
             problems.append((chosen, error))
@@ -117,8 +117,13 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, list[dict[str, An
         elif not override.is_discrete_sweep():
             raise UserError(f"sweep: an axis has listed values, got {word}; write {key}=a,b,c or {key}=range(a,b)")
         else:
-            axes[key] = [{key: yaml.safe_load(value)} for value in override.sweep_string_iterator()]
+            axes[key] = [{key: typed(value)} for value in override.sweep_string_iterator()]
     return fixed, axes
+
+
+def typed(text: str) -> Any:
+    """Returns what YAML text spells, as OmegaConf reads it: 1e-3 is a number, which YAML 1.1 takes for a text."""
+    return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload,index]
 
 
 def _parse(word: str) -> Any:
@@ -134,7 +139,7 @@ def _preset_axes(fixed: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     file = Path(configs.__path__[0]) / "experiment" / f"{names[-1]}.yaml" if names else None
     if file is None or not file.is_file():
         return {}
-    section = yaml.safe_load(file.read_text()).get("sweep") or {}
+    section: Any = OmegaConf.to_container(OmegaConf.load(file)).get("sweep") or {}  # type: ignore[union-attr]
     return {
         key: _cases(values) if key == "cases" else [{key: value} for value in values] for key, values in section.items()
     }

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,12 +25,15 @@ class Job:
     log: str
     """File for what the run prints."""
     config_hash: str
+    cwd: str = field(default_factory=os.getcwd)
+    """Folder to which relative paths in the words refer."""
 
 
 def run_job(job: Job) -> int:
     """Executes one run in this process and returns its exit status; its log file is locked meanwhile, so that a run
     that outlived a killed sweep and the same run of the sweep started again do not meet."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.chdir(job.cwd)
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
@@ -114,8 +117,9 @@ class Ray:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         ray = self.ray
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
-        execute = ray.remote(max_calls=1, max_retries=0)(run_job)
+        own = {key: value for key, value in os.environ.items() if key.startswith(("HIGHRANK_", "HF_", "OMP_"))}
+        ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": own})
+        execute = ray.remote(max_calls=1, max_retries=0)(run_job)  # one call per worker process
         waiting = list(jobs)
         while self.pending or (waiting and not self.stopped):
             while waiting and len(self.pending) < self.jobs and not self.stopped:

@@ -13,10 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from highrank.errors import UserError
-from highrank.lab.grid import Cell, Grid
+from highrank.lab.grid import Cell, Grid, typed
 from highrank.plan import make_plan
 from highrank.protocol import digest
 from highrank.results import read_results
@@ -82,10 +80,10 @@ def parse(word: str | None, grid: Grid) -> Search | None:
     """
     if word is None:
         return None
-    given = yaml.safe_load(word)
+    given = typed(word)
     if isinstance(given, list):
         try:
-            given = tuple(float(rate) for rate in given)  # YAML 1.1 takes 1e-3 for a text
+            given = tuple(float(rate) for rate in given)
         except (TypeError, ValueError):
             given = ()
     good = len(given) >= 2 and min(given) > 0 if isinstance(given, tuple) else type(given) is int and 2 <= given <= 20

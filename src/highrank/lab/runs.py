@@ -54,11 +54,11 @@ class Record:
         """The trained model's metrics per test set."""
         return self.results["metrics"]["final"]["sets"]
 
-    def predictions(self, name: str, when: str = "final") -> list[dict[str, Any]] | None:
-        """Returns the rows of one test set, or None where the file is missing or damaged; `when`: final or before."""
-        file = self.path / "predictions" / (f"{name}.jsonl" if when == "final" else f"{name}.{when}.jsonl")
+    def predictions(self, name: str) -> list[dict[str, Any]] | None:
+        """Returns the trained model's rows of one test set, or None where the file is missing or damaged."""
         try:
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            lines = (self.path / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
         except (OSError, ValueError):
             return None
         return rows if rows and all(isinstance(row, dict) and "id" in row for row in rows) else None
@@ -79,6 +79,8 @@ class Sweep:
     """Cells that have not started."""
     search: Mapping[str, Any] | None = None
     """`lr_search` of sweep.json."""
+    command: str | None = None
+    """What was typed."""
 
 
 def read_sweep(folder: Path | str) -> Sweep:
@@ -93,12 +95,13 @@ def read_sweep(folder: Path | str) -> Sweep:
         cells = [(folder / cell["run"], dict(cell["axes"]), cell["config_hash"]) for cell in plan["cells"]]
         name, axes, search = plan["name"], dict(plan["axes"]), plan.get("lr_search")
         searched = [(dict(arm["axes"]), arm) for arm in search["arms"]] if search else []
+        command = " ".join(["python run.py -m", *map(str, plan.get("words", ()))])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"sweep: sweep.json must hold name, axes and cells, got {type(error).__name__} {error} in {folder}; "
             "run the sweep again, or name its run directories"
         ) from error
-    sweep = Sweep(folder, name, axes, [], search=search)
+    sweep = Sweep(folder, name, axes, [], search=search, command=command)
     for path, values, config_hash in cells:
         if not (path / "results.json").is_file():
             sweep.missing.append(path)
@@ -155,7 +158,9 @@ def _read(path: Path, axes: Mapping[str, Any]) -> Record:
             config = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
         _check(config, results)
     except Exception as error:  # whatever a YAML parser raises for a damaged file
-        raise UserError(f"run: a result must be whole, got {type(error).__name__} {error} in {path}; run it again") from error
+        raise UserError(
+            f"run: a result must be whole, got {type(error).__name__} {error} in {path}; run it again"
+        ) from error
     seed = axes.get("seed")
     return Record(path, config, results, {**axes, "seed": results.get("seed") if seed is None else seed})
 
@@ -168,6 +173,8 @@ def _check(config: Any, results: Mapping[str, Any]) -> None:
         return
     if not config:
         raise ValueError("no config.yaml")
+    if "final" not in results.get("metrics", {}):
+        raise ValueError("no test set was scored")
     final = results["metrics"]["final"]
     metric = next(key for key in final if key != "sets")
     if not final["sets"]:
@@ -177,6 +184,8 @@ def _check(config: Any, results: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} has {metric}={found[metric]}, n={found['n']}")
     if not {"protocol", "data", "params", "seed"} <= results.keys() or "hash" not in results["protocol"]:
         raise ValueError("no protocol, data, params or seed")
+    if not all("name" in file for file in results["data"]):
+        raise ValueError("data without a name")
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,19 +214,22 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     order = {**dict.fromkeys(GROUPS), **{key: None for row in rows for key in row}}
     varied = [key for key in order if len({hashable(row[key]) for row in rows if key in row}) > 1]
     names = [key for key in varied if key in GROUPS]
-
-    def follows(key: str, others: Iterable[str]) -> bool:
-        seen: dict[tuple[Hashable, ...], Hashable] = {}
-        own = [row for row in rows if key in row]
-        return all(
-            seen.setdefault(tuple(hashable(row.get(other)) for other in others), hashable(row[key])) == hashable(row[key])
-            for row in own
-        )
-
-    axes = [key for key in varied if not ("." in key and key.split(".")[0] in names and follows(key, [key.split(".")[0]]))]
-    if "lr" in axes and follows("lr", others := [key for key in axes if key not in ("lr", "seed")]) and others:
-        axes.remove("lr")
+    axes = [key for key in varied if key.split(".")[0] not in names or not follows(rows, key, [key.split(".")[0]])]
+    axes = [key for key in varied if key in axes or key in names]
+    others = [key for key in axes if key not in ("lr", "seed")]
+    if others and follows(rows, "lr", others):
+        axes = [key for key in axes if key != "lr"]
     return [{key: row[key] for key in axes if key in row} for row in rows]
+
+
+def follows(rows: Sequence[Mapping[str, Any]], key: str, others: Sequence[str]) -> bool:
+    """Whether the other keys' values decide a key's value, in the rows that have it."""
+    seen: dict[tuple[Hashable, ...], Hashable] = {}
+    return all(
+        seen.setdefault(tuple(hashable(row.get(other)) for other in others), hashable(row[key])) == hashable(row[key])
+        for row in rows
+        if key in row
+    )
 
 
 def hashable(value: Any) -> Hashable:

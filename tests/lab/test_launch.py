@@ -1,0 +1,61 @@
+"""The launchers: what a sweep gets from processes, from a Ray cluster on this machine, and from submitit."""
+
+import csv
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from highrank.config import compose_run
+from highrank.errors import UserError
+from highrank.lab.launch import Job, Local, Slurm, launcher
+
+ROOT = Path(__file__).parents[2]
+TINY = ["model=tiny_llama", "task.n_train=8", "task.n_test=2", "max_steps=1", "batch_size=2", "placement=q", "r=2"]
+
+
+def job(folder, *words):
+    own = (*TINY, *words)
+    return Job(own, str(folder / "run"), str(folder / "logs" / "run.txt"), compose_run(own).hash)
+
+
+def test_a_process_that_dies_is_told_by_its_signal(tmp_path):
+    local = Local(1)
+    threading.Thread(target=kill_the_first, args=(local,)).start()
+    ((_, note),) = local.run([job(tmp_path, "max_steps=100000")])
+    assert note == "killed by SIGKILL"
+
+
+def kill_the_first(local):
+    while not local.running:
+        time.sleep(0.01)
+    ((_, process),) = local.running.values()
+    process.kill()
+
+
+@pytest.mark.filterwarnings("default")
+def test_submitit_runs_each_job_in_a_process_of_its_own(tmp_path):
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install highrank[slurm]")
+    ((done, note),) = Slurm(1, cluster="local").run([job(tmp_path)])
+    assert note == "exit status 0"
+    assert '"status": "done"' in (Path(done.run_dir) / "results.json").read_text()
+
+
+def test_a_sweep_on_a_ray_cluster(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install highrank[ray]")
+    words = ["-m", *TINY, "seed=0,1", "launcher=ray", "jobs=2", f"sweep_dir={tmp_path / 'sweep'}"]
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "sweep" / "table.csv").open() as file:
+        assert [(row["seed"], row["status"]) for row in csv.DictReader(file)] == [("0", "done"), ("1", "done")]
+
+
+@pytest.mark.parametrize(
+    ("name", "jobs", "said"), [("slrum", "1", "did you mean 'slurm'"), ("local", "x", "whole number")]
+)
+def test_bad_words(name, jobs, said):
+    with pytest.raises(UserError, match=said):
+        launcher(name, jobs)

@@ -51,10 +51,10 @@ class BitFit(WholeModelMethod):
             nn.init.zeros_(delta)
 
     def hooks(self, model: Any) -> list[RemovableHandle]:
-        def add(delta: Tensor) -> Any:
-            return lambda module, args, y: y + delta.to(y.dtype)
+        def add(key: str) -> Any:  # looked up in each call: a strategy may put a shard in the parameter's place
+            return lambda module, args, y: y + self.delta[key].to(y.dtype)
 
-        return [module.register_forward_hook(add(self.delta[_key(name)])) for name, module in _biased(model)]
+        return [module.register_forward_hook(add(_key(name))) for name, module in _biased(model)]
 
     @torch.no_grad()
     def merge(self, model: Any) -> None:

@@ -38,6 +38,8 @@ class Member:
     """Answers that a scorer looks for."""
     hub: str
     test_split: str
+    train_hub: str | None = None
+    """Where the training split is, if elsewhere."""
 
 
 MEMBERS = {
@@ -45,7 +47,16 @@ MEMBERS = {
     "piqa": Member(16_113, 1_838, "piqa", "solution", 2, "ybisk/piqa@refs/convert/parquet", "validation"),
     "siqa": Member(33_410, 1_954, "social_i_qa", "answer", 5, "allenai/social_i_qa@refs/convert/parquet", "validation"),
     "hellaswag": Member(39_905, 10_042, "hellaswag", "ending", 4, "Rowan/hellaswag", "validation"),
-    "winogrande": Member(63_238, 1_267, "winogrande", "option", 2, "allenai/winogrande:winogrande_xl", "validation"),
+    "winogrande": Member(
+        63_238,
+        1_267,
+        "winogrande",
+        "option",
+        2,
+        "allenai/winogrande:winogrande_xl",
+        "validation",
+        "allenai/winogrande:" + "+".join(f"winogrande_{size}" for size in ("xs", "s", "m", "l", "xl", "debiased")),
+    ),
     "arc_e": Member(2_251, 2_376, "ARC-Easy", "answer", 5, "allenai/ai2_arc:ARC-Easy", "test"),
     "arc_c": Member(1_119, 1_172, "ARC-Challenge", "answer", 5, "allenai/ai2_arc:ARC-Challenge", "test"),
     "obqa": Member(4_957, 500, "openbookqa", "answer", 5, "allenai/openbookqa", "test"),
@@ -94,7 +105,7 @@ class Commonsense(FileTask):
             paths=tuple(f"{member.folder}/{name}.{kind}" for name in names for kind in ("json", "parquet")),
             get=GET,
             rows=member.train if split == "train" else member.test,
-            hub=member.hub,
+            hub=(split == "train" and member.train_hub) or member.hub,
             split="train" if split == "train" else member.test_split,
         )
 

@@ -17,8 +17,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+from highrank.errors import UserError
 from highrank.registry import register_task
 from highrank.sources import Source
 from highrank.task import DataConfig, Example, FileTask
@@ -30,6 +32,14 @@ GET = "the files are in ParlAI's ConvAI2 download, parl.ai/downloads/convai2"
 class ConvAI2Config(DataConfig):
     bert: str | None = None
     """Folder of the model for BERTScore, e.g. roberta-large; without one the three BERTScores are not computed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bert is not None and not (Path(self.bert) / "config.json").is_file():
+            raise UserError(
+                f"task convai2: bert is a model folder with config.json, got bert={self.bert}; give a local copy of "
+                "roberta-large, or leave it out"
+            )
 
 
 @register_task(config=ConvAI2Config)

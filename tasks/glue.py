@@ -34,6 +34,7 @@ class Member:
     label: tuple[str, ...] = ("label",)
     metrics: tuple[str, ...] = ("accuracy",)
     columns: tuple[str, ...] = ()
+    has_broken_rows: bool = False
 
 
 MEMBERS = {
@@ -84,6 +85,7 @@ MEMBERS = {
         ("question2",),
         label=("is_duplicate", "label"),
         metrics=("accuracy", "f1"),
+        has_broken_rows=True,
     ),
 }
 
@@ -119,6 +121,7 @@ class Glue(FileTask):
             columns=self.member.columns,
             hub=f"nyu-mll/glue:{self.cfg.member}",
             split=file.replace("dev", "validation"),
+            has_broken_rows=self.member.has_broken_rows,
         )
 
     def train_parts(self) -> Mapping[str, Source]:

@@ -46,7 +46,7 @@ class JsonlConfig(DataConfig):
 class Jsonl(FileTask):
     kind = "generate"
     family = "instruction"
-    version = 1
+    version = 2
     max_new_tokens = 256
 
     @property
@@ -65,9 +65,9 @@ class Jsonl(FileTask):
     def record(self, row: Any, part: str, id: str) -> Example:
         names = {name: self.cfg.fields.get(name, name) for name in FIELDS}
         instruction, output = str(row[names["instruction"]]), str(row[names["output"]])
-        answer = str(row.get(names["answer"]) or output)
+        given = {name: "" if row.get(names[name]) is None else str(row[names[name]]) for name in FIELDS}
+        answer = given["answer"] or output
         choices = tuple(self.cfg.choices)
         if choices and answer not in choices:
             raise ValueError(f"answer must be one of {', '.join(choices)}, got answer={answer!r}")
-        id, given = str(row.get(names["id"], id)), str(row.get(names["input"]) or "")
-        return Example(id, instruction, output, answer, given, choices, choices)
+        return Example(given["id"] or id, instruction, output, answer, given["input"], choices, choices)

@@ -28,6 +28,7 @@ SIZES = {"10k": 9_919, "7k": 6_900, "14k": 14_000, "50k": 50_000}
 TESTS = {"addsub": 395, "singleeq": 508, "gsm8k": 1_319, "aqua": 254, "multiarith": 600, "svamp": 1_000, "mawps": 238}
 FOLDERS = {"addsub": "AddSub", "singleeq": "SingleEq", "aqua": "AQuA", "multiarith": "MultiArith", "svamp": "SVAMP"}
 LETTERS = tuple("ABCDE")
+LETTER_OPTIONS = tuple(f"The answer is ({letter})." for letter in LETTERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +66,23 @@ class Math10k(FileTask):
     def test_parts(self) -> Mapping[str, Source]:
         names = [name for name in TESTS if name != "mawps" or name in (self.cfg.sets or ())]
         folders = {name: FOLDERS.get(name, name) for name in names}
-        return {n: Source((f"{f}/test.json", f"{f}/test.parquet"), GET, TESTS[n]) for n, f in folders.items()}
+        layouts = ("json", "jsonl", "parquet")
+        return {n: Source(tuple(f"{f}/test.{kind}" for kind in layouts), GET, TESTS[n]) for n, f in folders.items()}
 
     @property
     def published(self) -> int | None:
         return SIZES.get(self.cfg.train_set) or super().published
 
     def record(self, row: Any, part: str, id: str) -> Example:
-        if part == "gsm8k-train":
-            return self.gsm8k.record(row, part, id)
         if part == "mawps-train":
             return _mawps(row, id)
-        if part == "aqua-train":
-            return _aqua(row, id)
+        if "question" in row:  # the original layout of GSM8K and AQuA
+            return _aqua(row, id) if part.startswith("aqua") else self.gsm8k.record(row, part, id)
         answer = str(row["answer"]).strip()
         if part in TESTS and value(answer) is None and not (part == "aqua" and answer in LETTERS):
             raise ValueError(f"answer must be {'A to E' if part == 'aqua' else 'a number'}, got answer={answer!r}")
         choices = LETTERS if answer in LETTERS else ()
-        options = tuple(f"The answer is ({letter})." for letter in choices)
+        options = LETTER_OPTIONS if choices else ()
         return Example(id, row["instruction"], row["output"], answer, row.get("input") or "", choices, options)
 
 
@@ -101,4 +101,5 @@ def _aqua(row: Any, id: str) -> Example:
         raise ValueError(f"correct must be A to E, got correct={row['correct']!r}")
     choices = " ".join(f"({option.replace(')', ') ', 1)}" for option in row["options"])
     question = f"{row['question']} Answer Choices: {choices}"
-    return Example(id, question, f"{row['rationale']}\nThe answer is ({row['correct']}).", row["correct"], "", LETTERS)
+    output = f"{row['rationale']}\nThe answer is ({row['correct']})."
+    return Example(id, question, output, row["correct"], "", LETTERS, LETTER_OPTIONS)

@@ -5,12 +5,15 @@ and original_question, made from the train sets of GSM8K and MATH. Test: see gsm
 File: `MetaMathQA-395K.json` (or MetaMathQA.json, .jsonl, .parquet).
 One record: "If Billy has 4 marbles and buys twice as many, how many has he?" -> "Billy buys 2*4 = 8 marbles. ... The answer
 is: 12".
+With `task.max_chars=1300` training leaves out longer problems, as PEFT's method comparison does.
 Metric: accuracy in percent on GSM8K's 1,319 problems. HiRA's Table 3 prints 70.81 for Llama-3-8B, r=32 (LoRA 65.89).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from highrank.errors import UserError
 from highrank.registry import load, register_task
 from highrank.sources import Source
 from highrank.task import DataConfig, Example, FileTask
@@ -19,14 +22,25 @@ GET = "the file is on the Hub at meta-math/MetaMathQA"
 NAMES = ("MetaMathQA-395K.json", "MetaMathQA.json", "MetaMathQA.jsonl", "MetaMathQA.parquet")
 
 
-@register_task(config=DataConfig)
+@dataclass(frozen=True, kw_only=True)
+class MetaMathConfig(DataConfig):
+    max_chars: int | None = None
+    """Longest training example, in characters of query and response with a space between; longer ones are left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_chars is not None and self.max_chars < 1:
+            raise UserError(f"task metamath: max_chars must be >= 1, got max_chars={self.max_chars}")
+
+
+@register_task(config=MetaMathConfig)
 class MetaMath(FileTask):
     kind = "generate"
     family = "math"
     version = 1
     max_new_tokens = 256
 
-    def __init__(self, cfg: DataConfig, seed: int):
+    def __init__(self, cfg: MetaMathConfig, seed: int):
         super().__init__(cfg, seed)
         self.gsm8k: Any = load("tasks", "gsm8k")(cfg, seed)
 
@@ -35,6 +49,10 @@ class MetaMath(FileTask):
 
     def test_parts(self) -> Mapping[str, Source]:
         return self.gsm8k.test_parts()
+
+    def wanted(self, example: Example) -> bool:
+        limit = self.cfg.max_chars
+        return limit is None or len(f"{example.instruction} {example.output}") <= limit
 
     def record(self, row: Any, part: str, id: str) -> Example:
         if part == "gsm8k":

@@ -225,10 +225,11 @@ def synchronize(device: str) -> None:
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, warmups: int = 0, device: str = "cpu"
-) -> dict[str, list[float]]:
+    sides: Mapping[Any, Callable[[], Any]], rounds: int, warmups: int = 0, device: str = "cpu"
+) -> dict[Any, list[float]]:
     """Returns seconds per side and round; in each round every side runs once, in shuffled order."""
-    rng, times = random.Random(0), {name: [] for name in sides}
+    rng = random.Random(0)
+    times: dict[Any, list[float]] = {name: [] for name in sides}
     for i in range(warmups + rounds):
         for name in rng.sample(list(sides), len(sides)):
             synchronize(device)
@@ -246,7 +247,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high, "n": len(values)}
 
 
-def over(times: Mapping[str, Sequence[float]], name: str, base: str) -> dict[str, float]:
+def over(times: Mapping[Any, Sequence[float]], name: Any, base: Any) -> dict[str, float]:
     """Returns the summary of the ratios of side `name` to side `base`, round by round."""
     return summary([a / b for a, b in zip(times[name], times[base], strict=True)])
 

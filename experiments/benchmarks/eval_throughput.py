@@ -1,12 +1,14 @@
-"""Generated answers in samples per second: our evaluation against PEFT's unmerged `generate`.
+"""Generated answers in samples per second: our evaluation against plain `generate`, PEFT's, and batch size 1.
 
     python experiments/benchmarks/eval_throughput.py --json out.json
-    python experiments/benchmarks/eval_throughput.py task=commonsense170k/boolq task.data=FOLDER
+    python experiments/benchmarks/eval_throughput.py task=commonsense170k/boolq task.data=FOLDER --batches 4
 
-Both sides hold the same adapter (its start, moved by noise) on the same model and answer the same test prompts with the
-same decoding. Ours: the evaluation loader (sorted by length) and `predict_step`. The peer: batches in the data's order,
-padded on the left, to `PeftModel.generate`. In each round every side answers all prompts once, in shuffled order. The
-last column is the share of prompts to which both wrote the same text; in 16 bits rounding makes it less than 1.
+All sides hold the same adapter (its start, moved by noise) on the same model and answer the same test prompts with the
+same decoding, at most 16 tokens unless protocol.max_new_tokens says otherwise. Ours: the evaluation loader (sorted by
+length) and `predict_step`. generate: batches in the data's order, padded on the left, to `generate` of our model. PEFT:
+the same with `PeftModel.generate`, its adapter unmerged. In each round every side answers at every batch size once, in
+shuffled order. "same text" is the share of prompts to which a side wrote what ours did; in 16 bits rounding makes it less
+than 1.
 """
 
 import argparse
@@ -49,7 +51,9 @@ def our_side(module: FineTuner, data: TaskData, records: Sequence[Any], device: 
     return answer
 
 
-def their_side(model: Any, module: FineTuner, data: TaskData, records: Sequence[Any], device: str, texts: list[str]):
+def plain_side(
+    model: Any, module: FineTuner, data: TaskData, records: Sequence[Any], device: str, texts: list[str]
+) -> Callable:
     tokenizer, size = data.tokenizer, data.eval_batch_size
 
     @torch.inference_mode()
@@ -72,37 +76,50 @@ def their_side(model: Any, module: FineTuner, data: TaskData, records: Sequence[
 
 
 def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns per batch size the samples/s of both sides and the ratio of their speeds; or the peer's gap."""
-    run = compose_run(run_words(args.words, {"method": method, "placement": "fc_qkv"}))
+    """Returns per batch size and side the samples/s, and ours over it; or the peer's gap.
+
+    Ours also has its samples/s over those at the first batch size.
+    """
+    wanted = {"method": method, "placement": "fc_qkv", "protocol.max_new_tokens": 16}
+    run = compose_run(run_words(args.words, wanted))
     task = run.task(run.task_cfg, run.core.seed)
     backbone, adapters = build_model(run, task)
     adapters.model.to(args.device)
     move_off_start(adapters)
-    peer, gap = None, None
+    models, gap = {"generate": adapters.model}, None
     try:
-        peer = add_peft(load_backbone(run.model, run.core.path).model.to(args.device), method, adapters).eval()
+        models["PEFT"] = add_peft(
+            load_backbone(run.model, run.core.path).model.to(args.device), method, adapters
+        ).eval()
     except Gap as reason:
         gap = str(reason)
-    found: dict[str, Any] = {}
-    for size in map(int, args.batch_sizes.split(",")):
+    sizes = [int(size) for size in args.batch_sizes.split(",")]
+    sides: dict[Any, Callable] = {}
+    texts: dict[Any, list[str]] = {}
+    for size in sizes:
         data = TaskData(task, run.protocol, backbone.tokenizer, run.core.batch_size, size, run.core.seed)
         module = FineTuner(adapters, task, backbone.tokenizer, run.core, 1, run.protocol).eval()
         records = next(iter(task.test().values()))[: max(args.prompts, args.batches * size)]
-        texts = {name: [""] * len(records) for name in ("ours", "PEFT")}
-        sides = {"ours": our_side(module, data, records, args.device, texts["ours"])}
-        if peer:
-            sides["PEFT"] = their_side(peer, module, data, records, args.device, texts["PEFT"])
-        times = interleave(sides, args.rounds, args.warmups, args.device)
-        at = found[str(size)] = {
-            name: {"samples_per_second": summary([len(records) / t for t in times[name]])} for name in sides
-        }
-        at["prompts"] = len(records)
+        texts |= {(name, size): [""] * len(records) for name in ("ours", *models)}
+        sides["ours", size] = our_side(module, data, records, args.device, texts["ours", size])
+        for name, model in models.items():
+            sides[name, size] = plain_side(model, module, data, records, args.device, texts[name, size])
+    note(f"{method}: {len(sides)} sides, {args.warmups + args.rounds} rounds")
+    times = interleave(sides, args.rounds, args.warmups, args.device)
+    each = {key: [t / len(texts[key]) for t in times[key]] for key in sides}
+    found: dict[str, Any] = {}
+    for size in sizes:
+        ours, at = "ours", found.setdefault(str(size), {"prompts": len(texts["ours", size])})
+        for name in (ours, *models):
+            same = [a == b for a, b in zip(texts[name, size], texts[ours, size], strict=True)]
+            at[name] = {
+                "samples_per_second": summary([1 / t for t in each[name, size]]),
+                "ours_over": over(each, (name, size), (ours, size)),
+                "same_text": sum(same) / len(same),
+            }
+        at[ours]["batching"] = over(each, (ours, sizes[0]), (ours, size))
         if gap:
             at["PEFT"] = {"gap": gap}
-        else:
-            at["speedup"] = over(times, "PEFT", "ours")
-            at["same_text"] = sum(a == b for a, b in zip(*texts.values(), strict=True)) / len(records)
-        note(f"{method}, batch size {size}: {len(records)} prompts")
     return found
 
 
@@ -110,25 +127,35 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("words", nargs="*", help="words of run.py: model=, task=, protocol=, ...")
     parser.add_argument("--methods", default="hira,lora")
-    parser.add_argument("--batch-sizes", default="1,50")
-    parser.add_argument("--prompts", type=int, default=8, help="at least so many prompts (default 8)")
-    parser.add_argument("--batches", type=int, default=2, help="at least so many batches (default 2)")
-    parser.add_argument("--warmups", type=int, default=1, help="rounds that are not measured (default 1)")
+    parser.add_argument("--batch-sizes", default="1,50", help="the first is what the others are compared with")
+    parser.add_argument("--prompts", type=int, default=4, help="at least so many prompts (default 4)")
+    parser.add_argument("--batches", type=int, default=1, help="at least so many batches (default 1)")
+    parser.add_argument("--warmups", type=int, default=0, help="rounds that are not measured (default 0)")
     args = parser.parse_intermixed_args(words)
-    env = environment(args.device)
+    env = {"dtype": compose_run(args.words).model["dtype"], **environment(args.device)}
     show_environment("eval_throughput", env)
     results, rows = {}, []
     for method in args.methods.split(","):
         results[method] = measure(method, args)
         for size, at in results[method].items():
-            for side in ("ours", "PEFT"):
+            for side in ("ours", "generate", "PEFT"):
                 if "gap" in at[side]:
-                    rows.append([method, size, "PEFT", f"– ({at['PEFT']['gap']})", "", ""])
+                    rows.append([method, size, side, f"– ({at[side]['gap']})", "", "", ""])
                     continue
                 speed = f"{at[side]['samples_per_second']['median']:.2f}"
-                last = [ratio(at.get("speedup")), f"{at.get('same_text', 1):.2f}"] if side == "ours" else ["", ""]
-                rows.append([method, size, side, speed, *last])
-    columns = ["method", "batch size", "side", "samples/s", "ours over PEFT (quartiles)", "same text"]
+                faster = "" if side == "ours" else ratio(at[side]["ours_over"])
+                batching = ratio(at[side]["batching"]) if side == "ours" else ""
+                rows.append([method, size, side, speed, faster, batching, f"{at[side]['same_text']:.2f}"])
+    first = args.batch_sizes.partition(",")[0]
+    columns = [
+        "method",
+        "batch size",
+        "side",
+        "samples/s",
+        "ours over it (quartiles)",
+        f"over batch size {first}",
+        "same text",
+    ]
     show_table(columns, rows)
     write_json(args, "eval_throughput", env, results)
 

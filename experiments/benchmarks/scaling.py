@@ -95,8 +95,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers-values", default="2,4,8")
     parser.add_argument("--factor-values", default="1,2,3,4,5")
     args = parser.parse_args(words)
-    env = environment(args.device)
-    show_environment("scaling", {"dtype": args.dtype, **env})
+    env = {"dtype": args.dtype, **environment(args.device)}
+    show_environment("scaling", env)
     results = []
     for axis in args.axes.split(","):
         if axis not in AXES:

@@ -181,8 +181,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--r", type=int, default=16, help="rank (default 16)")
     parser.add_argument("--vera-r", type=int, default=256, help="VeRA's rank (default 256)")
     args = parser.parse_args(words)
-    env = environment(args.device)
-    show_environment("step_cost", {"dtype": args.dtype, **env})
+    env = {"dtype": args.dtype, **environment(args.device)}
+    show_environment("step_cost", env)
     base = random_model(args)
     batch = random_batch(args, base.config.vocab_size)
     c = base.config

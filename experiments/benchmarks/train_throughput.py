@@ -254,7 +254,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--test-examples", type=int, default=64, help="for the loss after training (default 64)")
     args = parser.parse_intermixed_args(words)
     args.steps = args.block * (args.rounds + 1)
-    env = environment(args.device)
+    env = {"dtype": compose_run(args.words).model["dtype"], **environment(args.device)}
     show_environment("train_throughput", env)
     results, rows = {}, []
     for method in args.methods.split(","):

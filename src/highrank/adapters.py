@@ -19,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from highrank.devices import gathered, sharded_like, whole, writes
 from highrank.errors import UserError
 from highrank.method import Method, Site
 from highrank.placement import WeightView, weight_of
+from highrank.quantised import is_quantised
 from highrank.whole import WholeModelMethod
 
 FORMAT_VERSION = 1
+SEAL = "card_sha256"
 
 
 class AdaptedLinear(nn.Module):
@@ -107,6 +110,11 @@ class Adapters:
         """Writes W' into the base weights and keeps W, so that `unmerge` restores it bit for bit."""
         if self.merged:
             raise UserError("merge: the adapter is merged already, got merged=True; unmerge first")
+        if held := [path for path, layer in self.layers.items() if is_quantised(layer.base)]:
+            raise UserError(
+                f"merge: a quantised weight cannot hold W', got {held[0]}; merge into the unquantised base, or into the "
+                "dequantised one (highrank.quantised.dequantise_model)"
+            )
         if self.whole is not None:
             self.whole.merge(self.model)
         for layer in self.layers.values():
@@ -171,6 +179,17 @@ class Adapters:
             del self.model.highrank_shared
         return self.model
 
+    def plug(self) -> None:
+        """Undoes `unload`: the adapters act on the model again."""
+        for path, layer in self.layers.items():
+            _set_module(self.model, path, layer)
+            shared = layer.adapters[0].shared_tensors
+            if shared is not None:
+                self.model.highrank_shared = shared
+        if self.whole is not None:
+            self.whole.plug(self.model)
+            self.model.highrank_adapter = self.whole
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields every trainable parameter under the name it is saved by: `<view>.<parameter>`, then the extras."""
         for name, adapter in self.by_view.items():
@@ -182,7 +201,7 @@ class Adapters:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the trainable tensors alone, detached, on the CPU."""
-        return {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        return {name: whole(p.detach()).cpu().contiguous() for name, p in self.named_parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -204,7 +223,7 @@ class Adapters:
                     f"adapter: shapes must match, got {name} of {tuple(tensor.shape)} for {tuple(own[name].shape)}"
                 )
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            own[name].copy_(sharded_like(own[name], tensor))
 
     def num_trainable(self) -> int:
         """Trainable parameters inside the adapters."""
@@ -221,7 +240,8 @@ class Adapters:
 
     @property
     def base_dtype(self) -> str:
-        return str((self.base_weight(self.views[0]) if self.views else self._embeddings).dtype)
+        quantised = " quantised" if any(is_quantised(layer.base) for layer in self.layers.values()) else ""
+        return str((self.base_weight(self.views[0]) if self.views else self._embeddings).dtype) + quantised
 
     @torch.no_grad()
     def probe(self) -> dict[str, list[float]]:
@@ -232,33 +252,31 @@ class Adapters:
         """
         prints = {}
         if self.whole is not None:
-            E = self._embeddings[:1024].double().cpu()
+            E = whole(self._embeddings)[:1024].double().cpu()
             y = E @ torch.cos(torch.arange(E.shape[1], dtype=torch.float64)) / E.shape[1] ** 0.5
             signs = torch.cos(1.7 * torch.arange(len(E), dtype=torch.float64))
             prints["input embeddings"] = [float(y.square().sum()), float((signs * y).sum())]
         for view in self.views:
-            x = torch.cos(torch.arange(view.in_features, dtype=torch.float64)) / view.in_features**0.5
-            signs = torch.cos(1.7 * torch.arange(view.out_features, dtype=torch.float64))
-            W = self.base_weight(view).detach().double().cpu()
-            adapter = self.by_view[view.name]
-            y = (
-                adapter.effective_weight(W.to(next(adapter.buffers(), next(adapter.parameters())).device))
-                .double()
-                .cpu()
-                @ x
-            )
-            prints[view.name] = [float(y.square().sum()), float((signs * y).sum())]
+            with gathered(self.model, view.path):
+                prints[view.name] = self._probe(view)
         return prints
+
+    def _probe(self, view: WeightView) -> list[float]:
+        x = torch.cos(torch.arange(view.in_features, dtype=torch.float64)) / view.in_features**0.5
+        signs = torch.cos(1.7 * torch.arange(view.out_features, dtype=torch.float64))
+        W = self.base_weight(view).detach().double().cpu()
+        adapter = self.by_view[view.name]
+        W = W.to(next(adapter.buffers(), next(adapter.parameters())).device)
+        y = adapter.effective_weight(W).double().cpu() @ x
+        return [float(y.square().sum()), float((signs * y).sum())]
 
     def save(self, folder: Path | str) -> Path:
         """Writes `adapter.safetensors` and `adapter.json` (method, fields, views, checksums) into `folder`.
 
-        Both files appear whole or not at all.
+        Both files appear whole or not at all. Of several processes all must call it, and one writes.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = safetensors.torch.save(self.state_dict(), metadata={"format": "pt"})
-        write_atomic(folder / "adapter.safetensors", weights)
         card = {
             "format_version": FORMAT_VERSION,
             "method": self.method.name,
@@ -270,7 +288,11 @@ class Adapters:
             "extra": self.extra,
             "probe": self.probe(),
         }
-        write_atomic(folder / "adapter.json", json.dumps(card, indent=1).encode())
+        if not writes():
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "adapter.safetensors", weights)
+        write_atomic(folder / "adapter.json", _sealed(card))
         return folder
 
     def load(self, folder: Path | str) -> None:
@@ -291,10 +313,11 @@ class Adapters:
             raise UserError(f"adapter: {path} is damaged, got sha256={digest[:12]}… instead of {card['sha256'][:12]}…")
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         self.load_state_dict(safetensors.torch.load(raw))
-        # The same base held in another dtype differs by its rounding, 2^-9 per entry; in the same dtype by nothing but
-        # the order of fp64 sums and, for a truncated R, the SVD's last digits.
+        # The same base held in another dtype differs by its rounding, 2^-9 per entry, and some 10 % in four bits; in the
+        # same dtype by nothing but the order of fp64 sums and, for a truncated R, the SVD's last digits.
         same_dtype = card["base_dtype"] == self.base_dtype
-        tolerance = 1e-5 if same_dtype else 2e-2
+        quantised = "quantised" in card["base_dtype"] + self.base_dtype
+        tolerance = 1e-5 if same_dtype else 0.5 if quantised else 2e-2
         for name, found in self.probe().items():
             stored = card["probe"][name]
             scale = 1e-12 + max(abs(stored[0]), abs(stored[0]) ** 0.5)
@@ -316,7 +339,8 @@ def read_card(folder: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"adapter: a saved adapter has adapter.json, got none in {folder}")
     try:
-        card = json.loads(path.read_text())
+        raw = path.read_bytes()
+        card = json.loads(raw)
         lacking = [key for key in ("format_version", "method", "fields", "sha256", "probe") if key not in card]
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter: {path} is damaged, got {error}") from error
@@ -324,7 +348,16 @@ def read_card(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"adapter: {path} is damaged, got no {', '.join(lacking)}")
     if card["format_version"] > FORMAT_VERSION:
         raise UserError(f"adapter: format {FORMAT_VERSION} is the newest read here, got {card['format_version']}")
+    seal = str(card.get(SEAL))
+    if hashlib.sha256(raw.replace(seal.encode(), b"", 1)).hexdigest() != seal:
+        raise UserError(f"adapter: {path} is damaged, got {SEAL}={seal[:12]}… which does not match")
     return card
+
+
+def _sealed(card: dict[str, Any]) -> bytes:
+    """Returns the card as JSON that holds its own sha256, taken with that place empty."""
+    text = json.dumps({**card, SEAL: ""}, indent=1)
+    return text.replace(f'"{SEAL}": ""', f'"{SEAL}": "{hashlib.sha256(text.encode()).hexdigest()}"').encode()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -72,6 +72,15 @@ def number_after_delimiter(text: str) -> str | None:
     return None
 
 
+def last_digits(text: str) -> str | None:
+    """Returns the last run of digits: "3.50" ends in 50, "1,234" in 234, "-7" in 7.
+
+    Source: the second number that the GSM8K scorer of HiRA's repository reports.
+    """
+    found = re.findall(r"\d+", text)
+    return found[-1] if found else None
+
+
 def value(text: str) -> Fraction | None:
     """Returns an integer, decimal or fraction as an exact number, else None."""
     try:
@@ -98,6 +107,11 @@ def equal_value(answer: str, gold: str) -> bool:
         return False
     decimals = len(answer.partition(".")[2])
     return abs(found - wanted) <= Fraction(1, 10**6) or (decimals >= 2 and found == round(wanted, decimals))
+
+
+def equal_digits(answer: str, gold: str) -> bool:
+    """Whether the digits are those in which the gold number ends, written without commas or a fraction of zero."""
+    return answer == last_digits(re.sub(r"\.0+$", "", gold.replace(",", "")))
 
 
 @dataclass(frozen=True)
@@ -127,10 +141,13 @@ RULES = {
     "strict": Rule(stated_choice, stated_number, equal_value),
     "llm_adapters": Rule(first_choice, last_number, within_thousandth),
     "hira": Rule(first_choice, number_after_colon, equal_rounded),
+    "hira_last_digits": Rule(first_choice, last_digits, equal_digits),
     "peft_metamath": Rule(stated_choice, number_after_delimiter, equal_value),
 }
 
 
-def reported(primary: str) -> tuple[str, str]:
-    """Returns the rule of a protocol and the one reported beside it: strict, or beside strict the published one."""
-    return (primary, "llm_adapters" if primary == "strict" else "strict")
+def reported(primary: str, chooses: bool = False) -> tuple[str, ...]:
+    """Returns the rule of a protocol and those reported beside it: strict, or beside strict the published one; HiRA's
+    scorer has a second one of its own, for numbers, so not where `chooses`, where the answer is one of some choices."""
+    second = ("hira_last_digits",) if primary == "hira" and not chooses else ()
+    return (primary, *second, "llm_adapters" if primary == "strict" else "strict")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from highrank import quantised
 from highrank.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -361,11 +362,14 @@ def load_backbone(
 ) -> Backbone:
     """Returns model (in `spec.dtype`, evaluation mode) and tokenizer from the first source that has them.
 
-    With `spec.shuffled` the entries of every weight matrix are permuted: same numbers, no knowledge, a control.
+    With `spec.shuffled` the entries of every weight matrix are permuted: same numbers, no knowledge, a control. With
+    `spec.quantize` the linear layers below the head are quantised, whatever the weights' source.
     `seed` draws what the source does not hold: a new classification head.
     """
     from transformers import AutoTokenizer
 
+    if spec.get("quantize"):
+        quantised.check(spec["quantize"])
     source = find_source(spec, path)
     dtype = DTYPES[spec["dtype"]]
     with torch.random.fork_rng(devices=[]):
@@ -393,6 +397,8 @@ def load_backbone(
                 tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
         if spec.get("shuffled"):
             shuffle_weights(model)
+    if spec.get("quantize"):
+        quantised.quantise(model, spec["quantize"])
     prepare_tokenizer(tokenizer, model)
     return Backbone(model.eval(), tokenizer, source)
 
@@ -424,9 +430,18 @@ def _first(names: Iterable[str]) -> str:
 
 
 def prepare_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Makes sure that there is a pad token: the tokenizer's own, else its unknown, else its end-of-text token."""
+    """Makes sure that there is a pad token: the tokenizer's own, else its unknown, else its end-of-text token.
+
+    Raises:
+        UserError: if it has none of them.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"model: a tokenizer needs a pad, unknown or end-of-text token, got none in {type(tokenizer).__name__}; "
+            "name one in its tokenizer_config.json"
+        )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:

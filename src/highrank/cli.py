@@ -14,7 +14,11 @@ highrank: parameter-efficient fine-tuning methods, each in one file, compared fa
   highrank run [-m] [key=value ...]    the same from anywhere
   highrank methods                     the methods, their fields and defaults
   highrank merge RUN --out DIR         a plain model folder with the adapter merged in
-  highrank eval RUN                    evaluate a finished run again
+  highrank export RUN --format peft --out DIR       the adapter as Hugging Face PEFT loads it
+  highrank import DIR --out RUN        a run directory of a PEFT adapter
+  highrank eval RUN... [task=...]      evaluate finished runs again, or on another task; --engine lm_eval --tasks a,b
+  highrank report SWEEP                tables with intervals, figures, one page to send around
+  highrank analyze RUN... [--full RUN] ranks, energy and spectra of what training changed, tables and figures
 
 examples
   python run.py method=hira placement=fc_qkv r=16
@@ -27,7 +31,16 @@ core keys
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], int]] = {"run": run, "methods": methods, "merge": merge, "eval": evaluate}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": run,
+        "methods": methods,
+        "merge": merge,
+        "export": export,
+        "import": import_,
+        "eval": evaluate,
+        "analyze": analyze,
+        "report": report,
+    }
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             return show_help()
@@ -102,21 +115,39 @@ def methods(words: list[str]) -> int:
 
 
 def merge(words: list[str]) -> int:
-    from highrank.saved import merge_run
+    from highrank.interop.commands import merge
 
-    if len(words) != 3 or words[1] != "--out":
-        raise UserError(f"merge: give a run directory and --out <folder>, got {' '.join(words) or 'nothing'}")
-    print(merge_run(words[0], words[2]))
-    return 0
+    return merge(words)
+
+
+def export(words: list[str]) -> int:
+    from highrank.interop.commands import export
+
+    return export(words)
+
+
+def import_(words: list[str]) -> int:
+    from highrank.interop.commands import import_
+
+    return import_(words)
 
 
 def evaluate(words: list[str]) -> int:
-    from highrank.saved import evaluate_run
+    from highrank.interop.commands import evaluate
 
-    if len(words) != 1:
-        raise UserError(f"eval: give one run directory, got {' '.join(words) or 'nothing'}")
-    print(evaluate_run(words[0]))
-    return 0
+    return evaluate(words)
+
+
+def analyze(words: list[str]) -> int:
+    from highrank.analysis.analyze import command
+
+    return command(words)
+
+
+def report(words: list[str]) -> int:
+    from highrank.lab.page import command
+
+    return command(words)
 
 
 def run_script() -> int:

@@ -98,6 +98,8 @@ class RunConfig:
     """Whether the training step runs the model through torch.compile."""
     checkpoint_activations: bool = False
     """Whether blocks are computed again in backward instead of keeping their activations."""
+    auto_microbatch: bool = False
+    """Whether a batch that does not fit into memory is computed in halves, quarters, ...: the same steps, slower."""
     eval_batch_size: int = 50
     """Examples per evaluation batch; changes speed, not results."""
     eval_before: bool = True
@@ -106,16 +108,25 @@ class RunConfig:
     """Whether the test sets are evaluated at all; a search over the held-out examples needs none."""
     general_text: str | None = None
     """File of general text (.txt by lines, or a field `text`) on which forgetting is measured after training."""
+    analyze: bool = False
+    """Whether the singular values of ΔW are analysed after training (see highrank analyze)."""
     output: str = "outputs"
     """Folder under which run directories are made."""
     run_dir: str | None = None
     """Exact run directory; default: <output>/<date>/<name>-<hash>."""
+    resume: str = "auto"
+    """auto: an unfinished run goes on where it stopped; never: it starts afresh."""
+    checkpoint_every: int = 200
+    """Optimizer steps between checkpoints; one is also written every ten minutes, at a signal and at the end."""
     dry_run: bool = False
     """Load no weights; print what would be adapted and trained, and write plan.json."""
 
 
 CORE_KEYS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("defaults", "sweep", *GROUPS))
-UNHASHED = ("output", "run_dir", "dry_run", "eval_batch_size")
+UNHASHED = (
+    *("output", "run_dir", "resume", "checkpoint_every", "dry_run"),
+    *("eval_batch_size", "auto_microbatch", "analyze"),
+)
 """Keys that do not change a run's results."""
 
 
@@ -175,7 +186,18 @@ def compose_run(words: Sequence[str]) -> Run:
         UserError: for an unknown key or name (with the nearest ones), a wrong type, or a value out of range.
     """
     words = scaled(words)
-    return build(_compose(rewrite(words, [method_of(words)])))
+    method = method_of(words)
+    overrides = rewrite(words, [method])
+    config = _compose(overrides)
+    if any(_key(word) == "method" for word in words):  # in a preset's place: its fields stay where this one has them
+        given = [_key(word).removeprefix("method.") for word in overrides]
+        known = ["name", *given, *(field.name for field in dataclasses.fields(method.config))]
+        config.method = {key: value for key, value in config.method.items() if key in known}
+    return build(config)
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
 
 
 def scaled(words: Sequence[str]) -> list[str]:
@@ -332,7 +354,8 @@ def register_configs() -> None:
     store.store(group="model", name="hf", node={"name": "hf", "hub": None, "dtype": "bfloat16"})
 
 
-MODEL_KEYS = ("name", "hub", "revision", "wheel", "dtype", "attention", "shape", "shuffled")
+MODEL_KEYS = ("name", "hub", "revision", "wheel", "dtype", "attention", "shape", "shuffled", "quantize")
+QUANTIZATIONS = ("int8", "int4", "nf4")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -353,9 +376,16 @@ def build(config: Any) -> Run:
     values["task"].pop("version", None)  # in the config of a saved run
     task, task_cfg = _plugin("tasks", values["task"])
     model = {"revision": None, "attention": None, "shuffled": False, **values["model"]}
+    if model.get("quantize") is None:
+        model.pop("quantize", None)
     _check_model(model)
     trainer = dict(values["trainer"])
     _check_trainer(trainer)
+    if "quantize" in model and (method.replaces_base or trainer.get("strategy") == "fsdp"):
+        raise UserError(
+            f"model: a quantised base stays as it is, on one device or under ddp, got model.quantize="
+            f"{model['quantize']} with method={method.name} and trainer.strategy={trainer.get('strategy', 'auto')}"
+        )
     if str(trainer.get("precision")) == "32":
         trainer["precision"] = "32-true"
     core = RunConfig(**{key: values[key] for key in CORE_KEYS if key in values})
@@ -365,6 +395,11 @@ def build(config: Any) -> Run:
     if core.lr is None:
         core.lr = method.default_lr
     _check_core(core)
+    if core.analyze and method.site != "weight":
+        raise UserError(
+            f"run: analyze needs a method that changes weights, got analyze=true with method={method.name}; "
+            "leave analyze out"
+        )
     protocol = protocol_for(values["protocol"], task.family)
     return Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer)
 
@@ -389,6 +424,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     for key in ("hub", "revision"):
         need(model.get(key) is None or isinstance(model[key], str), key, "must be a text or null")
     need(isinstance(model["shuffled"], bool), "shuffled", "must be true or false")
+    need(model.get("quantize", "int8") in QUANTIZATIONS, "quantize", f"is one of {', '.join(QUANTIZATIONS)}, or null")
     need(model.get("shape") is None or isinstance(model["shape"], Mapping), "shape", "must be a mapping or null")
     keys = ("package", "version", "sha256")
     need(
@@ -521,6 +557,8 @@ TRAINER_KEYS = [
 
 
 PRECISIONS = ("32-true", "32", "16-mixed", "bf16-mixed")
+STRATEGIES = ("auto", "ddp", "fsdp")
+"""fsdp is FSDP2, through Lightning's ModelParallelStrategy."""
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
@@ -529,6 +567,9 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
             raise UserError(f"trainer: {key} is set by the run, got trainer.{key}={value}; {OWN_TRAINER_KEYS[key]}")
         if key not in TRAINER_KEYS:
             raise UserError(f"trainer: unknown key, got trainer.{key}{suggest(key, TRAINER_KEYS)}")
+    strategy = trainer.get("strategy", "auto")
+    if strategy not in STRATEGIES:
+        raise UserError(f"trainer: strategy is one of {', '.join(STRATEGIES)}, got trainer.strategy={strategy}")
     precision = str(trainer.get("precision", "32-true"))
     if precision not in PRECISIONS:
         fix = "; use model.dtype for the type of the weights" if precision.endswith("-true") else ""
@@ -546,7 +587,8 @@ def _check_core(core: RunConfig) -> None:
     need(core.optimizer in OPTIMIZERS, "optimizer", f"is one of {', '.join(OPTIMIZERS)}")
     need(core.fused in ("auto", "fused", "split"), "fused", "is auto, fused or split")
     need(len(core.betas) == 2 and all(0 <= b < 1 for b in core.betas), "betas", "are two numbers in [0, 1)")
-    for key in ("batch_size", "accumulate", "eval_batch_size"):
+    need(core.resume in ("auto", "never"), "resume", "is auto or never")
+    for key in ("batch_size", "accumulate", "eval_batch_size", "checkpoint_every"):
         need(getattr(core, key) >= 1, key, "must be >= 1")
     for key in ("weight_decay", "max_grad_norm"):
         need(math.isfinite(getattr(core, key)) and getattr(core, key) >= 0, key, "must be a finite number >= 0")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from highrank import leak
+from highrank.devices import WHOLE, Share
 from highrank.encoding import Encoded, encode, encode_prompt, encode_text, supervised
 from highrank.errors import UserError
 from highrank.loss import IGNORED
@@ -25,17 +26,32 @@ class LengthBuckets(Sampler[list[int]]):
     """Batches of similar length in random order, a function of (seed, epoch) alone.
 
     The order is shuffled, cut into chunks of 20 batches, sorted by length inside a chunk and cut into batches, which are
-    shuffled again: padding stays small and no batch depends on where an interruption fell.
+    shuffled again: padding stays small and no batch depends on where an interruption fell. Of several processes each
+    takes every N-th batch; where the last round is not full, the others repeat a batch that does not count.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: Share = WHOLE):
+        self.lengths, self.batch_size, self.seed, self.epoch, self.first = lengths, batch_size, seed, 0, 0
+        self.share = share
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self) -> int:
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Lets the next pass be what is left of an epoch from its `batch`-th round on."""
+        self.epoch, self.first = epoch, batch
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch, over all processes."""
         return -(-len(self.lengths) // self.batch_size)
+
+    def __len__(self) -> int:
+        return -(-self.num_batches // self.share.of)
+
+    def counts(self, position: int) -> bool:
+        """Whether this process's batch at `position` is one of the epoch's, and not a repeated one."""
+        return self.share.number(position) < self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(len(self.lengths)))
@@ -46,7 +62,9 @@ class LengthBuckets(Sampler[list[int]]):
             order[start : start + size] = sorted(order[start : start + size], key=lambda i: self.lengths[i])
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rng.shuffle(batches)
-        return iter(batches)
+        rounds = range(self.first * self.share.of, len(batches), self.share.of)
+        self.first = 0
+        return iter([batches[(start + self.share.rank) % len(batches)] for start in rounds])
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
@@ -73,14 +91,23 @@ def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
 class TaskData:
     """A task's training set as length-bucketed batches, what is held out of it, and its test sets as sorted batches.
 
-    `cut_off` counts what max_length did to the training examples: left_out, cut, answer_lost (the target was cut away;
-    such an example stays only if its prompt is trained on).
+    `cut_off` counts what max_length did to the training examples: left_out, cut, marker_lost (the end
+    of the prompt is gone, the target is there), answer_lost (the target was cut away; such an example stays only if its
+    prompt is trained on).
     """
 
     def __init__(
-        self, task: Task, protocol: Protocol, tokenizer: Any, batch_size: int, eval_batch_size: int, seed: int
+        self,
+        task: Task,
+        protocol: Protocol,
+        tokenizer: Any,
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+        share: Share = WHOLE,
+        eval_share: Share = WHOLE,
     ):
-        self.task, self.protocol, self.tokenizer = task, protocol, tokenizer
+        self.task, self.protocol, self.tokenizer, self.eval_share = task, protocol, tokenizer, eval_share
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.train_records, self.validation = hold_out(task.train(), protocol)
         encoded = cached_encoding(
@@ -98,7 +125,7 @@ class TaskData:
                 f"task {task.name}: the training set must hold an example within the protocol's cut-off, got "
                 f"{len(encoded)} examples, all too long for max_length={protocol.max_length}"
             )
-        self.buckets = LengthBuckets([len(row.input_ids) for row in kept], batch_size, seed)
+        self.buckets = LengthBuckets([len(row.input_ids) for row in kept], batch_size, seed, share)
 
     @property
     def num_skipped(self) -> int:
@@ -153,7 +180,7 @@ class TaskData:
     def _sorted(self, rows: Sequence[Encoded], build: Any) -> DataLoader:
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
         return DataLoader(
-            order,  # type: ignore[arg-type]
+            self.eval_share.of_examples(order, self.eval_batch_size),  # type: ignore[arg-type]
             batch_size=self.eval_batch_size,
             collate_fn=lambda index: {**build(index), "index": torch.tensor(index)},
         )

@@ -17,7 +17,8 @@ class Encoded:
     labels: list[int] | float
     token_type_ids: list[int] | None = None
     cut: str = ""
-    """What the cut-off took: "" nothing, "cut" some tokens, "answer_lost" the whole target."""
+    """What the cut-off took: "" nothing, "cut" some tokens, "marker_lost" the end of the prompt, which asks for the answer,
+    "answer_lost" the whole target."""
 
 
 def prompt_text(example: Example, protocol: Protocol, evaluation: bool = False) -> str:
@@ -35,7 +36,15 @@ def prompt_text(example: Example, protocol: Protocol, evaluation: bool = False) 
 def encode_prompt(example: Example, protocol: Protocol, tokenizer: Any, evaluation: bool = True) -> list[int]:
     """Returns the tokens that a model is given before it answers."""
     bos = protocol.eval_bos if evaluation and protocol.eval_bos is not None else protocol.bos
-    return tokenizer(prompt_text(example, protocol, evaluation), add_special_tokens=bos).input_ids
+    return _opened(tokenizer, prompt_text(example, protocol, evaluation), bos)
+
+
+def _opened(tokenizer: Any, text: str, bos: bool) -> list[int]:
+    """Returns a text's tokens, opened by the tokenizer's own special tokens if `bos`, and never closed by them: some
+    tokenizers end every text, but what follows a prompt is its answer, and a target's end is the protocol's matter."""
+    ids, end = tokenizer(text, add_special_tokens=bos).input_ids, [tokenizer.eos_token_id]
+    closed = bos and ids[-1:] == end and tokenizer(text, add_special_tokens=False).input_ids[-1:] != end
+    return ids[:-1] if closed else ids
 
 
 def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool = False) -> Encoded | None:
@@ -54,32 +63,33 @@ def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool 
     prompt = encode_prompt(record, protocol, tokenizer, evaluation)
     if protocol.joint:
         text = prompt_text(record, protocol, evaluation) + record.output
-        target = tokenizer(text, add_special_tokens=protocol.bos).input_ids
+        target = _opened(tokenizer, text, protocol.bos)
         prompt, target = target[: len(prompt)], target[len(prompt) :]
     else:
         target = tokenizer(record.output, add_special_tokens=False).input_ids
     target = target + [tokenizer.eos_token_id] * protocol.eos
-    whole, whole_target = len(prompt) + len(target), len(target)
+    whole_prompt, whole_target = len(prompt), len(target)
     if protocol.max_target_length is not None:
         prompt, target = prompt[: protocol.max_length], target[: protocol.max_target_length]
     else:
         prompt = prompt[: protocol.max_length]
         target = target[: protocol.max_length - len(prompt)]
     cut = ""
-    if len(prompt) + len(target) < whole:
+    if len(prompt) + len(target) < whole_prompt + whole_target:
         if protocol.too_long == "drop":
             return None
-        cut = "cut" if target or not whole_target else "answer_lost"
+        cut = "answer_lost" if whole_target and not target else "marker_lost" if len(prompt) < whole_prompt else "cut"
     ids = prompt + target
     return Encoded(ids, [IGNORED] * len(prompt) + target if protocol.mask_prompt else list(ids), cut=cut)
 
 
 def encode_text(record: LabelledText, protocol: Protocol, tokenizer: Any) -> Encoded:
-    """Returns an encoder's input; texts that are too long are cut, as encoders' tokenizers do, the longer one first."""
+    """Returns an encoder's input; texts too long for the protocol or the tokenizer's model are cut, as encoders'
+    tokenizers do, the longer one first."""
     texts = (record.text,) if record.text_pair is None else (record.text, record.text_pair)
-    tokens = tokenizer(*texts, truncation=True, max_length=protocol.max_length)
-    full = len(tokens.input_ids) == protocol.max_length
-    cut = full and len(tokenizer(*texts).input_ids) > protocol.max_length
+    limit = min(protocol.max_length, tokenizer.model_max_length)
+    tokens = tokenizer(*texts, truncation=True, max_length=limit)
+    cut = len(tokens.input_ids) == limit and len(tokenizer(*texts, verbose=False).input_ids) > limit
     return Encoded(tokens.input_ids, record.label, tokens.get("token_type_ids"), "cut" if cut else "")
 
 

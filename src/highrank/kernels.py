@@ -1,11 +1,35 @@
 """Autograd functions that several methods share: the same numbers as the plain operations, in less time and memory."""
 
+import functools
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from highrank.quantised import QuantisedWeight
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What the faster forms of the methods are written for, in inputs and weights."""
+
+
+def handles(x: Tensor, W: Tensor) -> bool:
+    """Whether the faster forms take these dtypes; if not, it says so, once per pair of them."""
+    known = x.dtype in DTYPES and W.dtype in DTYPES
+    if not known:
+        _tell(x.dtype, W.dtype)
+    return known
+
+
+@functools.cache
+def _tell(x: torch.dtype, W: torch.dtype) -> None:
+    warnings.warn(
+        f"kernels: a method's faster form is for {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got an input "
+        f"of {x} on a weight of {W}; it is computed by its definition, which builds W' in every call",
+        stacklevel=4,
+    )
 
 
 def in_compute_dtype(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -20,6 +44,8 @@ def low_rank_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, 
 
     Shapes: x (..., k), W (n, k) frozen, A (r, k), B (n, r). A and B take x's dtype in the products, gradients theirs.
     """
+    if isinstance(W, QuantisedWeight):
+        return F.linear(x, W, bias) + F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
     x, bias = in_compute_dtype(x, bias)
     with torch.autocast(x.device.type, enabled=False):
         return LowRankLinear.apply(x.reshape(-1, x.shape[-1]), W, A, B, scaling, bias).view(*x.shape[:-1], len(W))
@@ -96,10 +122,11 @@ def scales_weight(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether diag(a) W diag(b) is cheaper to build, once forward and once backward, than its vectors are on activations.
 
     Only in 32 bits or more, where building it rounds nothing that matters, on a CPU, where every pass over memory tells,
-    and without a 0 in a or b, by which `ScaledWeightLinear` divides.
+    from a W that is there as a matrix, and without a 0 in a or b, by which `ScaledWeightLinear` divides.
     """
     if (
         x.device.type != "cpu"
+        or isinstance(W, QuantisedWeight)
         or x.dtype != W.dtype
         or x.dtype.itemsize < 4
         or torch.is_autocast_enabled("cpu")

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from highrank.kernels import DTYPES, handles
+
 
 @dataclass(frozen=True)
 class Site:
@@ -54,6 +56,8 @@ class Method(nn.Module):
         self.in_features, self.out_features, self.cfg = in_features, out_features, cfg
         self._shared = (shared,)  # a tuple: the model owns the module, this adapter only points to it
         self._cache: dict[str, tuple[Any, Any]] = {}
+        self.keeps = True
+        """Whether evaluation may keep an (n, k) operand; not on a sharded model, whose point is not to hold one."""
 
     @property
     def shared_tensors(self) -> Any:
@@ -66,6 +70,14 @@ class Method(nn.Module):
     def effective_weight(self, W: Tensor) -> Tensor:
         """Returns W' (n, k), in the wider of W's and the parameters' dtypes."""
         raise NotImplementedError
+
+    def __call__(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns `forward`, or where its dtypes are beyond a faster form what the definition gives, in x's dtype or
+        fp32."""
+        if handles(x, W):
+            return super().__call__(x, W, bias)
+        x, W = (t if t.dtype in DTYPES or t.is_complex() else t.float() for t in (x, W))
+        return Method.forward(self, x, W, None if bias is None else bias.to(x.dtype))
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns x W'ᵀ + bias, (..., n) in the dtype that `F.linear` would give (x's, or autocast's)."""
@@ -104,7 +116,7 @@ class Method(nn.Module):
 
         The kept value is dropped when a parameter or W changes (by version counter), and on `train()`.
         """
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or not self.keeps:
             return build()
         state = (W.data_ptr(), W.dtype, W._version, *(p._version for p in self.parameters()))
         if key not in self._cache or self._cache[key][0] != state:

@@ -7,11 +7,15 @@ from typing import Any
 import lightning
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, get_scheduler
 
 from highrank.adapters import Adapters
 from highrank.config import RunConfig
+from highrank.devices import WHOLE, Share, shard
 from highrank.loss import IGNORED, head_sees_only, language_model_loss
 from highrank.protocol import Protocol
 from highrank.task import Task
@@ -27,6 +31,7 @@ class FineTuner(lightning.LightningModule):
     """
 
     strict_loading = False
+    allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(
         self,
@@ -36,20 +41,27 @@ class FineTuner(lightning.LightningModule):
         core: RunConfig,
         total_steps: int,
         protocol: Protocol | None = None,
+        eval_share: Share = WHOLE,
     ):
         super().__init__()
         self.model: Any = adapters.model
         self.adapters, self.task, self.tokenizer = adapters, task, tokenizer
         self.core, self.total_steps, self.protocol = core, total_steps, protocol
+        self.eval_share = eval_share
         self.num_tokens = 0
-        """Tokens seen in training, padding not counted."""
+        """Tokens that this process saw in training, padding not counted."""
+        self.parts = 1
+        """Into how many parts a batch is cut where it does not fit into memory whole."""
         if core.checkpoint_activations:
             self.model.activation_checkpointing_enable()
+            self.model.disable_input_require_grads()  # which that turned on: frozen blocks below would be in the graph
         body = self.model.base_model
         self._compiled = torch.compile(body.forward, dynamic=True) if core.compile else None
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        loss, num_targets = self.loss(batch)
+        loss, num_targets = self.loss(batch) if self.parts == 1 else self.loss_by_parts(batch)
+        if not self.trainer.train_dataloader.batch_sampler.counts(index):  # type: ignore[union-attr]
+            return 0 * loss  # this process has no batch in the epoch's last round
         self.num_tokens += int(batch["attention_mask"].sum())
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=num_targets)
         return loss
@@ -73,6 +85,13 @@ class FineTuner(lightning.LightningModule):
         with self.compiled():
             return self._loss(batch)
 
+    def loss_by_parts(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """As `loss`, with one part's activations in memory at a time: backward computes each part again."""
+        parts = zip(*(tensor.chunk(self.parts) for tensor in batch.values()), strict=True)
+        found = [checkpoint(self.loss, dict(zip(batch, part, strict=True)), use_reentrant=False) for part in parts]
+        num_targets = sum(n for _, n in found)
+        return sum(loss * (n / num_targets) for loss, n in found), num_targets
+
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         if self.task.kind == "generate":
             return language_model_loss(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
@@ -87,7 +106,7 @@ class FineTuner(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         loss, num_targets = self.loss(batch)
-        self.log("validation/loss", loss, batch_size=num_targets)
+        self.log("validation/loss", loss, batch_size=num_targets, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
         """Returns (place, output) per row: a generated text, a class index, a value, or {option: log-probability}."""
@@ -101,7 +120,7 @@ class FineTuner(lightning.LightningModule):
         width, decoding = batch["input_ids"].shape[1], self.decoding
         with torch.random.fork_rng(enabled=decoding["do_sample"]):
             if decoding["do_sample"]:
-                torch.manual_seed(1_000_003 * self.core.seed + index)
+                torch.manual_seed(1_000_003 * self.core.seed + self.eval_share.number(index))
             # In place of the checkpoint's own defaults (penalties, sampling), which would mix into the protocol's.
             self.model.generation_config = GenerationConfig(
                 eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id, **decoding
@@ -163,6 +182,15 @@ class FineTuner(lightning.LightningModule):
         for row, score in zip(owner.tolist(), scores, strict=True):
             found[row][len(found[row])] = score
         return [(place, found[row]) for row, place in enumerate(batch["index"].tolist())]
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.model, self.device_mesh["data_parallel"])  # type: ignore[index]
+            return
+        # Every process has read the same frozen base: DDP need not send it, and could not send a quantised one.
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in self.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.adapters, self.core)

@@ -1,6 +1,7 @@
 """Where adapters go: placement parts (q, k, v, o, gate, up, down) resolved to views of base weights.
 
-A view is a whole `nn.Linear`, a GPT-2 `Conv1D` (which stores W transposed), or a row slice of a fused projection.
+A view is a whole `nn.Linear`, quantised or not, a GPT-2 `Conv1D` (which stores W transposed), or a row slice of a fused
+projection.
 Modules are matched by their full path inside a block, never by suffix, so that heads, poolers and embeddings cannot be
 hit by accident.
 """
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from highrank.errors import UserError, suggest
+from highrank.quantised import QuantisedWeight, is_quantised
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -156,7 +158,13 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module, rows: tuple[int, int] | None = None) -> Tensor:
-    """Returns the module's W (out_features, in_features), or rows of it, sharing storage with the module."""
+    """Returns the module's W (out_features, in_features), or rows of it, sharing storage with the module.
+
+    Of a quantised module: a stand-in without storage, or the dequantised rows.
+    """
+    if is_quantised(module):
+        quantised = QuantisedWeight(module)
+        return quantised if rows is None else quantised[rows[0] : rows[1]]
     weight: Any = module.weight
     W = weight.t() if is_transposed(module) else weight
     return W if rows is None else W[rows[0] : rows[1]]

@@ -2,14 +2,16 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from highrank.backbones import DTYPES, empty_model, head_modules, model_config
 from highrank.config import Run
 from highrank.data import hold_out
+from highrank.devices import num_processes
 from highrank.placement import WeightView, resolve
+from highrank.quantised import BITS, linears
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def optimizer_steps(run: Run, num_train: int) -> int:
     """Returns the number of optimizer steps: max_steps, or as many as the epochs hold."""
     if run.core.max_steps is not None:
         return run.core.max_steps
-    batches = math.ceil(num_train / run.core.batch_size)
+    batches = math.ceil(math.ceil(num_train / run.core.batch_size) / num_processes(run.trainer))
     return max(1, math.ceil(run.core.epochs * math.ceil(batches / run.core.accumulate)))
 
 
@@ -112,7 +114,7 @@ def make_plan(run: Run) -> Plan:
     num_layers = len({view.layer for view in views}) or config.num_hidden_layers
     trained = params.trainable + params.head
     memory = {
-        "weights": params.total * (DTYPES[run.model["dtype"]].itemsize) + 4 * params.frozen_extra,
+        "weights": weight_bytes(model, run.model) + 4 * params.frozen_extra,
         "adapters": trained * 16,
         "activations": int(core.batch_size * tokens_each * num_layers * hidden * 8 * width),
     }
@@ -124,9 +126,16 @@ def make_plan(run: Run) -> Plan:
         params=params,
         num_train=num_train,
         steps=steps,
-        tokens=int(steps * core.batch_size * core.accumulate * tokens_each),
+        tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * tokens_each),
         memory_bytes=memory,
     )
+
+
+def weight_bytes(model: Any, spec: Mapping[str, Any]) -> int:
+    """Returns the bytes of a backbone's weights, quantised layers in their own bits."""
+    quantised = sum(m.weight.numel() for _, m in linears(model)) if spec.get("quantize") else 0
+    plain = sum(p.numel() for p in model.parameters()) - quantised
+    return plain * DTYPES[spec["dtype"]].itemsize + int(quantised * BITS.get(spec.get("quantize", ""), 0) / 8)
 
 
 def _training_size(task: Any, run: Run) -> tuple[int, float]:

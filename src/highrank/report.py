@@ -49,10 +49,11 @@ def dry_run(run: Run) -> Path:
 
 def _shown(found: dict[str, Any]) -> str:
     """Returns the headline rule's metrics; results.json has the other rules' and the clean subset's."""
-    skipped = ("n", "leaked")
+    skipped = ("n", "leaked", "cut")
     values = [f"{k} {v:.1f} %" for k, v in found.items() if k not in skipped and not k.endswith(SECONDARY)]
     seen = f", {found['leaked']} seen in training" if found["leaked"] else ""
-    return f"{', '.join(values)} (n = {found['n']}{seen})"
+    cut = f", {found['cut']} cut to the longest length" if found.get("cut") else ""
+    return f"{', '.join(values)} (n = {found['n']}{seen}{cut})"
 
 
 def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
@@ -64,6 +65,10 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
     for when, label in (("before", "before"), ("final", "after")):
         for name, found in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
             table.add_row(f"{name} {label}", _shown(found))
+    cut_off = results.get("tokens", {}).get("cut_off", {})
+    lengths = [f"{n} {key.replace('_', ' ')}" for key, n in cut_off.items() if n]
+    if lengths:
+        table.add_row("too long to train on whole", ", ".join(lengths))
     times = results.get("time", {})
     if times:
         table.add_row(

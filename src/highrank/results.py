@@ -5,9 +5,10 @@ import importlib.metadata
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from highrank.adapters import write_atomic
 from highrank.config import Run
+from highrank.devices import share_of
 from highrank.errors import UserError
 
 
@@ -28,6 +30,8 @@ class RunDirectory:
         self.results: dict[str, Any] = {}
         self.opened = False
         """Whether this run writes into the folder."""
+        self.writes = share_of(run.trainer).rank == 0
+        """Whether this process does: of several, the first."""
 
     @property
     def finished(self) -> bool:
@@ -58,12 +62,37 @@ class RunDirectory:
         self.results = found
         return found["status"] == "done"
 
-    def open(self) -> None:
-        """Creates the folder and starts results.json afresh: it marks the folder as this run's, so it comes first."""
+    def earlier(self, model: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns what an unfinished try of this run has found, for `open`; with resume=never its checkpoints go.
+
+        Raises:
+            UserError: if it had another model or other data.
+        """
+        found, checkpoints = self.results, self.path / "checkpoints"
+        if self.run.core.resume == "never":
+            if self.writes:
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            return {}
+        kept: dict[str, Any] = {
+            key: found[key] for key in ("model", "data", "metrics", "time", "resumed", "parts") if key in found
+        }
+        if "metrics" in kept or checkpoints.exists():
+            _compare("model", {model["name"]: model["sha"]}, {found["model"]["name"]: found["model"]["sha"]})
+            _compare("data", *({row["name"]: row["sha256"] for row in rows} for rows in (data, found["data"])))
+        return kept
+
+    def open(self, earlier: Mapping[str, Any] = {}) -> None:
+        """Creates the folder and starts results.json with what stays of an earlier try.
+
+        The file marks the folder as this run's, so it comes first.
+        """
+        if not self.writes:
+            return
         self.opened = True
         self.path.mkdir(parents=True, exist_ok=True)
         self.results = {}
         self.write(
+            **earlier,
             status="running",
             config_hash=self.run.hash,
             git=git_state(),
@@ -80,13 +109,26 @@ class RunDirectory:
     def write(self, **values: Any) -> None:
         """Merges `values` into results.json, in one rename."""
         self.results.update(values)
-        write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
+        if self.writes:
+            write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
 
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes predictions/<name>.jsonl, one JSON object per example in the data's order."""
+        if not self.writes:
+            return
         file = self.path / "predictions" / f"{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _compare(what: str, new: Mapping[str, str], old: Mapping[str, str]) -> None:
+    if new != old:
+        changed = [f"{name} {own[:12]}…" for name, own in new.items() if old.get(name) != own]
+        before = [f"{name} {own[:12]}…" for name, own in old.items() if new.get(name) != own]
+        raise UserError(
+            f"run: an unfinished run goes on with the {what} it had, got sha256 of {', '.join(changed) or 'none'} "
+            f"instead of {', '.join(before) or 'none'}; bring it back, or start afresh with resume=never"
+        )
 
 
 def _default_path(run: Run) -> Path:

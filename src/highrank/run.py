@@ -1,8 +1,14 @@
 """A run, from plan to results: read top to bottom."""
 
+import contextlib
+import errno
 import logging
 import math
+import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,11 +22,14 @@ import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_out_of_cpu_memory
+from lightning.pytorch.utilities.seed import isolate_rng
 
-from highrank import report
+from highrank import devices, report
 from highrank.adapters import Adapters, attach
 from highrank.allocator import keep_freed_memory
 from highrank.backbones import Backbone, head_modules, load_backbone
+from highrank.checkpoint import CheckpointFiles, Checkpoints
 from highrank.config import Run
 from highrank.data import TaskData
 from highrank.errors import UserError
@@ -32,13 +41,19 @@ from highrank.scoring import evaluate_rows, macro_average
 from highrank.selection import KeepBest
 from highrank.task import Task
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+CANNOT_WRITE = (
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO),
+    *(errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
+)
+
 
 class Interrupted(Exception):
-    """Raised at a batch boundary after a signal asked the run to stop."""
+    """Raised between two steps after a signal asked the run to stop."""
 
 
 class StopOnSignal(Callback):
-    """Turns SIGINT and SIGTERM into a clean stop at the next batch boundary; a second SIGINT stops at once."""
+    """Notes SIGNALS, on which the run stops between two steps, saved; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -50,7 +65,7 @@ class StopOnSignal(Callback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, self._note) for s in SIGNALS}
         try:
             yield
         finally:
@@ -62,9 +77,9 @@ class StopOnSignal(Callback):
         if self.received is not None:
             raise Interrupted(signal.Signals(self.received).name)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        if self.received is not None:
-            trainer.should_stop = True
+    def agree(self, trainer: lightning.Trainer) -> None:
+        """Lets every process know of a signal that came to one of them."""
+        self.received = devices.highest(self.received or 0, trainer.strategy.root_device) or None
 
     def on_train_start(self, *args: Any) -> None:
         self._take_back()
@@ -77,7 +92,12 @@ class StopOnSignal(Callback):
         if signal.getsignal(signal.SIGTERM) is not self._note:
             signal.signal(signal.SIGTERM, self._note)
 
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_predict_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.world_size == 1:
+            self.check()
+
+    def on_predict_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        self.agree(trainer)
         self.check()
 
 
@@ -93,11 +113,19 @@ def build_model(run: Run, task: Task) -> tuple[Backbone, Adapters]:
 
 
 def predict(trainer: lightning.Trainer, module: FineTuner, data: TaskData, records: Any) -> list[Any]:
-    """Returns the model's output per record, in the records' order."""
+    """Returns the model's output per record, in the records' order; halves the batch where memory runs out."""
     outputs: list[Any] = [None] * len(records)
-    for batch in trainer.predict(module, data.eval_dataloader(records)) or []:
-        for place, output in batch:
-            outputs[place] = output
+    while True:
+        try:
+            batches: Any = trainer.predict(module, data.eval_dataloader(records)) or []
+            break
+        except Exception as error:
+            if not out_of_memory(error) or data.eval_batch_size == 1 or trainer.world_size > 1:
+                raise
+            data.eval_batch_size //= 2
+        garbage_collection_cuda()  # now the error, and what its frames held, is gone
+    for place, output in devices.gather([pair for batch in batches for pair in batch]):
+        outputs[place] = output
     return outputs
 
 
@@ -119,95 +147,170 @@ def validate(trainer: lightning.Trainer, module: FineTuner, data: TaskData) -> d
 
 
 def execute(run: Run) -> tuple[Path, int]:
-    """Runs, and returns the run directory and the exit status: 0, or 128 + the signal that interrupted the run.
+    """Runs, and returns the run directory and the exit status: 0, or 130 after SIGINT, 143 after other SIGNALS.
 
     Raises:
-        UserError: for bad input, before any weight loads.
+        UserError: for bad input, before any weight loads; if memory or the disk does not suffice.
     """
     keep_freed_memory()
     plan = make_plan(run)
     directory = RunDirectory(run)
+    if not directory.writes:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, of several processes one speaks, to the end
     if directory.finished:
         report.show_results(plan, directory.results, note="finished before; nothing was run again")
+        if run.core.analyze and directory.writes and not (directory.path / "analysis" / "statistics.json").is_file():
+            analyze(directory)
         return directory.path, 0
     report.show_plan(plan)
-    check_trainer(run)
-    stop = StopOnSignal()
+    processes = check_trainer(run)
+    stop, again = StopOnSignal(), False
     try:
-        with stop.listening(), quiet():
-            _run(run, plan, directory, stop)
+        with stop.listening(), quiet(), processes:
+            _run(run, plan, directory, stop, processes)
     except (Interrupted, KeyboardInterrupt, SystemExit):  # Lightning turns a second Ctrl-C into SystemExit
         if stop.received is None:
             raise
         if directory.opened:
             directory.write(status="interrupted", memory=peak_memory())
             report.show_results(plan, directory.results)
-        return directory.path, 128 + stop.received
+        requeue(stop.received)
+        return directory.path, 130 if stop.received == signal.SIGINT else 143
     except Exception as error:
-        if directory.opened:
-            out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            directory.write(status="oom" if out_of_memory else "failed", error=f"{type(error).__name__}: {error}")
-        raise
+        again = record_failure(run, directory, error)
+    finally:
+        with contextlib.suppress(OSError):
+            write_session(directory)
+    if again:
+        garbage_collection_cuda()
+        return execute(run)
     report.show_results(plan, directory.results)
     return directory.path, 0
 
 
-def check_trainer(run: Run) -> None:
-    """Makes a Trainer of the run's arguments and throws it away.
+def record_failure(run: Run, directory: RunDirectory, error: Exception) -> bool:
+    """Writes down what ended a run; returns whether to go on at once, with smaller micro-batches.
 
     Raises:
-        UserError: if Lightning refuses them on this machine.
+        UserError: if memory ran out or the disk refused, with what to do.
+        Exception: `error` itself, for everything else.
     """
+    memory = out_of_memory(error)
+    said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if directory.opened:
+        with contextlib.suppress(OSError):
+            directory.write(status="oom" if memory else "failed", error=f"{type(error).__name__}: {error}")
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        raise UserError(
+            f"run: its files must be writable, got {said}; make room, then give the same command again: it goes on "
+            "from the last checkpoint"
+        ) from error
+    if not memory:
+        raise error
+    core, parts = run.core, 2 * directory.results.get("parts", 1)
+    if core.auto_microbatch and parts <= core.batch_size:
+        directory.write(parts=parts)
+        if devices.num_processes(run.trainer) == 1:
+            return True
+    raise UserError(
+        f"run: a step must fit into memory, got {said} with batch_size={core.batch_size}; halve batch_size and double "
+        "accumulate, or set checkpoint_activations=true or auto_microbatch=true"
+    ) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_out_of_cpu_memory(error)
+
+
+def requeue(received: int) -> None:
+    """Puts a Slurm job back into the queue that was warned of its time limit (`sbatch --signal=USR1@60`)."""
+    job = os.environ.get("SLURM_JOB_ID")
+    warned = received in (signal.SIGUSR1, signal.SIGUSR2)
+    if warned and job and os.environ.get("SLURM_PROCID", "0") == "0" and shutil.which("scontrol"):
+        subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def check_trainer(run: Run) -> devices.Processes:
+    """Makes a Trainer of the run's arguments and throws it away; returns the processes that it would have.
+
+    Raises:
+        UserError: if Lightning refuses them on this machine, or there are more processes than devices.
+    """
+    arguments = {**devices.arguments(run.trainer), "logger": False, "enable_checkpointing": False}
     try:
         with quiet():
-            lightning.Trainer(**run.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+            trainer = lightning.Trainer(**arguments, enable_model_summary=False)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         given = ", ".join(f"trainer.{key}={value}" for key, value in run.trainer.items())
         raise UserError(f"trainer: {str(error).strip().splitlines()[0]}, got {given}") from error
+    devices.check(trainer)
+    return devices.Processes(trainer)
 
 
-def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> None:
+def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal, processes: devices.Processes) -> None:
     core = run.core
     started = time.perf_counter()
     task = run.task(run.task_cfg, core.seed)
-    lightning.seed_everything(core.seed, verbose=False)
+    share, eval_share = devices.share_of(run.trainer), devices.evaluation_share_of(run.trainer)
+    lightning.seed_everything((core.seed + share.rank) % 2**32, verbose=False)
     backbone, adapters = build_model(run, task)
-    directory.open()
-    directory.write(
-        model={"name": run.model["name"], **vars(backbone.source)},
-        params=vars(plan.params),
-        data=task.sources(),
-    )
+    model, sources = {"name": run.model["name"], **vars(backbone.source)}, task.sources()
+    earlier = directory.earlier(model, sources)
+    directory.open(earlier)
+    directory.write(model=model, params=vars(plan.params), data=sources)
+    write_session(directory)
     stop.check()
-    data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
+    batch_sizes = core.batch_size, core.eval_batch_size
+    data = TaskData(task, run.protocol, backbone.tokenizer, *batch_sizes, core.seed, share, eval_share)
+    checkpoints = Checkpoints(directory.path / "checkpoints", core.checkpoint_every, data.buckets, stop)
+    if checkpoints.found and run.trainer.get("strategy") == "fsdp":
+        raise UserError(
+            f"checkpoint: a sharded run cannot go on from a checkpoint, got trainer.strategy=fsdp with "
+            f"{checkpoints.found.path}; start afresh with resume=never, or go on under another run_dir"
+        )
+    if checkpoints.found:
+        directory.write(resumed=[*earlier.get("resumed", []), checkpoints.found.told])
+        report.console.print(checkpoints.found.told, markup=False, highlight=False)
+    processes.start(directory.path / "config.yaml")
     steps = optimizer_steps(run, len(data.examples))
-    module = FineTuner(adapters, task, backbone.tokenizer, core, steps, run.protocol)
+    module = FineTuner(adapters, task, backbone.tokenizer, core, steps, run.protocol, eval_share)
+    module.parts = earlier.get("parts", 1)
     per_epoch = math.ceil(len(data.buckets) / core.accumulate)
-    trainer = make_trainer(run, directory, stop, steps, math.ceil(steps / per_epoch))
+    trainer = make_trainer(run, directory, stop, steps, math.ceil(steps / per_epoch), checkpoints)
     times = {"setup_s": time.perf_counter() - started}
 
-    found: dict[str, Any] = {}
-    if core.eval_before and core.eval_test:
+    found: dict[str, Any] = earlier.get("metrics", {})
+    if found:
+        times["eval_before_s"] = earlier["time"]["eval_before_s"]
+    elif core.eval_before and core.eval_test:
         at = time.perf_counter()
         module.eval()
-        found["before"] = evaluate(trainer, module, data, lambda n, r: directory.write_predictions(f"{n}.before", r))
+        with isolate_rng():  # training draws the same numbers whether or not this was done in an earlier try
+            found["before"] = evaluate(
+                trainer, module, data, lambda n, r: directory.write_predictions(f"{n}.before", r)
+            )
         times["eval_before_s"] = time.perf_counter() - at
-        directory.write(metrics=found)
+        directory.write(metrics=found, time=times)
 
-    at = time.perf_counter()
     module.train()
-    trainer.fit(
-        module,
-        train_dataloaders=data.train_dataloader(),
-        val_dataloaders=data.val_dataloader() if data.validation else None,
-    )
-    times["train_s"] = time.perf_counter() - at
+    with contextlib.suppress(Interrupted):  # saved; raised again below
+        trainer.fit(
+            module,
+            train_dataloaders=data.train_dataloader(),
+            val_dataloaders=data.val_dataloader() if data.validation else None,
+            ckpt_path=checkpoints.found and checkpoints.found.path,
+            weights_only=True,
+        )
+    times["train_s"] = checkpoints.seconds
     adapters.save(directory.path / "adapter")
-    trainer.save_checkpoint(directory.path / "checkpoints" / "last.ckpt")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     directory.write(
         time=times,
-        tokens={"train": module.num_tokens, "skipped_examples": data.num_skipped, "cut_off": dict(data.cut_off)},
+        tokens={
+            "train": devices.total(module.num_tokens, module.device),
+            "skipped_examples": data.num_skipped,
+            "cut_off": dict(data.cut_off),
+        },
         steps=trainer.global_step,
         selected=[{"step": c.step, "loss": c.loss} for c in callbacks if isinstance(c, KeepBest)],
     )
@@ -222,36 +325,57 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal) -> N
     module.eval()
     found["final"] = evaluate(trainer, module, data, directory.write_predictions)
     times["eval_final_s"] = time.perf_counter() - at
-    times["total_s"] = time.perf_counter() - started
+    times["total_s"] = sum(times.values())
     if core.general_text is not None and task.kind == "generate":
         directory.write(forgetting=forgetting(adapters, backbone.tokenizer, core.general_text, core.eval_batch_size))
+    if core.analyze and directory.writes:
+        at = time.perf_counter()
+        analyze(directory, adapters if trainer.world_size == 1 else None)
+        times["analyze_s"] = time.perf_counter() - at
     directory.write(status="done", metrics=found, time=times, memory=peak_memory())
-    log_final(trainer, found["final"])
 
 
-def make_trainer(run: Run, directory: RunDirectory, stop: StopOnSignal, steps: int, epochs: int) -> lightning.Trainer:
-    """Returns the Lightning Trainer of a run: TensorBoard events and progress bars, no automatic checkpoints."""
-    callbacks: list[Callback] = [stop, RichProgressBar(), EpochOrder()]
+def analyze(directory: RunDirectory, adapters: Adapters | None = None) -> None:
+    """Analyses what training changed; its mean statistics, or why there are none, go into results.json."""
+    from highrank.analysis.analyze import at_end_of
+
+    directory.write(analysis=at_end_of(directory.path, adapters))
+
+
+def make_trainer(
+    run: Run,
+    directory: RunDirectory,
+    stop: StopOnSignal,
+    steps: int,
+    epochs: int,
+    checkpoints: Checkpoints | None = None,
+) -> lightning.Trainer:
+    """Returns the Lightning Trainer of a run: TensorBoard events, progress bars, and our checkpoints alone."""
+    callbacks: list[Callback] = [stop, RichProgressBar(), EpochOrder(), *([checkpoints] if checkpoints else [])]
+    again_from = checkpoints.found.step if checkpoints and checkpoints.found else None
     validation: dict[str, Any] = {}
     if run.protocol.num_validation:
         interval = min(run.protocol.validate_every, steps) * run.core.accumulate
         validation = {"val_check_interval": interval, "check_val_every_n_epoch": None}
     if run.protocol.selection == "best":
-        callbacks.append(KeepBest())
-    return lightning.Trainer(
-        **run.trainer,
+        callbacks.append(KeepBest(directory.path / "checkpoints"))
+    trainer = lightning.Trainer(
+        **devices.arguments(run.trainer),
         **validation,
+        use_distributed_sampler=False,
         max_steps=steps,
         max_epochs=epochs,
         accumulate_grad_batches=run.core.accumulate,
         gradient_clip_val=run.core.max_grad_norm or None,
-        logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False),
+        logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False, purge_step=again_from),
         callbacks=callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
     )
+    trainer.strategy.checkpoint_io = CheckpointFiles()
+    return trainer
 
 
 class EpochOrder(Callback):
@@ -261,12 +385,12 @@ class EpochOrder(Callback):
         trainer.train_dataloader.batch_sampler.set_epoch(trainer.current_epoch)  # type: ignore[union-attr]
 
 
-def log_final(trainer: lightning.Trainer, final: dict[str, Any]) -> None:
-    """Writes the final metrics as TensorBoard scalars under final/."""
-    logger: Any = trainer.logger
-    for name, found in final["sets"].items():
-        logger.log_metrics({f"final/{name}/{k}": v for k, v in found.items()}, trainer.global_step)
-    logger.finalize("success")
+def write_session(directory: RunDirectory) -> None:
+    """Writes the run's values, status and final metrics for TensorBoard, if this process writes the run."""
+    from highrank.lab.dashboard import write_run
+
+    if directory.opened:
+        write_run(directory.path)
 
 
 @contextmanager
@@ -279,6 +403,7 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # its sampler is
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:

@@ -1,29 +1,47 @@
-"""What can be done with a finished run: rebuild its model, evaluate it again, write it out merged."""
+"""What a finished run can be turned back into: its config, the words that make it, its model."""
 
-import json
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import lightning
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from highrank.adapters import Adapters
-from highrank.allocator import keep_freed_memory
 from highrank.backbones import Backbone
-from highrank.config import Run, build, register_configs
-from highrank.data import TaskData
-from highrank.errors import UserError
-from highrank.module import FineTuner
+from highrank.config import CORE_KEYS, UNHASHED, Run, build, compose_run, register_configs
+from highrank.errors import UserError, suggest
 from highrank.results import read_results
-from highrank.run import build_model, evaluate, quiet
+from highrank.run import build_model
+
+GIVEN_ANEW = (
+    "task",
+    "protocol",
+    "trainer",
+    "path",
+    "model.dtype",
+    "model.attention",
+    "model.quantize",
+    "eval_batch_size",
+)
+"""What may be given anew for a trained adapter; everything else is what it was trained with."""
 
 
-def read_run(folder: Path | str) -> Run:
-    """Returns the checked run whose directory this is.
+WORDS = ("null", "true", "false", "nan", "inf")
+"""What Hydra reads as something else than a text."""
+
+
+def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
+    """Returns the checked run whose directory this is, with the keys in `words` given anew.
 
     Raises:
-        UserError: if the folder holds no config, or no saved adapter.
+        UserError: if the folder holds no config, or no saved adapter; or for a word that would change the adapter.
     """
     folder = Path(folder)
     for needed in ("config.yaml", "adapter/adapter.json"):
@@ -34,47 +52,109 @@ def read_run(folder: Path | str) -> Run:
         config = OmegaConf.load(folder / "config.yaml")
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"run: config.yaml is damaged, got {str(error).splitlines()[0]} in {folder}") from error
-    return build(config)
+    run = build(config)
+    return _with(run, words) if words else run
 
 
-def load_run(folder: Path | str) -> tuple[Run, Backbone, Adapters]:
+def _with(run: Run, words: Sequence[str]) -> Run:
+    keys = [word.partition("=")[0] for word in words]
+    for key, word in zip(keys, words, strict=True):
+        if key not in GIVEN_ANEW and not key.startswith(("task.", "protocol.", "trainer.")):
+            raise UserError(
+                f"run: a saved adapter is used as it was trained, got {word}{suggest(key, GIVEN_ANEW)}; only these can be "
+                f"given anew: {', '.join(GIVEN_ANEW)}"
+            )
+    kept = [word for word in words_of(run) if not any(_replaces(key, word.partition("=")[0]) for key in keys)]
+    return compose_run([*kept, *words])
+
+
+def _replaces(key: str, old: str) -> bool:
+    return old == key or old.startswith(f"{key}.")
+
+
+def words_of(run: Run) -> list[str]:
+    """Returns the command-line words that make this run: the chosen names, then every value that is not their default."""
+    chosen = _choices(run)
+    found, usual = run.resolved, _usual(tuple(chosen))
+    words = list(chosen)
+    for group in ("method", "task", "model", "protocol", "trainer"):
+        prefix = "" if group == "method" else f"{group}."
+        words += [
+            f"{prefix}{key}={spelled(value)}"
+            for key, value in found[group].items()
+            if (group, key) != ("task", "version") and (key not in usual[group] or value != usual[group][key])
+        ]
+    words += [f"{key}={spelled(found[key])}" for key in CORE_KEYS if key not in UNHASHED and found[key] != usual[key]]
+    return words
+
+
+@functools.cache
+def _usual(chosen: tuple[str, ...]) -> dict[str, Any]:
+    return compose_run(chosen).resolved
+
+
+def _choices(run: Run) -> list[str]:
+    member, name, hub = getattr(run.task_cfg, "member", None), run.model["name"], run.model.get("hub") or ""
+    return [
+        f"method={run.method.name}",
+        f"task={run.task.name}" + (f"/{member}" if member else ""),
+        f"model=hf:{hub}" if hub.split("/")[-1] == name else f"model={name}",
+        f"protocol={run.protocol.name}",
+    ]
+
+
+def spelled(value: Any) -> str:
+    """Returns a value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(spelled, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{spelled(item)}' for key, item in value.items())}}}"
+    if isinstance(value, str) and (value.lower() in WORDS or not re.fullmatch(r"[a-zA-Z_/][\w/.+-]*", value)):
+        return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", value).replace("'", "\\'") + "'"
+    return str(value)
+
+
+def load_run(folder: Path | str, words: Sequence[str] = ()) -> tuple[Run, Backbone, Adapters]:
     """Returns the run, its backbone and its adapters with their trained values."""
-    run = read_run(folder)
+    run = read_run(folder, words)
     backbone, adapters = build_model(run, run.task(run.task_cfg, run.core.seed))
-    recorded = read_results(Path(folder))["model"]["sha"]
-    if backbone.source.sha != recorded:
-        raise UserError(
-            f"run: the base must be the one trained on, got sha={backbone.source.sha} from {backbone.source.kind} "
-            f"instead of {recorded}; give the right folder with path=<folder> in {folder}/config.yaml"
-        )
+    check_base(folder, backbone)
     adapters.load(Path(folder) / "adapter")
     return run, backbone, adapters
 
 
-def merge_run(folder: Path | str, out: Path | str) -> Path:
-    """Writes base and adapter as one plain model folder, which any Hugging Face tool loads; returns it.
+def check_base(folder: Path | str, backbone: Backbone) -> None:
+    """Raises UserError unless the backbone is the one that the run was trained on."""
+    recorded = read_results(Path(folder))["model"]["sha"]
+    if backbone.source.sha != recorded:
+        raise UserError(
+            f"run: the base must be the one trained on, got sha={backbone.source.sha} from {backbone.source.kind} "
+            f"instead of {recorded} for {folder}; give the right folder with path=<folder>"
+        )
+
+
+def check_new(part: str, out: Path | str) -> Path:
+    """Returns the output folder of a command.
 
     Raises:
-        UserError: if `out` exists and is not empty.
+        UserError: if it exists and is not empty.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"merge: the output folder must be new or empty, got --out {out}")
-    _, backbone, adapters = load_run(folder)
-    adapters.merge()
-    adapters.unload().save_pretrained(out)  # type: ignore[operator]
-    backbone.tokenizer.save_pretrained(out)
+        raise UserError(f"{part}: the output folder must be new or empty, got --out {out}; choose another")
     return out
 
 
-def evaluate_run(folder: Path | str) -> str:
-    """Evaluates a finished run again with its saved adapter; returns the metrics as JSON."""
-    run, backbone, adapters = load_run(folder)
-    task, core = run.task(run.task_cfg, run.core.seed), run.core
-    data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
-    module = FineTuner(adapters, task, backbone.tokenizer, core, 1, run.protocol)
-    keep_freed_memory()
-    with quiet():
-        trainer = lightning.Trainer(**run.trainer, logger=False, enable_checkpointing=False)
-        module.eval()
-        return json.dumps(evaluate(trainer, module, data, lambda name, rows: None), indent=1)
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `out` in one rename if nothing goes wrong inside."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        ready = Path(scratch) / "ready"
+        ready.mkdir()
+        yield ready
+        os.replace(ready, out)

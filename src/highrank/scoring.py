@@ -11,7 +11,7 @@ from highrank import leak
 from highrank.answers import RULES, reported
 from highrank.data import TaskData, ranks
 from highrank.dialogue import dialogue_metrics
-from highrank.encoding import prompt_text
+from highrank.encoding import encode_text, prompt_text
 from highrank.protocol import Protocol
 from highrank.task import Example, Task
 
@@ -19,7 +19,9 @@ from highrank.task import Example, Task
 def prediction_rows(data: TaskData, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns one row per record: what was asked, what came, what it was read as, and whether that is right.
 
-    `correct_<rule>` and `parsed_<rule>` are the second answer rule's; `leaked` marks questions seen in training. `text` is the output up to the protocol's stop texts, where it differs.
+    `correct_<rule>` and `parsed_<rule>` are the other answer rules'; `leaked` marks questions seen in training; `cut`
+    marks an encoder's texts that the cut-off shortened. `text` is the output up to the protocol's stop texts, where it
+    differs.
     """
     rows: list[dict[str, Any]] = []
     for record, output, leaked in zip(records, outputs, data.leaked(records), strict=True):
@@ -27,7 +29,8 @@ def prediction_rows(data: TaskData, records: Sequence[Any], outputs: Sequence[An
             row = {"id": record.id, "prompt": prompt_text(record, data.protocol, evaluation=True)}
             row |= _read(record, output, data.protocol, ranked=ranks(records, data.protocol))
         else:
-            row = {"id": record.id, "output": output, "gold": record.label}
+            cut = bool(encode_text(record, data.protocol, data.tokenizer).cut)
+            row = {"id": record.id, "output": output, "gold": record.label, "cut": cut}
             if data.task.kind == "classify":
                 row["correct"] = output == record.label
         rows.append({**row, "leaked": leaked})
@@ -45,18 +48,21 @@ def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dic
     row: dict[str, Any] = {"output": output, "gold": list(record.references) or record.answer}
     if text != output:
         row["text"] = text
-    first, second = reported(protocol.answer_rule)
-    row["parsed"], row["correct"] = RULES[first].judge(text, record.answer, record.choices)
-    row[f"parsed_{second}"], row[f"correct_{second}"] = RULES[second].judge(text, record.answer, record.choices)
+    for rule in reported(protocol.answer_rule, bool(record.choices)):
+        end = "" if rule == protocol.answer_rule else f"_{rule}"
+        row[f"parsed{end}"], row[f"correct{end}"] = RULES[rule].judge(text, record.answer, record.choices)
     return row
 
 
 def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns n, the task's metrics and, for generated text, the percentage without a readable answer, per rule.
 
-    `leaked` counts the questions seen in training; if there are some, `<metric>_clean` is that of the others.
+    `leaked` counts the questions seen in training; if there are some, `<metric>_clean` is that of the others. `cut`
+    counts an encoder's shortened texts, if there are some.
     """
     found = _metrics(task, rows)
+    if any(row.get("cut") for row in rows):
+        found["cut"] = sum(row["cut"] for row in rows)
     seen = [row["leaked"] for row in rows]
     found["leaked"] = sum(seen)
     if any(seen) and not all(seen):
@@ -89,8 +95,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Ten
 
 
 def _matthews(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Matthews correlation; 0 where all predictions are one class."""
+    """Matthews correlation; 0 where predictions or gold labels are all one class (torchmetrics gives 2.6 % there)."""
     preds, gold = _columns(rows)
+    if min(preds.unique().numel(), gold.unique().numel()) < 2:
+        return 0.0
     return 100 * float(matthews_corrcoef(preds.long(), gold.long(), "multiclass", num_classes=task.num_labels))
 
 

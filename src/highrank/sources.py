@@ -37,8 +37,10 @@ class Source:
     columns: tuple[str, ...] = ()
     """Column names of a tsv file without a header line."""
     hub: str | None = None
-    """Hub id, with `:subset` if it has several, and `@revision` if its main branch is not plain data."""
+    """Hub id, with `:subset` if it has several (`:a+b` for two of them), and `@revision` if main is not plain data."""
     split: str = "train"
+    has_broken_rows: bool = False
+    """Whether the published tsv file has rows with too few fields, which everybody leaves out."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def read(source: Source, root: Path | None, revision: str | None = None) -> Tabl
         file = find(source, root)
         if file is None:
             raise MissingData(f"data: {source.paths[0]} (or .gz) is needed, got none in {root}; {source.get}")
-        rows = read_file(file, source.columns)
+        rows = read_file(file, source.columns, source.has_broken_rows)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         table = Table(rows, str(file.relative_to(root)), digest, str(file))
     else:
@@ -108,7 +110,8 @@ def _read_hub(source: Source, revision: str | None) -> Table:
     repo, _, subset = name.partition(":")
     revision = revision or pinned or None
     try:
-        rows = list(load_dataset(repo, subset or None, split=source.split, revision=revision))
+        tables = [load_dataset(repo, one or None, split=source.split, revision=revision) for one in subset.split("+")]
+        rows = [row for table in tables for row in table]
     except Exception as error:  # datasets raises its own, the hub client's, httpx's and OS errors
         raise MissingData(
             f"data: {source.paths[0]} is needed, got no data folder, and {type(error).__name__} from {place}; {advice}"
@@ -118,8 +121,8 @@ def _read_hub(source: Source, revision: str | None) -> Table:
     return Table(rows, name, digest, name)
 
 
-def read_file(file: Path, columns: Sequence[str] = ()) -> list[Any]:
-    """Returns the rows of a file: dicts, or strings for `.txt`.
+def read_file(file: Path, columns: Sequence[str] = (), has_broken_rows: bool = False) -> list[Any]:
+    """Returns the rows of a file: dicts, or strings for `.txt`; of a tsv file that is known for them, less broken rows.
 
     Raises:
         UserError: naming the file and the first row that cannot be read.
@@ -147,7 +150,13 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> list[Any]:
         lines = [line.removesuffix("\r") for line in text.split("\n")]
         while lines and not lines[-1]:
             lines.pop()
-        rows = lines if kind == "txt" else _jsonl(file, lines) if kind == "jsonl" else _tsv(file, lines, columns)
+        rows = (
+            lines
+            if kind == "txt"
+            else _jsonl(file, lines)
+            if kind == "jsonl"
+            else _tsv(file, lines, columns, has_broken_rows)
+        )
     for i, row in enumerate(rows, start=1):
         if kind != "txt" and not isinstance(row, dict):
             raise UserError(f"data: a row must be an object, got {type(row).__name__} in {file} row {i}")
@@ -176,12 +185,14 @@ def _jsonl(file: Path, lines: Sequence[str]) -> list[Any]:
     return rows
 
 
-def _tsv(file: Path, lines: Sequence[str], columns: Sequence[str]) -> list[Any]:
+def _tsv(file: Path, lines: Sequence[str], columns: Sequence[str], has_broken_rows: bool) -> list[Any]:
     """Splits on tabs alone: quotes are text."""
     names = list(columns) or (lines[0].split("\t") if lines else [])
     rows = []
     for i, line in enumerate(lines[0 if columns else 1 :], start=1 if columns else 2):
         fields = line.split("\t")
+        if has_broken_rows and len(fields) < len(names):
+            continue
         if len(fields) != len(names):
             raise UserError(
                 f"data: a row must have {len(names)} tab-separated fields ({', '.join(names)}), got {len(fields)} in "

@@ -182,6 +182,10 @@ class FileTask(Task):
             found = self.records(table.rows, part)
         except ValueError as error:
             raise UserError(f"task {self.name}: {error} in {table.location}; {source.get}") from error
+        if not found:
+            raise UserError(
+                f"task {self.name}: {part} must hold an example, got none in {table.location}; {source.get}"
+            )
         if source.rows is not None and len(found) != source.rows and not self.cfg.allow_partial:
             raise UserError(
                 f"task {self.name}: {part} must have its published {source.rows} rows, got {len(found)} in "
@@ -205,10 +209,17 @@ class FileTask(Task):
         places = random.Random(f"{self.cfg.data_seed}/{name}").sample(range(len(examples)), n)
         return [examples[i] for i in sorted(places)]
 
+    def wanted(self, example: Any) -> bool:
+        """Whether an example of the training files is trained on; override to leave some out."""
+        return True
+
     @cached_property
     def _train(self) -> list[Any]:
         found = [example for part, source in self.train_parts().items() for example in self.load(source, part)]
-        return self._sample(found, self.cfg.n_train, "train")
+        wanted = [example for example in found if self.wanted(example)]
+        if not wanted:
+            raise MissingData(f"task {self.name}: a training set is needed, got none of {len(found)} examples")
+        return self._sample(wanted, self.cfg.n_train, "train")
 
     @cached_property
     def _test(self) -> dict[str, list[Any]]:

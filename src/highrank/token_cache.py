@@ -18,7 +18,7 @@ from highrank.protocol import Protocol, digest
 
 MIN_EXAMPLES = 5_000
 """Below this, encoding takes less than a second or two and is not worth a file."""
-CUTS = ("", "cut", "answer_lost")
+CUTS = ("", "cut", "answer_lost", "marker_lost")
 
 
 def cached_encoding(

@@ -150,7 +150,10 @@ def test_unknown_command(capsys):
     from highrank.cli import main
 
     assert main(["trian"]) == 2
-    assert "unknown command, got trian; it is one of: eval, merge, methods, run" in capsys.readouterr().err
+    assert (
+        "unknown command, got trian; it is one of: analyze, eval, export, import, merge, methods, report, run"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_model_without_a_source_lists_what_was_tried(run_cli, tmp_path, monkeypatch):

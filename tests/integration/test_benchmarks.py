@@ -28,8 +28,11 @@ def bench(monkeypatch, tmp_path, capsys):
         importlib.import_module(name).main([f"--json={file}", *words])
         found = json.loads(file.read_text())
         assert found["benchmark"] == name
-        assert {"device", "threads", "torch", "peft"} <= found["environment"].keys()
-        return capsys.readouterr().out, found["results"]
+        stated = {"device", "threads", "torch", "peft"} | ({"dtype"} if name != "startup" else set())
+        assert stated <= found["environment"].keys()
+        out = capsys.readouterr().out
+        assert all(f"{key} " in out.splitlines()[0] for key in stated)
+        return out, found["results"]
 
     yield run
     for path in FOLDER.glob("*.py"):
@@ -113,13 +116,27 @@ def test_train_throughput_without_peft(bench, without_peft):
     positive(results["lora"]["ours"]["samples_per_second"])
 
 
+EVAL = [*REAL, "--rounds=1", "--prompts=4", "--batch-sizes=1,3", "--batches=1", "protocol.max_new_tokens=4"]
+
+
 def test_eval_throughput(bench):
     pytest.importorskip("peft")
-    words = ["--rounds=1", "--warmups=0", "--prompts=4", "--batch-sizes=1,3", "--batches=1"]
-    _, results = bench("eval_throughput", *REAL, *words, "protocol.max_new_tokens=4")
+    out, results = bench("eval_throughput", *EVAL)
     assert list(results) == ["hira", "lora"]
     for found in results.values():
         assert list(found) == ["1", "3"]
         for at in found.values():
-            positive(at["speedup"])
-            assert at["same_text"] == 1
+            assert at["prompts"] == 4
+            for side in ("ours", "generate", "PEFT"):
+                positive(at[side]["samples_per_second"])
+                positive(at[side]["ours_over"])
+                assert at[side]["same_text"] == 1
+            positive(at["ours"]["batching"])
+        assert found["1"]["ours"]["batching"]["median"] == 1
+    assert "| over batch size 1 |" in out
+
+
+def test_eval_throughput_without_peft(bench, without_peft):
+    out, results = bench("eval_throughput", *EVAL, "--methods=lora")
+    assert "PEFT is not installed" in out
+    positive(results["lora"]["3"]["generate"]["ours_over"])

@@ -158,7 +158,7 @@ def test_a_signal_leaves_a_usable_directory(tmp_path, sent, status):
     )
     events = tmp_path / "r"
     deadline = time.monotonic() + 120
-    while not list(events.glob("events.*")) and time.monotonic() < deadline:
+    while not list(events.glob("events.*.[0-9]")) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(2)
     process.send_signal(sent)
@@ -180,6 +180,8 @@ def test_the_list_of_core_keys_is_a_decision():
         *("path", "placement", "layers", "fused", "architecture", "seed"),
         *("lr", "optimizer", "betas", "weight_decay", "schedule", "warmup_steps", "warmup_ratio"),
         *("epochs", "max_steps", "batch_size", "accumulate", "max_grad_norm"),
-        *("compile", "checkpoint_activations", "eval_batch_size", "eval_before", "eval_test", "general_text"),
-        *("output", "run_dir", "dry_run"),
+        *("compile", "checkpoint_activations", "auto_microbatch", "eval_batch_size"),
+        *("eval_before", "eval_test", "general_text"),
+        "analyze",
+        *("output", "run_dir", "resume", "checkpoint_every", "dry_run"),
     ) == CORE_KEYS

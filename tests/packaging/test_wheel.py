@@ -62,7 +62,7 @@ def tree_files():
     files = {}
     for package, folder in FOLDERS.items():
         for file in (ROOT / folder).rglob("*"):
-            if file.suffix in (".py", ".yaml") or file.name == "py.typed":
+            if file.suffix in (".py", ".yaml", ".html") or file.name == "py.typed":
                 files[f"{package}/{file.relative_to(ROOT / folder).as_posix()}"] = file
     return files
 

@@ -53,6 +53,16 @@ HIRA = [
     ("The answer is: 6/2", "3", ("6/2", True)),
     ("The answer is: none", "3", (None, False)),
 ]
+HIRA_DIGITS = [
+    ("12 and then 18", "18.0", ("18", True)),
+    ("The answer is: 18 in 3 steps", "18", ("3", False)),
+    ("1,234", "1,234", ("234", False)),
+    ("1234", "1,234", ("1234", True)),
+    ("-7", "7", ("7", True)),
+    ("3.50", "3.5", ("50", False)),
+    ("3.5", "3.5", ("5", True)),
+    ("none", "3", (None, False)),
+]
 PEFT = [
     ("The answer is: 18.", "18", ("18", True)),
     ("The answer is $1,200", "1200", ("1200", True)),
@@ -76,7 +86,12 @@ def test_numbers(text, gold, faithful, strict):
 
 
 @pytest.mark.parametrize(
-    ("rule", "text", "gold", "expected"), [*(("hira", *case) for case in HIRA), *(("peft_metamath", *c) for c in PEFT)]
+    ("rule", "text", "gold", "expected"),
+    [
+        *(("hira", *case) for case in HIRA),
+        *(("hira_last_digits", *case) for case in HIRA_DIGITS),
+        *(("peft_metamath", *case) for case in PEFT),
+    ],
 )
 def test_numbers_of_one_protocol(rule, text, gold, expected):
     assert RULES[rule].judge(text, gold) == expected
@@ -88,5 +103,6 @@ def test_a_text_is_compared_as_a_whole():
 
 
 def test_strict_is_reported_beside_every_other_rule():
-    assert reported("hira") == ("hira", "strict")
+    assert reported("hira", chooses=True) == ("hira", "strict")
+    assert reported("hira") == ("hira", "hira_last_digits", "strict")  # its scorer reports two numbers for a number
     assert reported("strict") == ("strict", "llm_adapters")

@@ -1,5 +1,6 @@
 """From records to metrics: cut-off, validation, leak audit, decoding, ranking, and independence of the batch size."""
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -8,13 +9,14 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from tokenizers.processors import ByteLevel
 
 from highrank.answers import RULES
 from highrank.backbones import load_backbone, tiny_tokenizer
 from highrank.config import RunConfig
 from highrank.data import TaskData, hold_out
 from highrank.dialogue import dialogue_metrics
-from highrank.encoding import encode
+from highrank.encoding import encode, encode_prompt
 from highrank.errors import UserError
 from highrank.loss import IGNORED
 from highrank.module import FineTuner
@@ -60,11 +62,29 @@ def test_a_limit_of_its_own_for_the_target():
     row = encode(example("qqqqqq", "abc"), rules, tiny_tokenizer())
     assert len(row.input_ids) == 6
     assert row.labels[:4] == [IGNORED] * 4
+    assert row.cut == "marker_lost"  # "=" is gone, and the model learns to answer all the same
+    assert encode(example("q", "abc"), rules, tiny_tokenizer()).cut == "cut"
 
 
 def test_an_encoders_text_is_cut_and_counted():
     found = data(stub([LabelledText("a", "x" * 80, 1), LabelledText("b", "x", 0, "y")], kind="classify"))
     assert dict(found.cut_off) == {"cut": 1, "left_out": 0}
+
+
+def test_an_encoders_text_is_cut_to_what_its_model_takes():
+    tokenizer = tiny_tokenizer(encoder=True)
+    tokenizer.model_max_length = 10
+    row = encode(LabelledText("a", "x" * 20, 1), PLAIN, tokenizer)
+    assert (len(row.input_ids), row.cut) == (10, "cut")
+    assert encode(LabelledText("a", "x" * 8, 1), PLAIN, tokenizer).cut == ""
+
+
+def test_cut_texts_are_counted_in_evaluation_too():
+    found = data(stub([LabelledText("a", "y", 1)], kind="classify"))
+    records = [LabelledText("b", "x" * 80, 1), LabelledText("c", "x", 1)]
+    rows, measured = evaluate_rows(found, "set", records, [1, 0])
+    assert [row["cut"] for row in rows] == [True, False]
+    assert (measured["cut"], measured["n"]) == (1, 2)
 
 
 def test_a_training_set_that_is_too_long_altogether():
@@ -85,6 +105,30 @@ def test_an_end_of_text_token_that_also_pads_is_trained_on():
     batch = next(iter(TaskData(stub([example("q"), example("qqqq")]), PLAIN, tokenizer, 2, 2, 0).train_dataloader()))
     ends = (batch["labels"] == tokenizer.eos_token_id).sum(1)
     assert ends.tolist() == [1, 1]
+
+
+CHAT = "{% for message in messages %}<|im_start|>{{ message.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_tokenizer_made_for_chats_alone_gets_the_protocols_text(joint):
+    """No opening token, a chat template: the prompt is the protocol's, and its end is the tokenizer's end of a turn."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    tokenizer.bos_token, tokenizer.chat_template = None, CHAT
+    row = encode(example("q"), replace(PLAIN, joint=joint), tokenizer)
+    assert tokenizer.decode(row.input_ids) == "q=out</s>"
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(joint):
+    rules, closing = replace(PLAIN, joint=joint), tiny_tokenizer(encoder=True)
+    assert closing("q").input_ids[-1] == closing.eos_token_id
+    for protocol in (rules, replace(rules, eos=False)):
+        assert encode(example("q"), protocol, closing) == encode(example("q"), protocol, tiny_tokenizer())
+    assert encode_prompt(example("q"), rules, closing) == encode_prompt(example("q"), rules, tiny_tokenizer())
+    said = example("q</s>")  # unless it is in the text
+    assert encode_prompt(said, replace(rules, template="{instruction}"), closing)[-1] == closing.eos_token_id
 
 
 def test_an_input_has_its_own_template():
@@ -134,6 +178,17 @@ def test_both_rules_and_their_unparsed_shares_are_reported():
     json.dumps(rows)
 
 
+def test_hiras_second_number_stands_beside_its_first():
+    rules = replace(PLAIN, answer_rule="hira")
+    records = [example("a", answer="12"), example("b", answer="3")]
+    rows, measured = evaluate_rows(data(stub([example("t")]), rules), "set", records, ["so 12", "The answer is: 3"])
+    assert [row["parsed"] for row in rows] == [None, "3"]
+    assert (measured["accuracy"], measured["accuracy_hira_last_digits"], measured["unparsed"]) == (50, 100, 50)
+    chosen = [example("c", answer="yes", choices=("yes", "no"))]
+    _, measured = evaluate_rows(data(stub([example("t")]), rules), "set", chosen, ["yes"])
+    assert "accuracy_hira_last_digits" not in measured
+
+
 def test_an_output_is_cut_at_the_protocols_stop_texts():
     rules = replace(PLAIN, stop=["Q:"], answer_rule="llm_adapters")
     rows, _ = evaluate_rows(data(stub([example("t")]), rules), "set", [example("a")], ["1 Q: and 7"])
@@ -146,7 +201,9 @@ def test_scores_of_labels():
     found = metrics(task, rows)
     assert found["matthews"] == pytest.approx(57.735, abs=1e-3)  # (TP TN - FP FN) / sqrt(3 * 2 * 2 * 1) = 2 / sqrt 12
     assert found["f1"] == pytest.approx(80)
-    assert metrics(task, [{**row, "output": 1} for row in rows])["matthews"] == 0  # one class only
+    for n in (len(rows), 1043):  # one class only
+        many = [{**rows[i % len(rows)], "output": 1} for i in range(n)]
+        assert metrics(task, many)["matthews"] == 0
     values = stub([], "regress", ("pearson", "spearman"))
     rows = [{"output": o, "gold": g, "leaked": False} for o, g in [(0.0, 1.0), (1.0, 2.0), (3.0, 2.5)]]
     assert metrics(values, rows)["spearman"] == pytest.approx(100, abs=1e-3)  # torchmetrics adds an epsilon
@@ -166,6 +223,59 @@ def test_dialogue_metrics_say_what_they_cannot_compute(monkeypatch):
     assert "average" not in found
 
 
+@pytest.fixture
+def wordnet(monkeypatch):
+    """NLTK with a WordNet in which a dog is a hound, and words split at spaces."""
+    nltk = pytest.importorskip("nltk")
+    from nltk.corpus import wordnet
+
+    synset = SimpleNamespace(
+        lemmas=lambda: [SimpleNamespace(name=lambda: "dog"), SimpleNamespace(name=lambda: "hound")]
+    )
+    monkeypatch.setattr(nltk, "word_tokenize", str.split)
+    monkeypatch.setitem(vars(wordnet), "synsets", lambda word: [synset] if word in ("dog", "hound") else [])
+    return vars(wordnet)
+
+
+def meteor(output, *references):
+    with pytest.warns(UserWarning, match="BERTScore"):
+        return dialogue_metrics([output], [references])["meteor"]
+
+
+def test_meteor(wordnet):
+    """As NLTK has it: F = 10 P R / (R + 9 P), less a penalty of 0.5 (chunks / matches)^3; P of the output, R of a reference."""
+    whole = pytest.approx(100 * (1 - 0.5 / 4**3))  # four matches, one chunk
+    assert meteor("i walk dog .", "i walk dog .") == whole
+    assert meteor("i walk hound .", "i walk dog .") == whole  # a synonym
+    assert meteor("i walked dog .", "i walk dog .") == whole  # a stem
+    assert meteor("i walk dog .", "no", "i walk dog .") == whole  # the nearest reference
+    assert meteor("dog i", "i see dog .") == pytest.approx(
+        100 * 10 * 0.5 / (0.5 + 9) * 0.5
+    )  # P = 1, R = 0.5, two chunks
+    assert meteor("", "no") == 0
+
+
+def test_meteor_without_wordnet_is_named_not_guessed(wordnet, monkeypatch):
+    def missing(word):
+        raise LookupError("wordnet")
+
+    monkeypatch.setitem(wordnet, "synsets", missing)
+    with (
+        pytest.warns(UserWarning, match=r"METEOR is not computed \(LookupError\).*nltk\.downloader wordnet punkt_tab"),
+        pytest.warns(UserWarning, match="BERTScore"),
+    ):
+        assert "meteor" not in dialogue_metrics(["i ski"], [["i read"]])
+
+
+def test_the_average_of_table_2_counts_bertscore_three_times(wordnet, tmp_path):
+    backbone = load_backbone({"name": "tiny_bert", "dtype": "float32"}, None, "classify", 2)
+    backbone.model.bert.save_pretrained(tmp_path)
+    backbone.tokenizer.save_pretrained(tmp_path)
+    found = dialogue_metrics(["i like cats ."], [["i like dogs ."]], str(tmp_path))
+    parts = ("bleu", "bert_f1", "bert_recall", "bert_precision", "meteor", "rouge_l")
+    assert found["average"] == pytest.approx(sum(found[key] for key in parts) / 6)
+
+
 def test_bertscore_takes_a_local_model_and_the_nearest_reference(tmp_path, monkeypatch):
     backbone = load_backbone({"name": "tiny_bert", "dtype": "float32"}, None, "classify", 2)
     backbone.model.bert.save_pretrained(tmp_path)
@@ -179,8 +289,8 @@ def test_bertscore_takes_a_local_model_and_the_nearest_reference(tmp_path, monke
     assert [same[key] for key in ("bert_precision", "bert_recall", "bert_f1")] == pytest.approx([100] * 3, abs=1e-3)
 
 
-def tuner(task, protocol, tokenizer):
-    backbone = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None)
+def tuner(task, protocol, tokenizer, model="tiny_llama"):
+    backbone = load_backbone({"name": model, "dtype": "float32"}, None)
     with torch.no_grad():  # a random model of usual scale answers every question alike
         for parameter in backbone.model.parameters():
             parameter.mul_(6)
@@ -188,14 +298,14 @@ def tuner(task, protocol, tokenizer):
     return FineTuner(adapters, task, tokenizer, RunConfig(), 1, protocol).eval()
 
 
-def outputs(protocol, records, batch_size):
+def outputs(protocol, records, batch_size, model="tiny_llama"):
     task = stub([example("t")])
     found = data(task, protocol, batch_size)
     with quiet():
         trainer = lightning.Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
         )
-        return predict(trainer, tuner(task, protocol, found.tokenizer), found, records)
+        return predict(trainer, tuner(task, protocol, found.tokenizer, model), found, records)
 
 
 RECORDS = [example("word " * (i % 7) + str(i)) for i in range(33)]
@@ -208,6 +318,30 @@ def test_the_batch_size_changes_no_prediction(beams):
     assert len(set(alone)) > 3
     assert outputs(rules, RECORDS, 8) == alone
     assert outputs(rules, RECORDS, 32) == alone
+
+
+def test_the_batch_size_changes_no_prediction_of_a_model_with_learned_positions():
+    rules = replace(PLAIN, max_new_tokens=6)
+    alone = outputs(rules, RECORDS, 1, "tiny_gpt2")
+    assert len(set(alone)) > 3
+    assert outputs(rules, RECORDS, 8, "tiny_gpt2") == alone
+    assert outputs(rules, RECORDS, 32, "tiny_gpt2") == alone
+
+
+def test_generation_stops_at_the_end_of_text():
+    rules = replace(PLAIN, max_new_tokens=50)
+    module = tuner(stub([]), rules, tiny_tokenizer())
+    steps = []
+
+    def ends_after_three(head, args, logits):
+        steps.append(len(logits))
+        logits[..., module.tokenizer.eos_token_id] += 1e4 * (len(steps) > 3)
+        return logits
+
+    module.model.lm_head.register_forward_hook(ends_after_three)
+    batch = next(iter(data(stub([example("t")]), rules).eval_dataloader(RECORDS[:4])))
+    module.predict_step(batch)
+    assert steps == [4] * 4  # of 50, for all four rows at once
 
 
 def test_sampling_is_seeded_and_leaves_the_random_state_alone():
@@ -302,3 +436,37 @@ def test_a_member_is_chosen_with_a_slash_and_missing_data_stops_before_weights(r
     status, _, err = run_cli(*WORDS[:-4], "task=glue/rtee", f"task.data={tmp_path}")
     assert status == 2
     assert "unknown member, got member=rtee" in err
+
+
+TINY = ["method=lora", "r=1", "model=tiny_llama", "placement=q", "eval_before=false", "max_steps=1", "batch_size=1"]
+
+
+def test_a_run_on_its_own_test_file_is_warned_of_and_says_what_it_read(run_cli, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"{i} + 1?", "output": f"The answer is {i + 1}."} for i in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["task=jsonl", f"task.train={file}", f"task.test={file}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.warns(UserWarning, match="leak audit: all 3 questions of test occur in the training data"):
+        status, _, err = run_cli(*TINY, *words)
+    assert status == 0, err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metrics"]["final"]["sets"]["test"]["leaked"] == 3
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert [(s["sha256"], s["rows"]) for s in results["data"]] == [(digest, 3)] * 2
+
+
+def test_a_run_counts_what_its_cut_off_took(run_cli, tmp_path):
+    rows = [{"instruction": "q" * n, "output": "word " * m} for n, m in ((2, 1), (20, 1), (2, 20))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"instruction": "?", "output": "word"}))
+    words = ["task=jsonl", f"task.train={tmp_path / 'rows.jsonl'}", f"task.test={tmp_path / 'test.jsonl'}"]
+    rules = ["protocol.template='{instruction}='", "protocol.max_length=20", "protocol.max_new_tokens=2"]
+    cut = ["protocol.too_long=cut", "protocol.mask_prompt=false"]
+    for name, more, expected, said in (
+        ("drop", [], {"left_out": 2}, "2 left out"),
+        ("cut", cut, {"cut": 1, "answer_lost": 1, "left_out": 0}, "1 answer lost"),
+    ):
+        status, out, err = run_cli(*TINY, *words, *rules, *more, f"run_dir={tmp_path / name}")
+        assert status == 0, err
+        assert json.loads((tmp_path / name / "results.json").read_text())["tokens"]["cut_off"] == expected
+        assert said in out

@@ -43,6 +43,15 @@ def test_tsv_without_header_text_and_parquet(tmp_path):
     assert read_file(tmp_path / "r.parquet") == ROWS
 
 
+def test_broken_rows_are_left_out_where_the_published_file_has_them(tmp_path):
+    write(tmp_path / "rows.tsv", "a\tb\n1\tx\n2\n3\tz\n")
+    table = read(Source(("rows.tsv",), "ask", has_broken_rows=True), tmp_path)
+    assert table.rows == [{"a": "1", "b": "x"}, {"a": "3", "b": "z"}]
+    write(tmp_path / "rows.tsv", "a\tb\n1\tx\ty\n")
+    with pytest.raises(UserError, match=r"got 3 in .* row 2"):  # too many fields is another matter
+        read(Source(("rows.tsv",), "ask", has_broken_rows=True), tmp_path)
+
+
 def test_what_was_read_is_recorded(tmp_path):
     file = write(tmp_path / "rows.json.gz", TEXTS["rows.json"], compressed=True)
     table = read(Source(("rows.json",), "ask"), tmp_path)
@@ -89,6 +98,12 @@ def test_the_hub_is_asked_by_id_subset_split_and_revision(monkeypatch):
     table = read(Source(("rows.json",), "ask", hub="some/set:part", split="test"), None, "abc")
     assert asked == [(("some/set", "part"), {"split": "test", "revision": "abc"})]
     assert (table.rows, table.name) == (ROWS, "some/set:part/test@abc")
+
+    asked.clear()
+    both = read(Source(("rows.json",), "ask", hub="some/set:a+b@pinned"), None)
+    assert [args for args, _ in asked] == [("some/set", "a"), ("some/set", "b")]
+    assert asked[1][1] == {"split": "train", "revision": "pinned"}
+    assert both.rows == ROWS * 2
 
     def offline(*args, **kwargs):
         raise ConnectionError("no network")

@@ -9,7 +9,7 @@ from highrank import leak
 from highrank.answers import RULES
 from highrank.errors import UserError
 from highrank.registry import available, load
-from highrank.sources import MissingData
+from highrank.sources import MissingData, find
 from highrank.task import FAMILIES, Example
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte", "mnli", "qqp")
@@ -156,6 +156,58 @@ def test_math_sets(make):
     assert parts[4].output == "3+1=4\nThe answer is (A)."
 
 
+def test_math_tests_in_their_original_layouts(make, tmp_path):
+    rows = {
+        "gsm8k": {"question": "1 + 1?", "answer": "1+1 = 2.\n#### 2"},
+        "AQuA": {"question": "3 + 1?", "options": ["A)4", "B)5"], "rationale": "3+1=4", "correct": "A"},
+    }
+    for name, row in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(json.dumps(row))
+    found = make("math10k", data=str(tmp_path)).test()
+    assert [(e.instruction, e.answer) for e in found["gsm8k"]] == [("1 + 1?", "2")]
+    letter = found["aqua"][0]
+    assert (letter.instruction, letter.answer) == ("3 + 1? Answer Choices: (A) 4 (B) 5", "A")
+    assert letter.options[letter.choices.index("A")] == "The answer is (A)."
+
+
+def test_metamath_leaves_out_what_is_longer_than_asked(make, tmp_path):
+    rows = [{"query": "q" * n, "response": "The answer is: 1"} for n in (3, 4)]
+    (tmp_path / "MetaMathQA.json").write_text(json.dumps(rows))
+    limit = len("qqq The answer is: 1")
+    assert [len(e.instruction) for e in make("metamath", data=str(tmp_path), max_chars=limit).train()] == [3]
+    assert len(make("metamath", data=str(tmp_path), max_chars=limit + 1).train()) == 2
+    with pytest.raises(UserError, match="a training set is needed, got none of 2 examples"):
+        make("metamath", data=str(tmp_path), max_chars=1).train()
+
+
+def test_winogrande_is_rebuilt_from_all_its_training_sizes(make, monkeypatch):
+    import datasets
+
+    asked = []
+    row = {"sentence": "Al saw Bo so _ ran.", "option1": "Al", "option2": "Bo", "answer": "2"}
+
+    def load_dataset(repo, subset, **kwargs):
+        asked.append((repo, subset, kwargs["split"]))
+        return [row]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.delenv("HIGHRANK_DATA", raising=False)
+    task = make("commonsense170k", data=None, member="winogrande", sets=["winogrande"])
+    assert len(task.train()) == 6
+    assert asked == [
+        ("allenai/winogrande", f"winogrande_{size}", "train") for size in ("xs", "s", "m", "l", "xl", "debiased")
+    ]
+    asked.clear()
+    assert len(task.test()["winogrande"]) == 1
+    assert asked == [("allenai/winogrande", "winogrande_xl", "validation")]
+
+
+def test_an_answer_of_zero_is_an_answer(make, tmp_path):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"instruction": "1 - 1?", "output": "1 - 1 = 0.", "answer": 0}))
+    assert make("jsonl", train=str(tmp_path / "own.jsonl")).train()[0].answer == "0"
+
+
 def test_dialogues(make):
     rows = make("convai2").test()["convai2"]
     assert [row.output for row in rows] == ["i am well .", "i read .", "hello"]
@@ -189,6 +241,8 @@ BAD = [
     ("math10k", {"train_set": "9k"}, "unknown train_set"),
     ("gsm8k", {"n_test": 0}, "n_test must be >= 1"),
     ("gsm8k", {"data": "/no/such/folder"}, "data=/no/such/folder"),
+    ("convai2", {"bert": "/no/model"}, "bert is a model folder with config.json, got bert=/no/model"),
+    ("metamath", {"max_chars": 0}, "max_chars must be >= 1, got max_chars=0"),
     ("jsonl", {"train": "no.jsonl"}, "train must be an existing file, got task.train='no.jsonl'"),
     ("jsonl", {"fields": {"question": "q"}}, "got fields.question"),
     ("jsonl", {"fields": {"output": "reply"}}, "row 1 must have the field 'reply', got instruction, input, output"),
@@ -215,7 +269,36 @@ BAD_ROWS = [
     ("math10k", {}, "math_10k.json", [{"instruction": "x"}], "row 1 must have the field 'answer', got instruction"),
     ("gsm8k", {}, "gsm8k/train.jsonl", '{"question": "x", "answer": "5"}', "answer must end in '#### <number>'"),
     ("convai2", {}, "train_self_original_no_cands.txt", "hello", "a line must start with its number"),
+    (
+        "convai2",
+        {},
+        "train_self_original_no_cands.txt",
+        "1 your persona: i ski.",
+        "train must hold an example, got none",
+    ),
+    (
+        "glue",
+        {"member": "stsb"},
+        "STS-B/train.tsv",
+        "sentence1\tsentence2\tscore\na\tb\t5.5",
+        "row 1: score must be in [0, 5], got 5.5",
+    ),
 ]
+BAD_TEST_ROWS = [
+    ("math10k", "AQuA/test.json", "answer must be A to E, got answer='F'"),
+    ("math10k", "SVAMP/test.json", "answer must be a number, got answer='F'"),
+    ("commonsense170k", "piqa/test.json", "answer must be one of solution1, solution2, got answer='F'"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "message"), BAD_TEST_ROWS)
+def test_answers_outside_a_sets_range(make, tmp_path, name, path, message):
+    row = {"instruction": "x? Answer format: solution1/solution2", "output": "", "answer": "F"}
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(json.dumps([row]))
+    with pytest.raises(UserError) as error:
+        make(name, data=str(tmp_path)).test()
+    assert f"row 1: {message} in {tmp_path / path}" in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "fields", "path", "rows", "message"), BAD_ROWS)
@@ -259,6 +342,36 @@ def test_published_sizes(name, member):
         assert {set_name: len(rows) for set_name, rows in task.test().items()} == sets
     except MissingData as error:
         pytest.skip(str(error))
+
+
+EVERY = [("glue", {"member": m}) for m in GLUE]
+EVERY += [
+    ("math10k", {"train_set": "parts", "sets": ["addsub", "singleeq", "gsm8k", "aqua", "multiarith", "svamp", "mawps"]})
+]
+EVERY += [(name, {}) for name in ("commonsense170k", "gsm8k", "metamath", "convai2")]
+PARTIAL = {
+    ("train", "winogrande"): "XL alone of six sizes",
+    ("train", "aqua-train"): "dev in place of 1,000 train rows",
+}
+
+
+@pytest.mark.skipif("HIGHRANK_DATA" not in os.environ, reason="HIGHRANK_DATA names no folder with the real files")
+@pytest.mark.parametrize(("name", "fields"), EVERY)
+def test_every_file_that_is_there_has_its_published_size(name, fields):
+    cls = load("tasks", name)
+    task = cls(cls.config(**fields), 0)
+    parts = [("train", *item) for item in task.train_parts().items()] + [
+        ("test", *i) for i in task.test_parts().items()
+    ]
+    present = [(split, part, source) for split, part, source in parts if find(source, task._root)]
+    if not present:
+        pytest.skip(f"no file of {name} {fields}")
+    for split, part, source in present:
+        if (split, part) in PARTIAL:
+            with pytest.raises(UserError, match="must have its published"):
+                task.load(source, part)
+        else:
+            assert len(task.load(source, part)) == (source.rows or 0)
 
 
 @pytest.mark.skipif("HIGHRANK_DATA" not in os.environ, reason="HIGHRANK_DATA names no folder with the real files")

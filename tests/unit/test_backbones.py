@@ -505,6 +505,11 @@ def test_the_pad_token_is_its_own_else_unknown_else_end_of_text(tokens, pad):
     assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_a_tokenizer_without_any_token_to_pad_with_is_refused():
+    with pytest.raises(UserError, match="needs a pad, unknown or end-of-text token, got none in Words"):
+        prepare_tokenizer(Words(), SimpleNamespace(config=SimpleNamespace(pad_token_id=None)))
+
+
 def test_a_models_own_pad_token_stays():
     model = SimpleNamespace(config=SimpleNamespace(pad_token_id=7))
     prepare_tokenizer(Words(pad="<pad>"), model)

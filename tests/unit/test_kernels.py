@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from highrank import kernels
 from highrank.kernels import ScaledWeightLinear, low_rank_linear, row_scaled, scales_weight
 from highrank.method import Site
-from highrank.registry import load
+from highrank.registry import available, load
 
 N, K, R = 6, 4, 2
 
@@ -88,3 +89,41 @@ def test_hyperadapt_gradients_in_both_regimes(tokens, zero):
     torch.testing.assert_close(y, plain)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}} | {
+    name: {"r": 2} for name in ("hira", "lora", "dora", "mora")
+}
+WEIGHT_METHODS = [m for m in sorted(available("methods")) if getattr(load("methods", m), "site", "weight") == "weight"]
+
+
+OTHER_DTYPES = (torch.complex64, torch.float8_e4m3fn, torch.int8)
+CASES = [(method, held) for method in WEIGHT_METHODS for held in OTHER_DTYPES]
+CASES.remove(("dora", torch.complex64))  # whose definition has no complex form
+
+
+@pytest.mark.parametrize(("method", "held"), CASES, ids=str)
+def test_other_dtypes_fall_back_to_the_definition_and_say_so_once(method, held):
+    cls = load("methods", method)
+    cfg = cls.config(**FIELDS.get(method, {}))
+    adapter = cls(8, 8, cfg, cls.shared([(8, 8)], cfg))
+    torch.manual_seed(0)
+    W = (3 * torch.randn(8, 8)).to(held)
+    plain = W if W.is_complex() else W.float()
+    adapter.reset_parameters(plain.real if W.is_complex() else plain, Site("w", 0, lambda: [plain.float()]))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(30, 8, dtype=held if W.is_complex() else torch.float32, requires_grad=True)
+    kernels._tell.cache_clear()
+    with pytest.warns(UserWarning, match=f"got an input of {x.dtype} on a weight of {held}"):
+        y = adapter(x, W, torch.ones(8))
+    again = adapter(x, W, torch.ones(8))  # and no second time: a warning would be an error
+    expected = F.linear(x, adapter.effective_weight(plain).to(x.dtype), torch.ones(8, dtype=x.dtype))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(again, expected)
+    wanted = [x, *(p for p in adapter.parameters() if p.requires_grad)]
+    for found, right in zip(
+        torch.autograd.grad(y.abs().sum(), wanted), torch.autograd.grad(expected.abs().sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(found, right)

@@ -24,10 +24,10 @@ class Generate:
     kind = "generate"
 
 
-def tuner(method, **core):
+def tuner(method, layers="all", **core):
     model = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None).model
     cls = load("methods", method)
-    adapters = attach(model, resolve(model, "all"), cls, cls.config(**FIELDS.get(method, {})))
+    adapters = attach(model, resolve(model, "all", layers), cls, cls.config(**FIELDS.get(method, {})))
     torch.manual_seed(5)
     with torch.no_grad():
         for _, parameter in adapters.named_parameters():
@@ -112,6 +112,38 @@ def test_accumulated_halves_are_the_whole(method):
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4, 8])
+def test_a_batch_in_parts_is_the_whole(parts):
+    """The mean over the batch's targets, not the mean of the parts' means; the third row has more targets."""
+    whole = batch(5)
+    whole["labels"][2, :5] = whole["input_ids"][2, :5]
+    module = tuner("hira")
+    expected_loss, expected_count = module.loss(whole)
+    expected = gradients(module, whole)
+    module.parts = parts
+    module.zero_grad()
+    loss, count = module.loss_by_parts(whole)
+    loss.backward()
+    assert count == expected_count
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    for name, parameter in module.adapters.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item()
+        )
+
+
+def test_a_batch_in_parts_keeps_no_activations():
+    def kept(module, loss):
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t), id):
+            loss(batch(8, 64))
+        return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+    module = tuner("hira")
+    module.parts = 8
+    assert kept(module, module.loss_by_parts) < 0.05 * kept(module, module.loss)
+
+
 @COMPILE_WARNS
 def test_generation_is_never_compiled():
     module = tuner("hira", compile=True)
@@ -119,3 +151,13 @@ def test_generation_is_never_compiled():
     with module.compiled():
         assert "forward" in module.model.base_model.__dict__
     assert "forward" not in module.model.base_model.__dict__
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_blocks_below_the_first_adapted_one_run_once_and_without_a_graph(checkpointed):
+    module = tuner("hira", layers="1", checkpoint_activations=checkpointed)
+    in_graph = {"below": [], "above": []}
+    for name, block in zip(in_graph, module.model.model.layers, strict=True):
+        block.mlp.register_forward_pre_hook(lambda mlp, args, name=name: in_graph[name].append(args[0].requires_grad))
+    module.loss(batch())[0].backward()
+    assert in_graph == {"below": [False], "above": [True] * (1 + checkpointed)}

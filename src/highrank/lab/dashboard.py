@@ -6,6 +6,7 @@ A run writes its session itself; a sweep adds an EXPERIMENT over the columns of 
 """
 
 import io
+import math
 import re
 import struct
 import time
@@ -38,7 +39,7 @@ from highrank.report import SECONDARY
 STATUSES = {"done": STATUS_SUCCESS, "failed": STATUS_FAILURE, "oom": STATUS_FAILURE, "interrupted": STATUS_UNKNOWN}
 MAIN_COSTS = ("cost/trainable", "cost/total_s")
 """Costs among the first metrics: TensorBoard shows five until a person ticks more."""
-ABOUT_DATA = ("n", "leaked", "cut", "majority")
+ABOUT_DATA = ("n", "leaked", "cut")
 """What a test set's metrics say about the set and not about the model."""
 
 
@@ -73,7 +74,7 @@ def write(folder: Path) -> None:
     for record in sweep.records:
         own = {k: v for k, v in hyperparameters(record.config).items() if k not in domains}
         for key, value in record.axes.items():
-            own[key] = str(_plain(value)) if key in domains and domains[key].dtype is str else _plain(value)
+            own[key] = domains[key].dtype(_plain(value)) if key in domains else _plain(value)
         if record.status != "running":
             _write_session(record, own)
     for file in (folder / "search").glob("*/events.out.tfevents.*.session"):
@@ -136,10 +137,18 @@ def _domain(values: Sequence[Any]) -> Domain:
     """Returns the values as one of TensorBoard's types: truth values, numbers (many: their interval), or else text."""
     if all(isinstance(value, bool) for value in values):
         return Discrete(values, bool)
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+    if all(_is_number(value) for value in values):
         numbers = [float(value) for value in values]
         return Discrete(numbers, float) if len(numbers) < 10 else RealInterval(min(numbers), max(numbers))
     return Discrete(map(str, values), str)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, or text such as 1e-3, which is none in YAML."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _headline(tag: str) -> bool:

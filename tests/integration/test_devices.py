@@ -1,0 +1,192 @@
+"""Several processes: the steps, the numbers and the files of one."""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from highrank.data import LengthBuckets
+from highrank.devices import Share
+from highrank.registry import available
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
+# 13 batches: the last round of two processes is half full, and so is the last step of four micro-batches.
+WORDS = [
+    *("model=tiny_llama", "task.n_train=29", "task.n_test=5", "batch_size=2", "eval_batch_size=2", "r=2", "lr=1e-2"),
+    *("epochs=2", "max_grad_norm=0.1", "protocol.num_validation=3", "protocol.selection=best"),
+]
+needs_two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run directory of one process."""
+    from highrank.cli import main
+
+    folder = tmp_path_factory.mktemp("one") / "run"
+    assert main(["run", *WORDS, "accumulate=4", f"run_dir={folder}"]) == 0
+    return folder
+
+
+@needs_two_cores
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_give_what_one_gives_at_the_same_global_batch(run_cli, one, tmp_path, strategy):
+    two = tmp_path / "run"
+    status, out, err = run_cli(*WORDS, "accumulate=2", f"trainer={strategy}", *TWO, f"run_dir={two}")
+    assert status == 0, err
+    assert out.strip().splitlines()[-1] == str(two)
+    assert out.count("done") == 1  # one process speaks
+    assert not torch.distributed.is_initialized()
+    expected, found = (load_file(folder / "adapter" / "adapter.safetensors") for folder in (one, two))
+    for name in expected:  # the same gradients, summed in another order
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
+    for key in ("steps", "tokens", "metrics", "params"):
+        assert second[key] == first[key]
+    for before, after in zip(first["selected"], second["selected"], strict=True):
+        assert after["step"] == before["step"]
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    for file in (one / "predictions").iterdir():
+        assert (two / "predictions" / file.name).read_text() == file.read_text()
+    assert {file.name.partition(".")[0] for file in two.iterdir()} == {f.name.partition(".")[0] for f in one.iterdir()}
+
+
+@needs_two_cores
+def test_every_method_has_the_gradients_of_one_process():
+    """Under DDP, which fails on a parameter without a gradient, and under FSDP2, where a block's parameters are whole
+    only while it computes."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, str(HERE / "two_processes.py")]
+    other = subprocess.Popen([*command, "1", port], cwd=ROOT)
+    try:
+        done = subprocess.run([*command, "0", port], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    finally:
+        other.kill()
+        other.wait()
+    assert done.returncode == 0, done.stderr
+    found = {(row["method"], row["kind"]): row for row in map(json.loads, done.stdout.splitlines())}
+    assert set(found) == {(method, kind) for method in available("methods") for kind in ("ddp", "fsdp")}
+    for case, row in found.items():
+        assert row["difference"] <= 1e-6 * max(1, row["size"]), case
+
+
+@needs_two_cores
+def test_a_signal_to_one_process_stops_all_of_them(tmp_path):
+    folder = tmp_path / "run"
+    words = ["model=tiny_llama", "task.n_train=64", "task.n_test=2", "batch_size=1", "epochs=1000", "eval_before=false"]
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *words, "r=2", "trainer=ddp", *TWO, f"run_dir={folder}"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 240
+        while not any(file.stat().st_size > 2000 for file in folder.glob("events.*")):  # it logs every step
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143
+        with pytest.raises(ProcessLookupError):  # nobody is left in its process group
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert json.loads((folder / "results.json").read_text())["status"] == "interrupted"
+
+
+def test_a_process_that_fails_is_not_waited_for(tmp_path):
+    waits = f"""
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from highrank.devices import Processes
+Processes.GRACE_S = 0.1
+environment = SimpleNamespace(creates_processes_externally=False)
+with Processes(SimpleNamespace(strategy=SimpleNamespace(cluster_environment=environment), num_devices=2)) as others:
+    others.start(Path({str(tmp_path / "config.yaml")!r}))  # there is none: the other process fails
+    time.sleep(900)
+"""
+    command = [sys.executable, "-c", waits]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 1
+    assert "another process of this run has failed" in done.stderr
+
+
+@pytest.mark.parametrize("num_batches", [7, 8, 1])
+def test_the_batches_are_shared_out_whole(num_batches):
+    lengths = list(range(1, 2 * num_batches))  # the last batch has one example
+    whole = list(LengthBuckets(lengths, 2, seed=0))
+    shares = [LengthBuckets(lengths, 2, 0, Share(rank, 3)) for rank in range(3)]
+    taken = [list(share) for share in shares]
+    assert {len(share) for share in shares} == {len(batches) for batches in taken} == {-(-num_batches // 3)}
+    in_turn = [
+        batches[i]
+        for i in range(len(taken[0]))
+        for share, batches in zip(shares, taken, strict=True)
+        if share.counts(i)
+    ]
+    assert in_turn == whole
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(7, 2), (8, 2), (1, 5), (0, 2)])
+def test_every_example_is_evaluated_once(size, batch_size):
+    shares = [Share(rank, 3).of_examples(range(size), batch_size) for rank in range(3)]
+    assert sorted(itertools.chain(*shares)) == list(range(size))
+    whole = [list(range(size))[i : i + batch_size] for i in range(0, size, batch_size)]
+    for rank, share in enumerate(shares):
+        cut = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+        assert cut == [whole[Share(rank, 3).number(i)] for i in range(len(cut))]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trainer=cpu", "trainer.devices=4096"], "got trainer.devices=4096 on"),
+        (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=4096"], "use at most trainer.devices="),
+        (
+            ["trainer=ddp", "trainer.accelerator=cpu", "+trainer.num_nodes=2"],
+            "started by torchrun or srun, got trainer.",
+        ),
+        (["+trainer.strategy=ddp_spawn"], "strategy is one of auto, ddp, fsdp, got trainer.strategy=ddp_spawn"),
+        (["trainer=gpu"], "trainer: "),
+        (["trainer=gpu_bf16"], "trainer: "),
+    ],
+)
+def test_devices_that_are_not_there(run_cli, tmp_path, words, message):
+    if torch.cuda.is_available() and words[0].startswith("trainer=gpu"):
+        pytest.skip("there is a GPU")
+    status, _, err = run_cli("model=tiny_llama", "r=2", *words)
+    assert status == 2
+    assert err.startswith("error: trainer: ")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "outputs").exists()  # nothing was loaded, nothing written
+
+
+@pytest.mark.parametrize("preset", ["auto", "cpu", "gpu", "gpu_bf16", "ddp", "fsdp"])
+def test_every_preset_composes(preset):
+    from highrank.config import compose_run
+
+    trainer = compose_run(["model=tiny_llama", f"trainer={preset}"]).trainer
+    assert {"accelerator", "devices", "precision"} <= set(trainer)
+
+
+def test_steps_count_every_process(run_cli):
+    status, out, err = run_cli(*WORDS, "accumulate=2", "trainer=ddp", *TWO, "dry_run=true")
+    assert status == 0, err
+    plan = json.loads((Path(out.strip().splitlines()[-1]) / "plan.json").read_text())
+    assert plan["steps"] == 8  # 13 batches are 7 rounds of two, 4 steps of two rounds, in each of two epochs

@@ -1,0 +1,96 @@
+"""The commands `highrank merge`, `export`, `import` and `eval`: words to options, results to stdout."""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from highrank.errors import UserError
+
+RUN_WORDS = "[task=... protocol=... path=...]"
+
+
+class Words(argparse.ArgumentParser):
+    """Parses a command's words; what is wrong with them is a UserError with the usage."""
+
+    def __init__(self, command: str, usage: str):
+        super().__init__(prog=command, usage=f"highrank {command} {usage}", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; use: {self.usage}")
+
+    def split(self, words: Sequence[str]) -> tuple[Any, list[str], list[str]]:
+        """Returns the options, the folders, and the key=value words."""
+        self.add_argument("given", nargs="*")
+        options = self.parse_intermixed_args(list(words))
+        rest = [word for word in options.given if re.match(r"[\w.+]+=", word)]
+        folders = [word for word in options.given if word not in rest]
+        if not folders:
+            self.error(f"a folder is needed, got {' '.join(words) or 'nothing'}")
+        return options, folders, rest
+
+    def one(self, words: Sequence[str]) -> tuple[Any, str, list[str]]:
+        options, folders, rest = self.split(words)
+        if len(folders) > 1:
+            self.error(f"one folder is needed, got {' '.join(folders)}")
+        return options, folders[0], rest
+
+
+def merge(words: list[str]) -> int:
+    parser = Words("merge", f"RUN --out DIR [--dtype float32|bfloat16|float16] [--force] {RUN_WORDS}")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--dtype")
+    parser.add_argument("--force", action="store_true")
+    options, folder, rest = parser.one(words)
+    from highrank.interop.hub_model import merge_run
+
+    print(merge_run(folder, options.out, options.dtype, options.force, rest))
+    return 0
+
+
+def export(words: list[str]) -> int:
+    parser = Words("export", f"RUN --format peft --out DIR {RUN_WORDS}")
+    parser.add_argument("--format", choices=["peft"], required=True)
+    parser.add_argument("--out", required=True)
+    options, folder, rest = parser.one(words)
+    from highrank.interop.peft import export_run
+
+    print(export_run(folder, options.out, rest))
+    return 0
+
+
+def import_(words: list[str]) -> int:
+    parser = Words("import", "DIR --out RUN [model=... task=... key=value ...]")
+    parser.add_argument("--out", required=True)
+    options, folder, rest = parser.one(words)
+    from highrank.interop.peft import import_adapter
+
+    print(import_adapter(folder, options.out, rest))
+    return 0
+
+
+def evaluate(words: list[str]) -> int:
+    parser = Words("eval", f"RUN... {RUN_WORDS} [--engine lm_eval --tasks a,b [--limit N] [--include DIR]]")
+    parser.add_argument("--engine", choices=["highrank", "lm_eval"], default="highrank")
+    parser.add_argument("--tasks")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--include")
+    options, folders, rest = parser.split(words)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if options.engine == "lm_eval":
+        if not options.tasks:
+            parser.error("--engine lm_eval needs --tasks, got none")
+        from highrank.interop.lm_eval import evaluate_runs as with_harness
+
+        found = with_harness(folders, options.tasks.split(","), options.limit, options.include, rest)
+    else:
+        others = [f"--{name}" for name in ("tasks", "limit", "include") if getattr(options, name) is not None]
+        if others:
+            parser.error(f"{others[0]} belongs to --engine lm_eval, got --engine highrank")
+        from highrank.interop.loaded import evaluate_runs
+
+        found = evaluate_runs(folders, rest)
+    print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=1))
+    return 0

@@ -1,0 +1,147 @@
+"""`highrank merge`: base and adapter as one plain model folder, which any Hugging Face tool loads.
+
+What is written is read again and compared with the adapted model, both computed in fp32, so that the difference is the
+rounding of W' to the folder's dtype and nothing else. With y the logits of the adapted model, ŷ those of the folder and
+y0 those of the base, on every position of some of the task's texts, `fidelity.json` holds
+
+    max_logit_difference   max |ŷ - y|
+    argmax_agreement       share of positions where ŷ and y have their maximum at the same token
+    error                  ‖ŷ - y‖ / ‖y - y0‖, the part of what training changed that rounding undoes or drowns
+    update_lost            share of Σ |ΔW| in entries whose rounded W' is the rounded W
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from highrank.adapters import Adapters, write_atomic
+from highrank.backbones import DTYPES, Backbone
+from highrank.config import Run
+from highrank.data import collate
+from highrank.encoding import Encoded, encode_prompt, encode_text
+from highrank.errors import UserError
+from highrank.interop.card import model_card
+from highrank.placement import weight_of
+from highrank.quantised import dequantise_model
+from highrank.saved import check_new, load_run, read_run, written_whole
+from highrank.whole import WholeModelMethod
+
+MOST_ERROR = 0.1
+"""Greatest `error` of a folder that is written without being asked to."""
+NUM_TEXTS = 8
+
+
+def merge_run(
+    folder: Path | str, out: Path | str, dtype: str | None = None, force: bool = False, words: Sequence[str] = ()
+) -> Path:
+    """Writes a run's base and adapter as one model folder, in `dtype` (default: the base's); returns it.
+
+    With it come the tokenizer, `fidelity.json` and a model card. `force` accepts a loss of fidelity.
+
+    Raises:
+        UserError: if `out` exists and is not empty, the method has no merged weight, or the merged model is not the
+            adapted one by more than `MOST_ERROR`.
+    """
+    out_folder = check_new("merge", out)
+    run, kind = read_run(folder, words), read_run(folder).model.get("quantize")
+    if kind and not any(word.startswith("model.quantize=") for word in words):
+        raise UserError(
+            f"merge: a run on a quantised base says into which base it is merged, got model.quantize={kind}; add "
+            f"model.quantize=null for the unquantised weights, or model.quantize={kind} for the dequantised ones"
+        )
+    dtype = dtype or run.model["dtype"]
+    if dtype not in DTYPES:
+        raise UserError(f"merge: --dtype is one of {', '.join(DTYPES)}, got --dtype {dtype}")
+    if getattr(run.method, "merge", None) is WholeModelMethod.merge:
+        run.method.merge(run.method, None)  # raises, before weights load
+    _, backbone, adapters = load_run(folder, words)
+    dequantise_model(backbone.model)
+    model = backbone.model.float().eval()
+    texts = some_texts(run, backbone)
+    y = logits(model, texts)
+    with adapters.disabled():
+        y0 = logits(model, texts)
+    lost = update_lost(adapters, DTYPES[dtype])
+    merged: Any = adapters.unload()
+    with written_whole(out_folder) as ready:
+        merged.to(DTYPES[dtype]).save_pretrained(ready)
+        backbone.tokenizer.save_pretrained(ready)
+        again = type(merged).from_pretrained(ready, dtype=torch.float32, use_safetensors=True).eval()
+        found: dict[str, Any] = {
+            "dtype": dtype,
+            **compare(y, logits(again, texts), y0),
+            "update_lost": lost,
+            "texts": len(texts),
+        }
+        if found["error"] > MOST_ERROR and not force:
+            raise UserError(
+                f"merge: rounding to {dtype} must keep what training changed, got error={found['error']:.2f} > "
+                f"{MOST_ERROR} (argmax agreement {found['argmax_agreement']:.3f}); use --dtype float32, or accept it with "
+                "--force"
+            )
+        write_atomic(ready / "fidelity.json", json.dumps(found, indent=1).encode())
+        facts = {key: f"{value:.3g}" for key, value in found.items() if isinstance(value, float)}
+        facts = {"dtype": dtype, "fidelity": ", ".join(f"{key} {value}" for key, value in facts.items())}
+        write_atomic(ready / "README.md", model_card(run, Path(folder), "transformers", facts).encode())
+    return out_folder
+
+
+def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
+    """Returns the first test prompts of the run's task, encoded."""
+    task = run.task(run.task_cfg, run.core.seed)
+    records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]
+    if task.kind == "generate":
+        return [Encoded(encode_prompt(record, run.protocol, backbone.tokenizer), []) for record in records]
+    return [encode_text(record, run.protocol, backbone.tokenizer) for record in records]
+
+
+@torch.no_grad()
+def logits(model: Any, texts: Sequence[Encoded]) -> list[Tensor]:
+    """Returns, per text, the logits (positions, outputs) in fp32 on the CPU."""
+    found = []
+    for text in texts:
+        batch = {k: v.to(model.device) for k, v in collate([text], 0).items() if k != "labels"}
+        found.append(model(**batch).logits.float().cpu().flatten(0, -2))
+    return found
+
+
+def compare(y: Sequence[Tensor], other: Sequence[Tensor], base: Sequence[Tensor] | None = None) -> dict[str, float]:
+    """Returns max_logit_difference and argmax_agreement of two models' logits and, given the base's, error."""
+    a, b = torch.cat(list(y)), torch.cat(list(other))
+    found = {
+        "max_logit_difference": float((a - b).abs().max()),
+        "argmax_agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+    }
+    if base is not None:
+        changed = float((a - torch.cat(list(base))).double().norm())
+        difference = float((a - b).double().norm())
+        found["error"] = difference / changed if changed else float(difference > 0)
+    return found
+
+
+@torch.no_grad()
+def update_lost(adapters: Adapters, dtype: torch.dtype) -> float:
+    """Merges, and returns the share of Σ |ΔW| in entries whose W' rounds to what W rounds to in `dtype`."""
+    kept = total = 0.0
+    for W, merged in _merging(adapters):
+        update = (merged - W).abs().double()
+        survives = merged.to(dtype) != W.to(dtype)
+        kept, total = kept + float(update[survives].sum()), total + float(update.sum())
+    return 1 - kept / total if total else 0.0
+
+
+def _merging(adapters: Adapters) -> Iterator[tuple[Tensor, Tensor]]:
+    """Merges, and yields every touched parameter before and after, in fp32."""
+    before = dict(adapters.pristine_extra)
+    if adapters.whole is not None:
+        before |= {name: parameter.clone() for name, parameter in adapters.model.named_parameters()}
+    adapters.merge()
+    named = dict(adapters.model.named_parameters())
+    yield from ((W, named[name]) for name, W in before.items())
+    for layer in adapters.layers.values():
+        assert layer.merged_from is not None
+        yield layer.merged_from, weight_of(layer.base)

@@ -1,0 +1,58 @@
+"""`highrank eval RUN... --engine lm_eval`: runs scored by EleutherAI's lm-evaluation-harness (extra `eval`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from highrank.devices import alone
+from highrank.errors import UserError
+from highrank.interop.loaded import on_shared_bases
+from highrank.run import quiet
+
+
+def evaluate_runs(
+    folders: Sequence[Path | str],
+    tasks: Sequence[str],
+    limit: int | None = None,
+    include: Path | str | None = None,
+    words: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Returns the harness's results per run directory and task, in its own units (shares, not percent).
+
+    The harness brings its own prompts, few-shot examples and decoding; of the run it takes model and adapter. `limit` is
+    the number of examples per task, `include` a folder with task files of one's own.
+
+    Raises:
+        UserError: without the extra, or for an unknown task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"eval: --engine lm_eval needs lm-evaluation-harness, got {error}; pip install 'highrank[eval]'"
+        ) from error
+    manager = TaskManager(include_path=None if include is None else str(include))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"eval: unknown task of the harness, got {', '.join(unknown)}; its names: lm-eval ls tasks")
+    found = {}
+    for folder, run, backbone, _ in on_shared_bases(folders, words):
+        with quiet():
+            trainer = lightning.Trainer(**alone(run.trainer), logger=False, enable_checkpointing=False)
+        backbone.model.to(trainer.strategy.root_device)
+        model = HFLM(pretrained=backbone.model, tokenizer=backbone.tokenizer, batch_size=run.core.eval_batch_size)
+        results: Any = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            random_seed=run.core.seed,
+            log_samples=False,
+        )
+        found[str(folder)] = results["results"]
+    return found

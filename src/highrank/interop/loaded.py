@@ -1,0 +1,225 @@
+"""Many adapters on one base model, of which at most one acts at a time; nothing is read twice.
+
+    base = AdapterSwitch(backbone.model, backbone.tokenizer)
+    base.load("a", run_a); base.load("b", run_b)
+    base.use("a"); base.merge(); base.use("b"); base.use(None)
+    base.compare("a", "b", texts)
+
+Whatever was done, `use(None)` leaves the base as it was, bit for bit.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from highrank.adapters import Adapters, attach
+from highrank.allocator import keep_freed_memory
+from highrank.backbones import Backbone, head_modules, load_backbone
+from highrank.config import Run
+from highrank.data import TaskData, hold_out
+from highrank.devices import alone
+from highrank.errors import UserError, suggest
+from highrank.module import FineTuner
+from highrank.plan import adapted_views
+from highrank.protocol import digest
+from highrank.run import evaluate, quiet
+from highrank.saved import check_base, load_run, read_run
+from highrank.task import Task
+
+
+class AdapterSwitch:
+    """One base model and the adapters loaded beside it, by name."""
+
+    def __init__(self, model: Any, tokenizer: Any = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.adapters: dict[str, Adapters] = {}
+        self.active: str | None = None
+        self._heads: dict[str | None, dict[str, Tensor]] = {None: self._head()}
+
+    def load(self, name: str, folder: Path | str, run: Run | None = None) -> Adapters:
+        """Loads the adapter of a run directory under a name of its own; it does not act before `use(name)`.
+
+        Raises:
+            UserError: for a name that is taken, or an adapter of another model; the base is then as before.
+        """
+        run = run or read_run(folder)
+        adapters = self.add(name, run)
+        try:
+            with self._only(name):
+                adapters.load(Path(folder) / "adapter")
+                self._heads[name] = self._head()
+        except UserError:
+            self.remove(name)
+            raise
+        return adapters
+
+    def add(self, name: str, run: Run) -> Adapters:
+        """Makes a run's adapter as it is before training, under a name of its own."""
+        if name in self.adapters:
+            raise UserError(f"adapters: a name is given once, got {name!r} again; remove it first")
+        if run.method.replaces_base:
+            raise UserError(f"adapters: {run.method.name} trains the base itself and cannot share it, got {name!r}")
+        with self._only(None):
+            views, heads = adapted_views(run, self.model), self._head_names()
+            adapters = attach(self.model, views, run.method, run.method_cfg, run.core.seed, heads, self.tokenizer)
+            self.model.eval()
+            self.adapters[name], self._heads[name] = adapters, self._head()
+            adapters.unload()
+        return adapters
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; the base computes alone if it was the active one."""
+        self._known(name)
+        if self.active == name:
+            self.use(None)
+        del self.adapters[name], self._heads[name]
+
+    def use(self, name: str | None) -> None:
+        """Lets one adapter act, unmerged, or with None the base alone.
+
+        Raises:
+            UserError: for an unknown name, with the nearest ones.
+        """
+        if name is not None:
+            self._known(name)
+        if self.active is not None:
+            if self.merged:
+                self.unmerge()
+            self._heads[self.active] = self._head()
+            self.adapters[self.active].unload()
+        self.active = name
+        if name is not None:
+            self.adapters[name].plug()
+        self._set_head(self._heads[name])
+
+    @property
+    def merged(self) -> bool:
+        return self.active is not None and self.adapters[self.active].merged
+
+    def merge(self) -> None:
+        """Writes the active adapter into the base; `unmerge`, or using another one, takes it out again, bit for bit."""
+        if self.active is None:
+            raise UserError("merge: an adapter must be in use, got none; use(<name>) first")
+        self.adapters[self.active].merge()
+
+    def unmerge(self) -> None:
+        """Undoes `merge`."""
+        if self.active is None:
+            raise UserError("unmerge: an adapter must be in use, got none; use(<name>) first")
+        self.adapters[self.active].unmerge()
+
+    def save(self, name: str, folder: Path | str) -> Path:
+        """Saves any of the adapters, whichever is in use."""
+        self._known(name)
+        with self._only(name):
+            return self.adapters[name].save(folder)
+
+    def compare(self, first: str | None, second: str | None, texts: Sequence[Any]) -> dict[str, float]:
+        """Returns max_logit_difference and argmax_agreement of two adapters (None: the base) on encoded texts."""
+        from highrank.interop.hub_model import compare, logits
+
+        found = []
+        for name in (first, second):
+            with self._only(name):
+                found.append(logits(self.model, texts))
+        return compare(*found)
+
+    @contextmanager
+    def _only(self, name: str | None) -> Iterator[None]:
+        """Within it one adapter acts, unmerged; behind it, what acted before."""
+        before, merged = self.active, self.merged
+        self.use(name)
+        try:
+            yield
+        finally:
+            self.use(before)
+            if merged:
+                self.merge()
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise UserError(f"adapters: unknown name, got {name!r}{suggest(name, self.adapters) or '; none is loaded'}")
+
+    def _head_names(self) -> list[str]:
+        return [] if self.model.can_generate() else head_modules(self.model)
+
+    def _head(self) -> dict[str, Tensor]:
+        """Returns a copy of what trains outside the adapters: a classifier's head."""
+        heads = {name: self.model.get_submodule(name) for name in self._head_names()}
+        return {f"{n}.{key}": p.detach().clone() for n, head in heads.items() for key, p in head.named_parameters()}
+
+    @torch.no_grad()
+    def _set_head(self, values: Mapping[str, Tensor]) -> None:
+        named = dict(self.model.named_parameters())
+        for name, value in values.items():
+            named[name].copy_(value)
+
+
+def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluates finished runs with their saved adapters; returns the metrics by run directory.
+
+    With another task, leaks are still counted against what each run was trained on.
+    """
+    found = {}
+    for folder, run, backbone, adapters in on_shared_bases(folders, words):
+        task, core = run.task(run.task_cfg, run.core.seed), run.core
+        data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
+        if words:
+            trained = read_run(folder)
+            records = trained.task(trained.task_cfg, trained.core.seed).train()
+            data.train_records, _ = hold_out(records, trained.protocol)
+        module = FineTuner(adapters, task, backbone.tokenizer, core, 1, run.protocol)
+        keep_freed_memory()
+        with quiet():
+            trainer = lightning.Trainer(**alone(run.trainer), logger=False, enable_checkpointing=False)
+            module.eval()
+            found[str(folder)] = evaluate(trainer, module, data, lambda name, rows: None)
+    return found
+
+
+def on_shared_bases(
+    folders: Sequence[Path | str], words: Sequence[str] = ()
+) -> Iterator[tuple[Path, Run, Backbone, Adapters]]:
+    """Yields each run with its adapter acting; a base that several runs have is read once.
+
+    `words` give the task, the protocol or the base's folder anew.
+
+    Raises:
+        UserError: for a folder without a trained run, or words that do not fit one, before any weight loads.
+    """
+    groups: dict[str, list[tuple[Path, Run, Task]]] = {}
+    for folder in dict.fromkeys(map(Path, folders)):
+        run = read_run(folder, words)
+        task = run.task(run.task_cfg, run.core.seed)
+        _check_kind(folder, task)
+        own = str(folder) if run.method.replaces_base else None
+        base = digest([run.model, run.core.path, task.kind, task.num_labels, own])
+        groups.setdefault(base, []).append((folder, run, task))
+    for members in groups.values():
+        folder, run, task = members[0]
+        if run.method.replaces_base:
+            yield folder, *load_run(folder, words)
+            continue
+        backbone = load_backbone(run.model, run.core.path, task.kind, task.num_labels, run.core.seed)
+        switch = AdapterSwitch(backbone.model, backbone.tokenizer)
+        for folder, run, _ in members:
+            check_base(folder, backbone)
+            adapters = switch.load(str(folder), folder, run)
+            switch.use(str(folder))
+            yield folder, run, backbone, adapters
+            switch.remove(str(folder))
+
+
+def _check_kind(folder: Path, task: Task) -> None:
+    trained = read_run(folder)
+    was = trained.task(trained.task_cfg, trained.core.seed)
+    if (task.kind, task.num_labels) != (was.kind, was.num_labels):
+        raise UserError(
+            f"eval: the task must be of the kind trained on, got task={task.name} ({task.kind}, {task.num_labels} "
+            f"labels) for an adapter of {was.name} ({was.kind}, {was.num_labels} labels)"
+        )

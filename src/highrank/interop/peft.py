@@ -1,0 +1,416 @@
+"""Adapter folders of Hugging Face PEFT (0.21), both ways: `highrank export` writes one, `highrank import` reads one.
+
+| method        | peft_type     | tensors, PEFT's = ours                                                    |
+| ------------- | ------------- | ------------------------------------------------------------------------- |
+| lora          | LORA          | lora_A = A, lora_B = B                                                    |
+| dora          | LORA          | the same with use_dora, and lora_magnitude_vector = m                     |
+| vera          | VERA          | vera_lambda_b = λ_b, vera_lambda_d = λ_d; once: vera_A, vera_B            |
+| boft          | BOFT          | boft_R = R, boft_s = s as (n, 1)                                          |
+| hira          | HIRA          | hira_B = A, hira_A = B                                                    |
+| hyperadapt    | HIRA, r = 2   | hira_B = [a, -1], hira_A = [bᵀ; 1ᵀ], so that W ⊙ (1 + BA) = W ⊙ (a bᵀ)    |
+| prompt_tuning | PROMPT_TUNING | prompt_embeddings = P                                                     |
+| p_tuning      | P_TUNING      | prompt_embeddings = P, what the network gives; PEFT keeps no network      |
+| prefix        | PREFIX_TUNING | prompt_embeddings = P as (p, 2 L g d_h)                                   |
+
+PEFT adapts modules whole. Adapters on row slices of a fused matrix become one low-rank pair on all its rows: their
+factors (n_i, r) on a block diagonal, their factors (r, k) on top of each other. Every module of such an adapter gets the
+largest rank, filled up with zeros, because PEFT's HiRA does not heed rank_pattern.
+
+Read back, a P_TUNING adapter is prompt_tuning and a projected prefix is prefix: the same function, trained otherwise.
+Every other option that PEFT would compute with, and that has no counterpart here, is refused by name.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from highrank import configs
+from highrank.adapters import Adapters, write_atomic
+from highrank.backbones import empty_model, head_modules, model_config, sha256
+from highrank.config import Run, compose_run
+from highrank.errors import UserError, suggest
+from highrank.interop.card import model_card
+from highrank.placement import WeightView, is_transposed, resolve, weight_of
+from highrank.plan import adapted_views, count
+from highrank.registry import load
+from highrank.results import RunDirectory
+from highrank.run import build_model
+from highrank.saved import check_new, load_run, read_run, spelled, written_whole
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+
+@dataclass(frozen=True)
+class Form:
+    """How PEFT writes a method: our names of fields and tensors, and its own."""
+
+    peft_type: str
+    fields: Mapping[str, str]
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """Of one module; none for a method whose update is no weight."""
+    factors: tuple[str, str] | None = None
+    """Our names of the low-rank pair, (n, r) and (r, k), if slices can be joined."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+VIRTUAL = {"num_virtual_tokens": "num_virtual_tokens"}
+LORA = Form(
+    "LORA",
+    {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+    {"A": "lora_A.weight", "B": "lora_B.weight"},
+    ("B", "A"),
+)
+FORMS = {
+    "lora": LORA,
+    "dora": replace(LORA, tensors={**LORA.tensors, "m": "lora_magnitude_vector"}, fixed={"use_dora": True}),
+    "vera": Form(
+        "VERA",
+        {"r": "r", "projection_prng_key": "projection_prng_key", "dropout": "vera_dropout", "d_initial": "d_initial"},
+        {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"},
+        fixed={"save_projection": True},
+    ),
+    "boft": Form(
+        "BOFT",
+        {
+            "block_size": "boft_block_size",
+            "block_num": "boft_block_num",
+            "butterfly_factor": "boft_n_butterfly_factor",
+        },
+        {"R": "boft_R", "s": "boft_s"},
+    ),
+    "hira": Form("HIRA", {"r": "r"}, {"A": "hira_B", "B": "hira_A"}, ("A", "B")),
+    "prompt_tuning": Form("PROMPT_TUNING", VIRTUAL),
+    "p_tuning": Form("P_TUNING", VIRTUAL),
+    "prefix": Form("PREFIX_TUNING", VIRTUAL),
+}
+WRITTEN_AS = {name: name for name in FORMS} | {"hyperadapt": "hira"}
+READ_AS = {form.peft_type: name for name, form in FORMS.items() if name != "dora"} | {"P_TUNING": "prompt_tuning"}
+
+
+def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -> Path:
+    """Writes a run's adapter as a folder that PEFT loads; returns it.
+
+    Raises:
+        UserError: if `out` exists and is not empty, or PEFT cannot express the adapter.
+    """
+    out_folder = check_new("export", out)
+    run = read_run(folder, words)
+    task = run.task(run.task_cfg, run.core.seed)
+    meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
+    check_expressible(run, meta, adapted_views(run, meta))
+    _, backbone, adapters = load_run(folder, words)
+    config, tensors = to_peft(adapters)
+    source = backbone.source
+    config |= {
+        "task_type": "CAUSAL_LM" if task.kind == "generate" else "SEQ_CLS",
+        "base_model_name_or_path": source.location if source.kind in ("path", "random") else run.model["hub"],
+        "revision": run.model["revision"],
+        "inference_mode": True,
+    }
+    with written_whole(out_folder) as ready:
+        write_atomic(ready / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        write_atomic(ready / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
+        write_atomic(ready / "README.md", model_card(run, Path(folder), "peft").encode())
+    return out_folder
+
+
+def check_expressible(run: Run, model: Any, views: Sequence[WeightView]) -> None:
+    """Raises UserError unless PEFT has a type that computes what the run's adapter does; `model` may hold no weights."""
+    cfg, name = run.method_cfg, run.method.name
+    instead = "; `highrank merge RUN --out DIR` writes the adapted model instead"
+    if name not in WRITTEN_AS:
+        raise UserError(f"export: PEFT has no type for this method, got method={name}{instead}")
+    if name == "hira" and (cfg.R != "w0" or cfg.official_numerics):
+        got = f"R={cfg.R}" if cfg.R != "w0" else "official_numerics=True"
+        raise UserError(f"export: PEFT's HiRA has R = W in full precision, got {got}{instead}")
+    sliced = [view.name for view in views if view.rows is not None]
+    if sliced and name != "hyperadapt" and FORMS[name].factors is None:
+        raise UserError(f"export: PEFT's {name} adapts a fused matrix whole, got the slice {sliced[0]}{instead}")
+    transposed = [view.path for view in views if is_transposed(model.get_submodule(view.path))]
+    if transposed and name == "boft":
+        raise UserError(f"export: PEFT's boft adapts linear layers only, got the Conv1D {transposed[0]}{instead}")
+
+
+def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns adapter_config.json, less what tells of the base model, and the tensors of adapter_model.safetensors."""
+    name = WRITTEN_AS[adapters.method.name]
+    form = FORMS[name]
+    cfg = adapters.cfg if name == adapters.method.name else load("methods", name).config(r=2)
+    config: dict[str, Any] = {"peft_type": form.peft_type, **_fields(form, cfg), **form.fixed}
+    if adapters.whole is not None:
+        return config, {"prompt_embeddings": _virtual_tokens(adapters.whole).detach().float().cpu().contiguous()}
+    first = adapters.layers[adapters.views[0].path].base
+    config |= {"target_modules": _targets(adapters), "fan_in_fan_out": is_transposed(first)}
+    modules = {path: [view for view in adapters.views if view.path == path] for path in adapters.layers}
+    if form.factors is not None:
+        most = max(map(len, modules.values()))
+        config |= {form.fields[key]: most * config[form.fields[key]] for key in ("r", "alpha") if key in form.fields}
+    tensors: dict[str, Tensor] = {}
+    for path, views in modules.items():
+        module = _module(adapters, views, form, config.get("r", 0))
+        tensors |= {f"{PREFIX}{path}.{theirs}": module[ours] for ours, theirs in form.tensors.items()}
+    if name == "vera":
+        tensors |= {f"base_model.vera_{key}": tensor for key, tensor in _projections(adapters).items()}
+    if adapters.extra:
+        config["modules_to_save"] = head_modules(adapters.model)
+        named = dict(adapters.model.named_parameters())
+        tensors |= {f"{PREFIX}{key}": named[key] for key in adapters.extra}
+    return config, {key: tensor.detach().float().cpu().contiguous().clone() for key, tensor in tensors.items()}
+
+
+def _fields(form: Form, cfg: Any) -> dict[str, Any]:
+    values = {theirs: getattr(cfg, ours) for ours, theirs in form.fields.items()}
+    return values | ({"lora_alpha": cfg.scaling * cfg.r} if "alpha" in form.fields else {})
+
+
+def _targets(adapters: Adapters) -> list[str]:
+    """Returns the last names of the adapted modules if no other module has one of them, else their paths."""
+    names = {path.rpartition(".")[2] for path in adapters.layers}
+    alike = {path for path, _ in adapters.model.named_modules() if path.rpartition(".")[2] in names}
+    return sorted(names) if alike == adapters.layers.keys() else list(adapters.layers)
+
+
+def _module(adapters: Adapters, views: Sequence[WeightView], form: Form, rank: int) -> dict[str, Tensor]:
+    """Returns one module's tensors by our names; low-rank pairs are joined to one of the given rank on all rows."""
+    parts = [_parameters(adapters, view) for view in views]
+    if form.factors is None:
+        return parts[0]
+    left, right = form.factors
+    n, k, r = len(weight_of(adapters.layers[views[0].path].base)), views[0].in_features, len(parts[0][right])
+    joined = {left: torch.zeros(n, rank), right: torch.zeros(rank, k)}
+    if "m" in form.tensors:  # rows without an adapter keep their norm
+        joined["m"] = adapters.base_weight(replace(views[0], rows=None)).detach().float().cpu().norm(dim=1)
+    for i, (view, part) in enumerate(zip(views, parts, strict=True)):
+        rows, columns = slice(*view.rows) if view.rows else slice(None), slice(i * r, (i + 1) * r)
+        joined[left][rows, columns], joined[right][columns] = part[left], part[right]
+        if "m" in part:
+            joined["m"][rows] = part["m"]
+    return joined
+
+
+def _parameters(adapters: Adapters, view: WeightView) -> dict[str, Tensor]:
+    found = {name: p.detach().float().cpu() for name, p in adapters.by_view[view.name].named_parameters()}
+    if adapters.method.name == "boft":
+        found["s"] = found["s"][:, None]
+    if adapters.method.name != "hyperadapt":
+        return found
+    a, b = found["a"], found["b"]
+    return {"A": torch.stack([a, -torch.ones_like(a)], dim=1), "B": torch.stack([b, torch.ones_like(b)])}
+
+
+def _virtual_tokens(whole: Any) -> Tensor:
+    """Returns (p, d), or a prefix as (p, 2 L g d_h)."""
+    return whole.P.permute(3, 0, 1, 2, 4).flatten(1) if whole.name == "prefix" else whole.embeddings()
+
+
+def _projections(adapters: Adapters) -> dict[str, Tensor]:
+    shared: Any = adapters.model.highrank_shared
+    return {"A": shared.A, "B": shared.B}
+
+
+def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -> Path:
+    """Makes a run directory, which can be evaluated and merged, of a PEFT adapter folder; returns it.
+
+    `words` may name the base model (default: the one in adapter_config.json), the task and the protocol.
+
+    Raises:
+        UserError: for an adapter type or option that has no counterpart, or an adapter of another model.
+    """
+    out_folder, folder = check_new("import", out), Path(folder)
+    config = read_config(folder)
+    method, fields = read_fields(config)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"import: weights are read from {WEIGHTS} only, got none in {folder}")
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    given = {word.partition("=")[0] for word in words}
+    base = [] if given & {"model", "path"} else _base_words(config)
+    chosen = [
+        f"method={method}",
+        *(f"{k}={spelled(v)}" for k, v in fields.items()),
+        *base,
+        *words,
+        f"run_dir={spelled(str(out))}",
+    ]
+    run = compose_run(chosen)
+    if run.method.site == "weight":
+        run = compose_run([*chosen, *_placement_words(run, FORMS[method], tensors)])
+    task = run.task(run.task_cfg, run.core.seed)
+    if config.get("modules_to_save") and task.kind == "generate":
+        raise UserError(
+            f"import: only a classifier's new head is read beside adapters, got modules_to_save="
+            f"{config['modules_to_save']} for task={task.name}"
+        )
+    if (config.get("task_type") == "SEQ_CLS") == (task.kind == "generate"):
+        raise UserError(
+            f"import: the task must be of the adapter's kind, got task={task.name} ({task.kind}) for "
+            f"task_type={config.get('task_type')}; give one with task=<name>"
+        )
+    backbone, adapters = build_model(run, task)
+    adapters.load_state_dict(from_peft(adapters, config, tensors))
+    with written_whole(out_folder) as ready:
+        directory = RunDirectory(run)
+        directory.path = ready
+        directory.open()
+        adapters.save(ready / "adapter")
+        directory.write(
+            status="imported",
+            imported={"folder": str(folder), "peft_type": config["peft_type"], "sha256": sha256(folder / WEIGHTS)},
+            model={"name": run.model["name"], **vars(backbone.source)},
+            params=vars(count(backbone.model, adapters.views, run.method, run.method_cfg, task.kind)),
+        )
+    return out_folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns what adapter_config.json holds."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"import: a PEFT adapter folder holds a readable {CONFIG}, got {folder} ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise UserError(f"import: {CONFIG} must name its peft_type, got none in {folder}")
+    return config
+
+
+NEUTRAL: tuple[Any, ...] = (None, False, "", "none", {}, [])
+HARMLESS = {
+    *(
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_weights"),
+    *("save_projection", "boft_dropout", "hira_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("token_dim", "num_attention_heads", "num_layers", "prefix_projection", "tokenizer_name_or_path"),
+    *("tokenizer_kwargs", "prompt_tuning_init", "prompt_tuning_init_text", "encoder_reparameterization_type"),
+    *("encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+}
+"""Options that say how an adapter came about or where it sits, which the tensors show; or act in training alone."""
+ALLOWED = {"init_lora_weights": (True, "gaussian", "orthogonal", "eva"), "num_transformer_submodules": (1,)}
+"""Values that leave the base model as it is; PiSSA, OLoRA, CorDA and LoftQ replace its weights."""
+
+
+def read_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns the method and its fields that an adapter_config.json describes.
+
+    Raises:
+        UserError: naming the type, or the option, that has no counterpart.
+    """
+    kind = config["peft_type"]
+    if kind not in READ_AS:
+        raise UserError(f"import: this PEFT type has no counterpart, got peft_type={kind}{suggest(kind, READ_AS)}")
+    method = "dora" if kind == "LORA" and config.get("use_dora") else READ_AS[kind]
+    form = FORMS[method]
+    for key, value in config.items():
+        known = key in HARMLESS or key in form.fields.values() or key in form.fixed or key == "modules_to_save"
+        if not known and value not in NEUTRAL and value not in ALLOWED.get(key, ()):
+            raise UserError(f"import: this option of PEFT's {kind} has no counterpart, got {key}={value}")
+    lacking = [theirs for theirs in form.fields.values() if theirs not in config]
+    if lacking:
+        raise UserError(f"import: {CONFIG} must hold {', '.join(lacking)}, got peft_type={kind} without")
+    return method, {ours: config[theirs] for ours, theirs in form.fields.items()}
+
+
+def _base_words(config: Mapping[str, Any]) -> list[str]:
+    """Returns the words of the base model that an adapter names: a folder, a model known here, or one on the Hub."""
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not name:
+        raise UserError("import: the base model is needed, got no base_model_name_or_path; give model=<name>")
+    if Path(name).is_dir():
+        return [f"model=hf:{Path(name).resolve().name}", f"path={spelled(name)}"]
+    shipped = (Path(configs.__path__[0]) / "model").glob("*.yaml")
+    known = [file.stem for file in shipped if OmegaConf.to_container(OmegaConf.load(file)).get("hub") == name]  # type: ignore[union-attr]
+    words = [f"model={known[0]}" if known else f"model=hf:{name}" if "/" in name else f"model={name}"]
+    return words + ([f"model.revision={spelled(revision)}"] if revision else [])
+
+
+def _placement_words(run: Run, form: Form, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the words that place adapters on exactly the modules that have tensors.
+
+    Raises:
+        UserError: if no placement does.
+    """
+    task = run.task(run.task_cfg, run.core.seed)
+    meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
+    wanted = {path for path, _ in _owners(form, tensors).values()}
+    every = resolve(meta, "all", "all", "fused", run.core.architecture)
+    here = [view for view in every if view.path in wanted]
+    beyond = sorted(wanted - {view.path for view in here})
+    if beyond:
+        raise UserError(
+            f"import: an adapted module is a placement part of the base model, got {beyond[0]} in a "
+            f"{meta.config.model_type}; is it an adapter of another model?"
+        )
+    if not here:
+        raise UserError(f"import: the adapter holds no {form.peft_type} tensors, got {sorted(tensors)[:3]}")
+    parts = sorted({part for view in here for part in view.part.split("+")})
+    layers = sorted({view.layer for view in here})
+    words = [f"placement=[{','.join(parts)}]"]
+    if layers != sorted({view.layer for view in every}):
+        words.append(f"layers=[{','.join(map(str, layers))}]")
+    placed = resolve(meta, parts, layers, "auto", run.core.architecture)
+    if {view.path for view in placed} != wanted:
+        lacking = sorted({view.path for view in placed} - wanted)
+        raise UserError(f"import: every adapted layer has the same parts, got none for {lacking[0]}")
+    return words
+
+
+def _owners(form: Form, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """Returns, per tensor that belongs to a module, the module's path and our name of the tensor."""
+    found = {}
+    for key in tensors:
+        for ours, theirs in form.tensors.items():
+            if key.startswith(PREFIX) and key.endswith(f".{theirs}"):
+                found[key] = key.removeprefix(PREFIX).removesuffix(f".{theirs}"), ours
+    return found
+
+
+def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns PEFT's tensors under our names and in our shapes.
+
+    Raises:
+        UserError: for a tensor that belongs nowhere, or random projections that are not drawn again as saved.
+    """
+    form = FORMS[adapters.method.name]
+    if adapters.whole is not None:
+        P, virtual = adapters.whole.P, tensors.get("prompt_embeddings")
+        if len(tensors) != 1 or virtual is None or virtual.numel() != P.numel():
+            shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            raise UserError(f"import: the adapter must hold prompt_embeddings for {tuple(P.shape)}, got {shapes}")
+        if adapters.method.name == "prefix":
+            layers, _, heads, p, width = P.shape
+            virtual = virtual.view(p, layers, 2, heads, width).permute(1, 2, 3, 0, 4)
+        return {f"{adapters.method.name}.P": virtual.float()}
+    names = {view.path: view.name for view in adapters.views}
+    owners = _owners(form, tensors)
+    found = {f"{names[path]}.{ours}": tensors[key].float() for key, (path, ours) in owners.items()}
+    if adapters.method.name == "boft":
+        found = {key: tensor.flatten() if key.endswith(".s") else tensor for key, tensor in found.items()}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in owners}
+    if adapters.method.name == "vera":
+        for key, drawn in _projections(adapters).items():
+            saved = rest.pop(f"base_model.vera_{key}", None)
+            if saved is not None and not torch.equal(saved.float(), drawn.cpu()):
+                raise UserError(
+                    f"import: vera_{key} must be what projection_prng_key={config['projection_prng_key']} draws, got "
+                    f"other numbers of shape {tuple(saved.shape)}"
+                )
+    for key, tensor in rest.items():
+        if key.removeprefix(PREFIX) not in adapters.extra:
+            raise UserError(
+                f"import: only adapters, and the new head of a classifier, are read, got {key}; modules_to_save is "
+                f"{config.get('modules_to_save')}"
+            )
+        found[key.removeprefix(PREFIX)] = tensor.float()
+    return found

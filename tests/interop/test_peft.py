@@ -1,0 +1,335 @@
+"""PEFT's adapter folders, both ways: the same logits as PEFT's own model, and the same tensors back."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import logits, write_run
+
+from highrank.adapters import read_card
+from highrank.backbones import load_backbone
+from highrank.cli import main
+from highrank.config import compose_run
+from highrank.errors import UserError
+from highrank.interop.peft import export_run, import_adapter
+from highrank.saved import load_run
+
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),  # PEFT's BOFT, without nvcc
+    pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # raised inside PEFT
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+]
+
+NEAR = {"rtol": 0, "atol": 1e-6}  # fp32 sums in another order, on logits of about 0.1
+
+CASES = {
+    "lora": ["method=lora", "r=3", "alpha=5", "placement=all"],
+    "lora_some_layers": ["method=lora", "r=2", "placement=[q,down]", "layers=1"],
+    "dora": ["method=dora", "r=3", "placement=all"],
+    "vera": ["method=vera", "r=5", "placement=all", "projection_prng_key=3"],
+    "boft": ["method=boft", "block_size=4", "placement=all"],
+    "hira": ["method=hira", "r=3", "placement=all"],
+    "prompt_tuning": ["method=prompt_tuning", "num_virtual_tokens=4"],
+    "p_tuning": ["method=p_tuning", "num_virtual_tokens=4", "hidden_size=7"],
+    "prefix": ["method=prefix", "num_virtual_tokens=4"],
+}
+ONE_WAY = {"hyperadapt": ["method=hyperadapt", "placement=all"]}
+
+
+def base(model="tiny_llama", kind="generate"):
+    return load_backbone({"name": model, "dtype": "float32"}, None, kind).model
+
+
+def in_peft(folder, model="tiny_llama", kind="generate"):
+    return peft.PeftModel.from_pretrained(base(model, kind), folder).eval()
+
+
+def tensors(run):
+    return safetensors.torch.load_file(run / "adapter" / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES | ONE_WAY)
+def test_export_and_back(make_run, tmp_path, case):
+    run, model = make_run(*(CASES | ONE_WAY)[case], "model=tiny_llama")
+    ours = logits(model)
+    assert (ours - logits(base())).abs().max() > 1e-3
+    theirs = in_peft(export_run(run, tmp_path / "peft"))
+    torch.testing.assert_close(logits(theirs), ours, **NEAR)
+
+    theirs.save_pretrained(
+        tmp_path / "theirs", save_embedding_layers=False
+    )  # as PEFT itself writes it, every option filled in
+    back = import_adapter(tmp_path / "theirs", tmp_path / "back", ["model=tiny_llama"])
+    _, backbone, adapters = load_run(back)
+    torch.testing.assert_close(logits(backbone.model), ours, **NEAR)
+    if case not in ("p_tuning", "hyperadapt"):  # read back as prompt_tuning and hira
+        assert {k: v.tolist() for k, v in tensors(back).items()} == {k: v.tolist() for k, v in tensors(run).items()}
+        assert adapters.method.name == read_card(run / "adapter")["method"]
+
+
+OTHER_MODELS = {
+    "biases": ["model=tiny_qwen2", "method=dora", "r=2", "placement=qkvo"],
+    "tied_and_transposed": ["model=tiny_gpt2", "method=lora", "r=2", "placement=all"],
+    "transposed_hira": ["model=tiny_gpt2", "method=hira", "r=2", "placement=[o,up]"],
+    "transposed_vera": ["model=tiny_gpt2", "method=vera", "r=4", "placement=all"],
+    "fused_whole": ["model=tiny_phi3", "method=boft", "placement=all", "fused=fused"],
+    "classifier": ["model=tiny_bert", "task=glue/mrpc", "method=lora", "r=2", "placement=qv"],
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MODELS)
+def test_other_models(make_run, tmp_path, case):
+    words = OTHER_MODELS[case]
+    model_name = words[0].partition("=")[2]
+    kind, task = ("classify", ["task=glue/mrpc"]) if case == "classifier" else ("generate", [])
+    run, model = make_run(*words)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and "base" in name:
+                parameter.normal_()
+    ours = logits(model)
+    theirs = in_peft(export_run(run, tmp_path / "peft"), model_name, kind)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("base_layer.bias"):
+                parameter.copy_(
+                    model.get_parameter(name.removeprefix("base_model.model.").replace("base_layer", "base"))
+                )
+    torch.testing.assert_close(logits(theirs), ours, **NEAR)
+    back = import_adapter(tmp_path / "peft", tmp_path / "back", task)
+    assert {k: v.tolist() for k, v in tensors(back).items()} == {k: v.tolist() for k, v in tensors(run).items()}
+
+
+@pytest.mark.parametrize("method", [["lora", "r=2"], ["dora", "r=2"], ["hira", "r=2"], ["hyperadapt"]])
+@pytest.mark.parametrize(("model", "placement"), [("tiny_phi3", "fc_qkv"), ("tiny_gpt2", "qv")])
+def test_row_slices_become_one_pair_on_all_rows(make_run, tmp_path, method, model, placement):
+    """Slices that cover a matrix, and some that leave rows of it alone."""
+    run, ours = make_run(f"method={method[0]}", *method[1:], f"model={model}", f"placement={placement}", "fused=split")
+    theirs = in_peft(export_run(run, tmp_path / "peft"), model)
+    torch.testing.assert_close(logits(theirs), logits(ours), **NEAR)
+    _, backbone, _ = load_run(import_adapter(tmp_path / "peft", tmp_path / "back"))
+    torch.testing.assert_close(logits(backbone.model), logits(ours), **NEAR)
+
+
+def test_butterfly_factors_multiply_as_in_peft(make_run, tmp_path, monkeypatch):
+    """PEFT drops every factor but one where its CUDA extension does not build; here torch stands in for the extension."""
+    from peft.tuners.boft import layer
+
+    class Extension:
+        def forward(self, blocks):
+            return (torch.stack([torch.block_diag(*factor) for factor in blocks]),)
+
+    monkeypatch.setattr(layer, "_FBD_CUDA", Extension())
+    run, model = make_run("method=boft", "block_size=4", "butterfly_factor=3", "model=tiny_llama")
+    torch.testing.assert_close(logits(in_peft(export_run(run, tmp_path / "peft"))), logits(model), **NEAR)
+
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+FROM_PEFT = {
+    "lora": ("LoraConfig", {"r": 3, "lora_alpha": 7, "lora_dropout": 0.1, "target_modules": LINEAR}),
+    "lora_all": ("LoraConfig", {"r": 2, "target_modules": "all-linear", "init_lora_weights": "gaussian"}),
+    "lora_one_layer": ("LoraConfig", {"r": 2, "target_modules": LINEAR, "layers_to_transform": [1]}),
+    "dora": ("LoraConfig", {"r": 2, "use_dora": True, "target_modules": LINEAR}),
+    "vera": ("VeraConfig", {"r": 6, "projection_prng_key": 9, "target_modules": LINEAR}),
+    "boft": ("BOFTConfig", {"boft_block_num": 2, "boft_block_size": 0, "target_modules": LINEAR}),
+    "hira": ("HiraConfig", {"r": 3, "target_modules": LINEAR}),
+    "prompt_tuning": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "p_tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 6}),
+    "p_tuning_lstm": (
+        "PromptEncoderConfig",
+        {"num_virtual_tokens": 3, "encoder_hidden_size": 6, "encoder_reparameterization_type": "LSTM"},
+    ),
+    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "prefix_projected": (
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 6},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FROM_PEFT)
+def test_an_adapter_made_with_peft(tmp_path, case):
+    name, fields = FROM_PEFT[case]
+    theirs = peft.get_peft_model(base(), getattr(peft, name)(task_type="CAUSAL_LM", **fields)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if parameter.requires_grad and "embedding" not in key:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    run = import_adapter(tmp_path / "theirs", tmp_path / "run", ["model=tiny_llama"])
+    _, backbone, _ = load_run(run)
+    ours = logits(backbone.model)
+    assert (ours - logits(base())).abs().max() > 1e-3
+    torch.testing.assert_close(ours, logits(theirs), **NEAR)
+    again = in_peft(export_run(run, tmp_path / "again"))
+    torch.testing.assert_close(logits(again), ours, **NEAR)
+
+
+def test_the_commands(make_run, tmp_path, capsys):
+    run, _ = make_run("method=hira", "r=2", "model=tiny_llama")
+    assert main(["export", str(run), "--format", "peft", "--out", str(tmp_path / "peft")]) == 0
+    assert main(["import", str(tmp_path / "peft"), "--out", str(tmp_path / "back"), "task.n_test=2", "seed=4"]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "peft"), str(tmp_path / "back")]
+    results = json.loads((tmp_path / "back" / "results.json").read_text())
+    assert results["status"] == "imported"
+    assert results["imported"]["peft_type"] == "HIRA"
+    assert results["params"]["trainable"] > 0
+    assert main(["merge", str(tmp_path / "back"), "--out", str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    assert "Made by" not in (tmp_path / "merged" / "README.md").read_text()  # it was imported
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert "Made by" in card
+    assert "W' = W + R ⊙ (A B)" in card
+    assert main(["export", str(run), "--format", "peft", "--out", str(tmp_path / "peft")]) == 2
+    assert "export: the output folder must be new or empty" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "peft"), "--out", str(run)]) == 2
+    assert "import: the output folder must be new or empty" in capsys.readouterr().err
+    for words in ([], ["a", "b"], ["a", "--format", "onnx"]):
+        assert main(["export", *words, "--out", "x"]) == 2
+        assert "use: highrank export RUN --format peft --out DIR" in capsys.readouterr().err
+
+
+NO_TYPE = [
+    (["method=mora", "r=2"], "no type for this method, got method=mora"),
+    (["method=hilora", "r1=1", "r2=1"], "no type for this method, got method=hilora"),
+    (["method=full"], "no type for this method, got method=full"),
+    (["method=bitfit", "model=tiny_qwen2"], "no type for this method, got method=bitfit"),
+    (["method=hira", "r=2", "R=ones"], "PEFT's HiRA has R = W in full precision, got R=ones"),
+    (["method=hira", "r=2", "official_numerics=true"], "got official_numerics=True"),
+    (
+        ["method=vera", "r=2", "model=tiny_phi3", "placement=qv"],
+        r"vera adapts a fused matrix whole, got the slice .*\[q\]",
+    ),
+    (["method=boft", "model=tiny_gpt2", "placement=o"], "boft adapts linear layers only, got the Conv1D"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), NO_TYPE)
+def test_what_peft_cannot_say_is_refused_before_weights_load(make_run, tmp_path, monkeypatch, words, message):
+    run, _ = make_run("model=tiny_llama", *words) if words[-1].count("tiny") == 0 else make_run(*words)
+    monkeypatch.setattr("highrank.saved.build_model", None)
+    with pytest.raises(UserError, match=f"{message}.*highrank merge RUN --out DIR"):
+        export_run(run, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+BAD_CONFIG = [
+    ({"peft_type": "IA3"}, "peft_type=IA3; it is one of"),
+    ({"peft_type": "LOHA"}, "peft_type=LOHA"),
+    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern="),
+    ({"use_rslora": True}, "use_rslora=True"),
+    ({"bias": "all"}, "bias=all"),
+    ({"lora_bias": True}, "lora_bias=True"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices="),
+    ({"a_later_option": 3}, "a_later_option=3"),
+    ({"r": None}, "hold r"),
+    ({"base_model_name_or_path": None}, "the base model is needed"),
+    ({"task_type": "SEQ_CLS"}, "task must be of the adapter's kind"),
+    ({"r": "two"}, "r must be of type"),
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    run, _ = write_run(folder / "run", "method=lora", "r=2", "model=tiny_llama", "placement=qv")
+    return export_run(run, folder / "peft")
+
+
+@pytest.fixture
+def lora(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "peft")
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CONFIG)
+def test_options_without_counterpart_are_named(lora, tmp_path, monkeypatch, change, message):
+    config = json.loads((lora / "adapter_config.json").read_text()) | change
+    (lora / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if (k, v) != ("r", None)}))
+    monkeypatch.setattr("highrank.run.load_backbone", None)
+    with pytest.raises(UserError, match=message):
+        import_adapter(lora, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def rewrite(folder, change):
+    held = change(safetensors.torch.load_file(folder / "adapter_model.safetensors"))
+    safetensors.torch.save_file(held, folder / "adapter_model.safetensors")
+
+
+def moved(held):
+    return {key.replace("layers.1.", "layers.7."): tensor for key, tensor in held.items()}
+
+
+BAD_TENSORS = [
+    (moved, "got model.layers.7.self_attn.q_proj in a llama; is it an adapter of another model"),
+    (lambda held: {k: v for k, v in held.items() if "layers.1.self_attn.q" not in k}, "same parts, got none for"),
+    (lambda held: {k: v for k, v in held.items() if "lora_A" not in k}, "tensors must match the model"),
+    (lambda held: {k: torch.cat([v, v], -1) for k, v in held.items()}, "shapes must match"),
+    (lambda held: {**held, "base_model.model.lm_head.weight": torch.ones(2)}, "got base_model.model.lm_head.weight"),
+    (lambda held: {"weight": torch.ones(2)}, "holds no LORA tensors"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_TENSORS)
+def test_an_adapter_of_another_model_is_refused(lora, tmp_path, change, message):
+    rewrite(lora, change)
+    with pytest.raises(UserError, match=message):
+        import_adapter(lora, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pickled_weights_and_folders_without_an_adapter_are_refused(lora, tmp_path):
+    (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"weights are read from adapter_model.safetensors only"):
+        import_adapter(lora, tmp_path / "run")
+    (lora / "adapter_config.json").write_text("{")
+    for folder in (lora, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"a PEFT adapter folder holds a readable adapter_config.json"):
+            import_adapter(folder, tmp_path / "run")
+    with pytest.raises(UserError, match=r"a run directory holds config.yaml"):
+        export_run(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_other_random_projections_are_refused(make_run, tmp_path):
+    run, _ = make_run("method=vera", "r=4", "model=tiny_llama")
+    folder = export_run(run, tmp_path / "peft")
+    rewrite(folder, lambda held: {k: v + 1 if k == "base_model.vera_B" else v for k, v in held.items()})
+    with pytest.raises(UserError, match="vera_B must be what projection_prng_key=0 draws"):
+        import_adapter(folder, tmp_path / "run")
+
+
+def test_prompts_of_another_width_are_refused(make_run, tmp_path):
+    run, _ = make_run("method=prompt_tuning", "num_virtual_tokens=3", "model=tiny_llama")
+    folder = export_run(run, tmp_path / "peft")
+    rewrite(folder, lambda held: {"prompt_embeddings": torch.ones(3, 8)})
+    with pytest.raises(UserError, match=r"hold prompt_embeddings for \(3, 16\), got .*\(3, 8\)"):
+        import_adapter(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", ["model=smollm2_135m"]),
+        ("org/some-model", ["model=hf:org/some-model"]),
+        ("tiny_llama", ["model=tiny_llama"]),
+    ],
+)
+def test_the_base_model_that_an_adapter_names(name, words):
+    from highrank.interop.peft import _base_words
+
+    assert _base_words({"base_model_name_or_path": name}) == words
+    assert compose_run(words).model["name"]
+
+
+def test_a_base_model_in_a_folder(tmp_path):
+    from highrank.interop.peft import _base_words
+
+    words = _base_words({"base_model_name_or_path": str(tmp_path)})
+    assert compose_run(words).core.path == str(tmp_path)

@@ -136,7 +136,7 @@ def test_every_arm_gets_the_same_search(sweep):
         (["lr_search=fast"], "lr_search is a list"),
         (["lr_search=3", "lr=1e-3"], "either searched or given"),
         (["jobs=0"], "jobs is a whole number"),
-        (["launcher=slrum"], "did you mean slurm"),
+        (["launcher=slrum"], "did you mean 'slurm'"),
         (["run_dir=x"], "use sweep_dir"),
         (["scale=small"], "scale belongs to an experiment"),
     ],

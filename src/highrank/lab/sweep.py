@@ -96,7 +96,8 @@ class Sweep:
                 self._run([cell for cell, _ in known], self.folder)
             rows = [(cell, _read(self.folder / cell.folder)) for cell, _ in known]
             write_atomic(self.folder / "table.csv", table(self.grid, rows).encode())
-            self._dashboard()
+            if (self.folder / "sweep.json").is_file():  # not before the learning-rate search is over
+                self._dashboard()
         show_rows(self.grid, rows)
         unfinished = len(self.grid.cells) - sum(found.get("status") == "done" for _, found in rows)
         return 128 + stopped[0] if stopped else int(unfinished > 0)

@@ -80,15 +80,18 @@ def run(words: list[str]) -> int:
         status = sweep.execute()
         print(sweep.folder)
         return status
-    from highrank.config import compose_run
+    from highrank.allocator import not_collecting
 
-    checked = compose_run(words)
-    if checked.core.dry_run:
-        from highrank.report import dry_run
+    with not_collecting():
+        from highrank.config import compose_run
 
-        print(dry_run(checked))
-        return 0
-    from highrank.run import execute
+        checked = compose_run(words)
+        if checked.core.dry_run:
+            from highrank.report import dry_run
+
+            print(dry_run(checked))
+            return 0
+        from highrank.run import execute
 
     folder, status = execute(checked)
     print(folder)

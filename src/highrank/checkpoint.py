@@ -150,6 +150,8 @@ def newest(folder: Path) -> Found | None:
             continue
         try:
             content = read(path)
+            if lacking := {"needs", "global_step", "place", "processes"} - content.keys():
+                raise Damaged(f"{path.name} is no checkpoint of this version: it lacks {', '.join(sorted(lacking))}")
             for name in content["needs"]:
                 read(folder / name)
         except (Damaged, OSError) as error:

@@ -38,12 +38,10 @@ class Share:
         return position * self.of + self.rank
 
     def of_examples(self, examples: Sequence[Any], batch_size: int) -> list[Any]:
-        """Returns the examples of this process's batches, in order."""
-        return [
-            example
-            for start in range(self.rank * batch_size, len(examples), self.of * batch_size)
-            for example in examples[start : start + batch_size]
-        ]
+        """Returns the examples of this process's batches, in order; without a batch of its own it repeats the first,
+        because Lightning wants one from every process."""
+        starts = list(range(self.rank * batch_size, len(examples), self.of * batch_size)) or [0]
+        return [example for start in starts for example in examples[start : start + batch_size]]
 
 
 WHOLE = Share()

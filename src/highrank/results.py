@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from highrank.adapters import write_atomic
-from highrank.config import Run
+from highrank.config import UNHASHED, Run
 from highrank.devices import share_of
 from highrank.errors import UserError
 
@@ -56,11 +58,23 @@ class RunDirectory:
         found = read_results(self.path)
         if found["config_hash"] != self.run.hash:
             raise UserError(
-                f"run: an existing run directory keeps its config, got run_dir={self.path} with config_hash="
-                f"{found['config_hash'][:12]} for a run with {self.run.hash[:12]}; choose another run_dir"
+                f"run: an existing run directory keeps its config, got run_dir={self.path} with {self._differences()}; "
+                "choose another run_dir"
             )
         self.results = found
         return found["status"] == "done"
+
+    def _differences(self) -> str:
+        """Returns which values of the folder's config are others than this run's."""
+        try:
+            saved = _flat(OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml")))
+        except (OSError, YAMLError, OmegaConfBaseException):
+            return "a config.yaml that is missing or damaged"
+        own = _flat(OmegaConf.to_container(OmegaConf.create(self.run.resolved)))
+        keys = [key for key in {**saved, **own} if key not in UNHASHED and saved.get(key) != own.get(key)]
+        return (
+            ", ".join(f"{key}={saved.get(key)} instead of {own.get(key)}" for key in keys) or "another version's config"
+        )
 
     def earlier(self, model: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Returns what an unfinished try of this run has found, for `open`; with resume=never its checkpoints go.
@@ -129,6 +143,13 @@ def _compare(what: str, new: Mapping[str, str], old: Mapping[str, str]) -> None:
             f"run: an unfinished run goes on with the {what} it had, got sha256 of {', '.join(changed) or 'none'} "
             f"instead of {', '.join(before) or 'none'}; bring it back, or start afresh with resume=never"
         )
+
+
+def _flat(values: Any, start: str = "") -> dict[str, Any]:
+    """Returns nested mappings as {dotted key: value}."""
+    if not isinstance(values, Mapping):
+        return {start: values}
+    return {k: v for key, own in values.items() for k, v in _flat(own, f"{start}.{key}" if start else str(key)).items()}
 
 
 def _default_path(run: Run) -> Path:

@@ -125,7 +125,8 @@ def predict(trainer: lightning.Trainer, module: FineTuner, data: TaskData, recor
             data.eval_batch_size //= 2
         garbage_collection_cuda()  # now the error, and what its frames held, is gone
     for place, output in devices.gather([pair for batch in batches for pair in batch]):
-        outputs[place] = output
+        if outputs[place] is None:  # a process without a batch of its own repeated the first
+            outputs[place] = output
     return outputs
 
 
@@ -312,6 +313,7 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal, proc
             "cut_off": dict(data.cut_off),
         },
         steps=trainer.global_step,
+        steps_planned=steps,
         selected=[{"step": c.step, "loss": c.loss} for c in callbacks if isinstance(c, KeepBest)],
     )
     stop.check()
@@ -352,7 +354,9 @@ def make_trainer(
 ) -> lightning.Trainer:
     """Returns the Lightning Trainer of a run: TensorBoard events, progress bars, and our checkpoints alone."""
     callbacks: list[Callback] = [stop, RichProgressBar(), EpochOrder(), *([checkpoints] if checkpoints else [])]
-    again_from = checkpoints.found.step if checkpoints and checkpoints.found else None
+    again_from = (
+        checkpoints.found.step if checkpoints and checkpoints.found else 0
+    )  # events of a try that was killed go
     validation: dict[str, Any] = {}
     if run.protocol.num_validation:
         interval = min(run.protocol.validate_every, steps) * run.core.accumulate

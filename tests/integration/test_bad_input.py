@@ -5,6 +5,7 @@ import json
 import pytest
 
 from highrank import run as run_module
+from highrank.cli import main
 
 BAD = [
     ("method=hria", "method: unknown name, got method=hria; did you mean 'hira'"),
@@ -181,3 +182,28 @@ def test_an_existing_run_directory_of_another_config(run_cli, tmp_path):
     assert "nothing was run again" in out
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert json.loads((folder / "results.json").read_text())["status"] == "done"
+
+
+def test_an_adapter_whose_training_was_interrupted_is_not_used(run_cli, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["model=tiny_llama", "max_steps=2", "batch_size=2", "task.n_train=8", "task.n_test=2", f"run_dir={folder}"]
+    assert run_cli(*words)[0] == 0
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "status": "interrupted", "steps": 1}))
+    for command in (["merge", str(folder), "--out", str(tmp_path / "out")], ["eval", str(folder)]):
+        assert main(command) == 2
+        assert (
+            "an adapter is used when its training is over, got status=interrupted at step 1 of 2"
+            in capsys.readouterr().err
+        )
+
+
+def test_another_config_in_a_run_directory_is_refused_with_the_difference(run_cli, tmp_path):
+    folder = tmp_path / "run"
+    words = ["model=tiny_llama", "max_steps=1", "batch_size=2", "task.n_train=8", "task.n_test=2", f"run_dir={folder}"]
+    assert run_cli(*words)[0] == 0
+    status, _, err = run_cli(*words, "lr=0.25", "r=3")
+    assert status == 2
+    assert "lr=0.005 instead of 0.25" in err
+    assert "method.r=" in err
+    assert "batch_size" not in err

@@ -190,3 +190,9 @@ def test_steps_count_every_process(run_cli):
     assert status == 0, err
     plan = json.loads((Path(out.strip().splitlines()[-1]) / "plan.json").read_text())
     assert plan["steps"] == 8  # 13 batches are 7 rounds of two, 4 steps of two rounds, in each of two epochs
+
+
+def test_a_process_without_a_batch_repeats_the_first():
+    shares = [Share(rank, 3) for rank in range(3)]
+    assert [share.of_examples("abcde", 2) for share in shares] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [share.of_examples("ab", 2) for share in shares] == [["a", "b"]] * 3

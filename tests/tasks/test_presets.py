@@ -74,7 +74,8 @@ def test_a_presets_grid_is_of_possible_runs(name):
     axes = section(name)
     fixed = [f"{key}={values[-1]}" for key, values in axes.items() if key not in ("cases", "method")]
     if {"cases", "method"} & axes.keys():
-        assert len(expand([f"experiment={name}", *fixed]).cells) == len(axes.get("cases") or axes["method"])
+        expected = len(axes.get("cases", [0])) * len(axes.get("method", [0]))
+        assert len(expand([f"experiment={name}", *fixed]).cells) == expected
     else:
         compose_run([f"experiment={name}", *fixed])
 

@@ -77,7 +77,7 @@ def merge_run(
             "update_lost": lost,
             "texts": len(texts),
         }
-        if found["error"] > MOST_ERROR and not force:
+        if not found["error"] <= MOST_ERROR and not force:  # nan is refused too
             raise UserError(
                 f"merge: rounding to {dtype} must keep what training changed, got error={found['error']:.2f} > "
                 f"{MOST_ERROR} (argmax agreement {found['argmax_agreement']:.3f}); use --dtype float32, or accept it with "

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import logits
+from trained import logits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from highrank.cli import main

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import logits, write_run
+from trained import logits, write_run
 
 from highrank.backbones import load_backbone
 from highrank.cli import main

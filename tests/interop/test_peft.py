@@ -6,7 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import logits, write_run
+from trained import logits, write_run
 
 from highrank.adapters import read_card
 from highrank.backbones import load_backbone

@@ -26,6 +26,8 @@ from highrank.selection import KeepBest
 CONTENT = {
     "global_step": 3,
     "needs": [],
+    "place": {"epoch": 0, "batch": 1},
+    "processes": [],
     "weights": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2, dtype=torch.int64)},
     "half": [torch.ones(3, dtype=torch.bfloat16), (1, "x", None, 2.5, True)],
     "empty": torch.empty(0, 4),
@@ -108,6 +110,14 @@ def test_the_previous_one_is_kept_and_used_if_the_newest_is_damaged(tmp_path):
     (tmp_path / PREVIOUS).write_bytes(b"")
     with pytest.raises(UserError, match=r"goes on from a whole checkpoint, got previous.ckpt is damaged"):
         newest(tmp_path)
+
+
+def test_a_checkpoint_of_another_layout_is_put_aside(tmp_path):
+    write(tmp_path / PREVIOUS, {**CONTENT, "global_step": 2})
+    write(tmp_path / LAST, {"global_step": 3, "state_dict": {}})
+    found = newest(tmp_path)
+    assert found.step == 2
+    assert "it lacks needs, place, processes" in found.damage
 
 
 def test_a_checkpoint_whose_best_weights_are_damaged_is_not_whole(tmp_path):

@@ -177,7 +177,7 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert f"{done} done before" in last.stdout or done < 6
     assert (folder / "table.csv").read_text() == (tmp_path / "whole" / "table.csv").read_text()
     for log in (folder / "logs").glob("*.txt"):
-        assert log.read_text().count(": done") == 1, log.name
+        assert log.read_text().count(": done") <= 1, log.name  # 0: killed between its results and its last table
 
 
 def test_ctrl_c_stops_the_sweep_and_its_run(tmp_path):

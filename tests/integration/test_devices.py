@@ -148,7 +148,7 @@ def test_every_example_is_evaluated_once(size, batch_size):
     own = [share for rank, share in enumerate(shares) if rank * batch_size < size]  # the others repeat the first batch
     assert sorted(itertools.chain(*own)) == list(range(size))
     whole = [list(range(size))[i : i + batch_size] for i in range(0, size, batch_size)]
-    for rank, share in enumerate(shares):
+    for rank, share in enumerate(own):
         cut = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
         assert cut == [whole[Share(rank, 3).number(i)] for i in range(len(cut))]
 

@@ -1,10 +1,11 @@
 """The command line: `python run.py key=value ...`, and `highrank <command>`."""
 
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from highrank.errors import UserError, suggest
+from highrank.errors import UserError, refused_by_disk, suggest
 
 USAGE = """\
 highrank: parameter-efficient fine-tuning methods, each in one file, compared fairly
@@ -26,31 +27,37 @@ examples
 
 core keys
 """
+COMMANDS = {
+    "run": "highrank.cli:run",
+    "methods": "highrank.cli:methods",
+    "merge": "highrank.interop.commands:merge",
+    "export": "highrank.interop.commands:export",
+    "import": "highrank.interop.commands:import_",
+    "eval": "highrank.interop.commands:evaluate",
+    "analyze": "highrank.analysis.analyze:command",
+    "report": "highrank.lab.page:command",
+}
+"""The function of each command, imported when it is called: help stays instant."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "run": run,
-        "methods": methods,
-        "merge": merge,
-        "export": export,
-        "import": import_,
-        "eval": evaluate,
-        "analyze": analyze,
-        "report": report,
-    }
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
+        if not words or words[0] == "help" or any(word in ("-h", "--help") for word in words):
             return show_help()
-        if any(word in ("-h", "--help") for word in words):
-            return show_help()
-        if words[0] not in commands:
-            raise UserError(f"highrank: unknown command, got {words[0]}{suggest(words[0], commands)}")
-        return commands[words[0]](words[1:])
+        if words[0] not in COMMANDS:
+            raise UserError(f"highrank: unknown command, got {words[0]}{suggest(words[0], COMMANDS)}")
+        module, function = COMMANDS[words[0]].split(":")
+        return int(getattr(importlib.import_module(module), function)(words[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not refused_by_disk(error):
+            raise
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"error: {words[0]}: its files must be readable and writable, got {said}; make room", file=sys.stderr)
         return 2
 
 
@@ -70,8 +77,6 @@ def show_help() -> int:
 
 
 def run(words: list[str]) -> int:
-    if "-h" in words or "--help" in words:
-        return show_help()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if any(word in ("-m", "--multirun") for word in words):
         from highrank.lab.sweep import Sweep
@@ -115,42 +120,6 @@ def methods(words: list[str]) -> int:
         table.add_row(name, formula, fields)
     Console().print(table)
     return 0
-
-
-def merge(words: list[str]) -> int:
-    from highrank.interop.commands import merge
-
-    return merge(words)
-
-
-def export(words: list[str]) -> int:
-    from highrank.interop.commands import export
-
-    return export(words)
-
-
-def import_(words: list[str]) -> int:
-    from highrank.interop.commands import import_
-
-    return import_(words)
-
-
-def evaluate(words: list[str]) -> int:
-    from highrank.interop.commands import evaluate
-
-    return evaluate(words)
-
-
-def analyze(words: list[str]) -> int:
-    from highrank.analysis.analyze import command
-
-    return command(words)
-
-
-def report(words: list[str]) -> int:
-    from highrank.lab.page import command
-
-    return command(words)
 
 
 def run_script() -> int:

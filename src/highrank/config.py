@@ -9,6 +9,7 @@ A bare key is a core key (a field of `RunConfig`) or a field of the chosen metho
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,8 @@ class RunConfig:
     """Prompt, masking, cut-off, decoding and answer rule."""
     trainer: Any = None
     """Arguments of the Lightning Trainer: accelerator, devices, strategy, precision."""
-    sweep: Any = (
-        None  # only in presets: the axes that `-m` sweeps, {key: [values]}, and `cases` of keys that vary together
-    )
+    # only in presets: the axes that `-m` sweeps, {key: [values]}, and `cases` of keys that vary together
+    sweep: Any = None
     path: str | None = None
     """A local folder with config.json, tokenizer and safetensors, used before any other source."""
     placement: Any = "fc_qkv"
@@ -189,15 +189,35 @@ def compose_run(words: Sequence[str]) -> Run:
     method = method_of(words)
     overrides = rewrite(words, [method])
     config = _compose(overrides)
-    if any(_key(word) == "method" for word in words):  # in a preset's place: its fields stay where this one has them
-        given = [_key(word).removeprefix("method.") for word in overrides]
+    if any(key_of(word) == "method" for word in words):  # in a preset's place: its fields stay where this one has them
+        given = [key_of(word).removeprefix("method.") for word in overrides]
         known = ["name", *given, *(field.name for field in dataclasses.fields(method.config))]
         config.method = {key: value for key, value in config.method.items() if key in known}
     return build(config)
 
 
-def _key(word: str) -> str:
+def key_of(word: str) -> str:
+    """Returns the key of a command-line word."""
     return word.partition("=")[0].lstrip("+")
+
+
+NOT_TEXTS = ("null", "true", "false", "nan", "inf")
+"""What Hydra reads as something else than a text."""
+
+
+def spelled(value: Any) -> str:
+    """Returns a value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(spelled, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{spelled(item)}' for key, item in value.items())}}}"
+    if isinstance(value, str) and (value.lower() in NOT_TEXTS or not re.fullmatch(r"[a-zA-Z_/][\w/.+-]*", value)):
+        return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", value).replace("'", "\\'") + "'"
+    return str(value)
 
 
 def scaled(words: Sequence[str]) -> list[str]:
@@ -206,8 +226,8 @@ def scaled(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: for another scale, or without an experiment.
     """
-    scales = [word.partition("=")[2] for word in words if word.partition("=")[0] == "scale"]
-    kept = [word for word in words if word.partition("=")[0] != "scale"]
+    scales = [word.partition("=")[2] for word in words if key_of(word) == "scale"]
+    kept = [word for word in words if key_of(word) != "scale"]
     if not scales:
         return kept
     if scales[-1] not in ("paper", "small"):

@@ -1,11 +1,27 @@
 """The one error a person sees: what part, which rule, what was given, how to mend it."""
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+
+DISK = (
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR),
+    *(errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
+)
+"""Numbers of errors that no program can mend: no room, no right, or something else in a file's place."""
 
 
 class UserError(ValueError):
     """Bad input. The command line prints the message alone and exits with status 2."""
+
+
+def refused_by_disk(error: Exception) -> bool:
+    """Whether a file could not be read or written for one of the reasons in `DISK`."""
+    if isinstance(error, OSError):
+        return error.errno in DISK
+    said = re.search(r"\(os error (\d+)\)", str(error))  # by safetensors and tokenizers, which have errors of their own
+    return said is not None and int(said[1]) in DISK
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

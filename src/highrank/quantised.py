@@ -82,7 +82,32 @@ def _quantised(module: nn.Linear, kind: str) -> nn.Module:
         group = math.gcd(module.in_features, 128)
         config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))  # type: ignore[attr-defined]
     quantize_(module, config)
-    return module.requires_grad_(False)
+    layer = TorchaoLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    layer.weight, layer.bias = module.weight, module.bias
+    return layer.requires_grad_(False)
+
+
+class Product(torch.autograd.Function):
+    """x Wᵀ + bias with a torchao weight, which is made dense for the product: once more in backward, not kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        y = F.linear(x, weight)
+        return y.clone() if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (weight,) = ctx.saved_tensors
+        dx = g @ weight.dequantize().to(g.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+
+
+class TorchaoLinear(nn.Linear):
+    """A linear layer with a torchao weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Product.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -146,7 +171,7 @@ class QuantisedWeight(Tensor):
         """Returns x Wᵀ + bias as the layer computes it, (..., out_features) in x's dtype."""
         weight = self.layer.weight
         if not hasattr(weight, "quant_state"):
-            return F.linear(x.to(self.dtype), weight, None if bias is None else bias.to(self.dtype)).to(x.dtype)
+            return Product.apply(x.to(self.dtype), weight, None if bias is None else bias.to(self.dtype)).to(x.dtype)
         from bitsandbytes import matmul_4bit
 
         z = x.to(self.dtype)

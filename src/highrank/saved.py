@@ -2,9 +2,8 @@
 
 import functools
 import os
-import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from yaml import YAMLError
 
 from highrank.adapters import Adapters
 from highrank.backbones import Backbone
-from highrank.config import CORE_KEYS, UNHASHED, Run, build, compose_run, register_configs
-from highrank.errors import UserError, suggest
-from highrank.results import read_results
+from highrank.config import CORE_KEYS, UNHASHED, Run, build, compose_run, register_configs, spelled
+from highrank.errors import UserError, refused_by_disk, suggest
+from highrank.protocol import digest
+from highrank.results import changed, model_files, read_results
 from highrank.run import build_model
 
 GIVEN_ANEW = (
@@ -31,10 +31,6 @@ GIVEN_ANEW = (
     "eval_batch_size",
 )
 """What may be given anew for a trained adapter; everything else is what it was trained with."""
-
-
-WORDS = ("null", "true", "false", "nan", "inf")
-"""What Hydra reads as something else than a text."""
 
 
 def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
@@ -56,8 +52,15 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
     register_configs()
     try:
         config = OmegaConf.load(folder / "config.yaml")
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        values: Any = OmegaConf.to_container(config)
+        stated = digest({key: value for key, value in values.items() if key not in UNHASHED})
+    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
         raise UserError(f"run: config.yaml is damaged, got {str(error).splitlines()[0]} in {folder}") from error
+    if stated != results["config_hash"]:
+        raise UserError(
+            f"run: config.yaml must be the one trained with, got hash {stated[:12]}… instead of "
+            f"{results['config_hash'][:12]}… in {folder}; bring it back, or train again under another run_dir"
+        )
     run = build(config)
     return _with(run, words) if words else run
 
@@ -109,21 +112,6 @@ def _choices(run: Run) -> list[str]:
     ]
 
 
-def spelled(value: Any) -> str:
-    """Returns a value in Hydra's grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(spelled, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{spelled(item)}' for key, item in value.items())}}}"
-    if isinstance(value, str) and (value.lower() in WORDS or not re.fullmatch(r"[a-zA-Z_/][\w/.+-]*", value)):
-        return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", value).replace("'", "\\'") + "'"
-    return str(value)
-
-
 def load_run(folder: Path | str, words: Sequence[str] = ()) -> tuple[Run, Backbone, Adapters]:
     """Returns the run, its backbone and its adapters with their trained values."""
     run = read_run(folder, words)
@@ -135,11 +123,12 @@ def load_run(folder: Path | str, words: Sequence[str] = ()) -> tuple[Run, Backbo
 
 def check_base(folder: Path | str, backbone: Backbone) -> None:
     """Raises UserError unless the backbone is the one that the run was trained on."""
-    recorded = read_results(Path(folder))["model"]["sha"]
-    if backbone.source.sha != recorded:
+    recorded = read_results(Path(folder))["model"]
+    new, old = model_files({"name": recorded["name"], **vars(backbone.source)}, recorded)
+    if new != old:
         raise UserError(
-            f"run: the base must be the one trained on, got sha={backbone.source.sha} from {backbone.source.kind} "
-            f"instead of {recorded} for {folder}; give the right folder with path=<folder>"
+            f"run: the base must be the one trained on, got {changed(new, old)} in {backbone.source.location} for "
+            f"{folder}; give the right folder with path=<folder>"
         )
 
 
@@ -147,20 +136,40 @@ def check_new(part: str, out: Path | str) -> Path:
     """Returns the output folder of a command.
 
     Raises:
-        UserError: if it exists and is not empty.
+        UserError: if it exists and is not empty, or nothing can be written where it would be.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{part}: the output folder must be new or empty, got --out {out}; choose another")
-    return out
+    existing = next(folder for folder in out.absolute().parents if folder.exists())
+    with _writing(part, out), tempfile.TemporaryDirectory(dir=existing):
+        return out
 
 
 @contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which becomes `out` in one rename if nothing goes wrong inside."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        ready = Path(scratch) / "ready"
-        ready.mkdir()
-        yield ready
-        os.replace(ready, out)
+def _writing(part: str, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not refused_by_disk(error):
+            raise
+        raise UserError(
+            f"{part}: the output folder must be writable, got --out {out} ({type(error).__name__}: {error}); make room, "
+            "or choose another"
+        ) from error
+
+
+@contextmanager
+def written_whole(part: str, out: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `out` in one rename if nothing goes wrong inside.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    with _writing(part, out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            ready = Path(scratch) / "ready"
+            ready.mkdir()
+            yield ready
+            os.replace(ready, out)

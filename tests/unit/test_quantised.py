@@ -47,13 +47,13 @@ def wide(monkeypatch):
     monkeypatch.setattr(backbones, "tiny_config", lambda name: {**narrow(name), **sizes})
 
 
-def adapted(method, kind, dense=False, dtype="float32", model="tiny_qwen2"):
+def adapted(method, kind, dense=False, dtype="float32", model="tiny_qwen2", placement="all"):
     backbone = load_backbone({"name": model, "dtype": dtype, "quantize": kind}, None)
     if dense:
         dequantise_model(backbone.model)
     cls = load("methods", method)
     cfg = cls.config(**{key: value for key, value in FIELDS.items() if key in cls.config.__dataclass_fields__})
-    views = resolve(backbone.model, "all") if cls.site == "weight" else []
+    views = resolve(backbone.model, placement) if cls.site == "weight" else []
     adapters = attach(backbone.model, views, cls, cfg, tokenizer=backbone.tokenizer)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -90,6 +90,31 @@ def test_a_step_is_that_of_the_dequantised_weights(method, kind, times_dequantis
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)  # fp32, the products in another order
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@kinds
+@pytest.mark.parametrize("method", sorted(set(METHODS) - NEED_THE_MATRIX))
+def test_no_dense_matrix_waits_for_backward(method, kind):
+    adapters = adapted(method, kind, placement="qv")
+    layers = [
+        module
+        for module in adapters.model.modules()
+        if isinstance(module, nn.Linear) and quantised.is_quantised(module)
+    ]
+    shapes = {torch.Size((layer.out_features, layer.in_features)) for layer in layers}
+    shapes |= {shape[::-1] for shape in shapes}
+    trained = {parameter.data_ptr() for _, parameter in adapters.named_parameters()}
+    kept = []
+
+    def keep(tensor):
+        if type(tensor) is torch.Tensor and tensor.shape in shapes and tensor.data_ptr() not in trained:
+            kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step(adapters)
+    assert len(layers) == 2 * 7
+    assert not kept
 
 
 @kinds

@@ -3,13 +3,12 @@
 highrank analyze RUN... [--full RUN] [--out DIR] [--sketch COLUMNS] [--tiny SIZE]
 """
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -24,6 +23,7 @@ from highrank.backbones import sha256
 from highrank.config import UNHASHED, Run
 from highrank.errors import UserError
 from highrank.results import read_results
+from highrank.words import Words
 
 console = Console()
 FOLDER = "analysis"
@@ -324,22 +324,16 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     write_atomic(file, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
-class Words(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"analyze: {message}; use: highrank analyze RUN... [--full RUN] [--out DIR]")
-
-
 def command(words: list[str]) -> int:
     """`highrank analyze`: prints the tables, and last the folder of the figures."""
     from highrank.lab import dashboard
 
-    parser = Words(prog="highrank analyze", add_help=False)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser = Words("analyze", "RUN... [--full RUN] [--out DIR] [--sketch COLUMNS] [--tiny SIZE]")
     parser.add_argument("--full", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sketch", type=int)
     parser.add_argument("--tiny", type=float, default=Settings.tiny)
-    given = parser.parse_args(words)
+    given = parser.options(words, "runs")
     figures = analyze(given.runs, given.full, given.out, Settings(given.tiny, given.sketch))
     for run in given.runs:
         dashboard.refresh(run)

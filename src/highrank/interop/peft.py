@@ -29,12 +29,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from torch import Tensor
 
 from highrank import configs
 from highrank.adapters import Adapters, write_atomic
 from highrank.backbones import empty_model, head_modules, model_config, sha256
-from highrank.config import Run, compose_run
+from highrank.config import Run, compose_run, spelled
 from highrank.errors import UserError, suggest
 from highrank.interop.card import model_card
 from highrank.placement import WeightView, is_transposed, resolve, weight_of
@@ -42,7 +43,7 @@ from highrank.plan import adapted_views, count
 from highrank.registry import load
 from highrank.results import RunDirectory
 from highrank.run import build_model
-from highrank.saved import check_new, load_run, read_run, spelled, written_whole
+from highrank.saved import check_new, load_run, read_run, written_whole
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -114,7 +115,7 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
         "revision": run.model["revision"],
         "inference_mode": True,
     }
-    with written_whole(out_folder) as ready:
+    with written_whole("export", out_folder) as ready:
         write_atomic(ready / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         write_atomic(ready / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
         write_atomic(ready / "README.md", model_card(run, Path(folder), "peft").encode())
@@ -226,9 +227,7 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
     out_folder, folder = check_new("import", out), Path(folder)
     config = read_config(folder)
     method, fields = read_fields(config)
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"import: weights are read from {WEIGHTS} only, got none in {folder}")
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    tensors = read_tensors(folder)
     given = {word.partition("=")[0] for word in words}
     base = [] if given & {"model", "path"} else _base_words(config)
     chosen = [
@@ -254,7 +253,7 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
         )
     backbone, adapters = build_model(run, task)
     adapters.load_state_dict(from_peft(adapters, config, tensors))
-    with written_whole(out_folder) as ready:
+    with written_whole("import", out_folder) as ready:
         directory = RunDirectory(run)
         directory.path = ready
         directory.open()
@@ -276,7 +275,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"import: a PEFT adapter folder holds a readable {CONFIG}, got {folder} ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise UserError(f"import: {CONFIG} must name its peft_type, got none in {folder}")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise UserError(f"import: a base model is named by a text, got base_model_name_or_path={base} in {folder}")
     return config
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Returns what adapter_model.safetensors holds."""
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"import: weights are read from {WEIGHTS} only, got none in {folder}")
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"import: {WEIGHTS} is damaged, got {error} in {folder}; fetch it again") from error
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise UserError(
+                f"import: an adapter holds finite numbers, got {key} ({tensor.dtype}) with others in {folder}"
+            )
+    return tensors
 
 
 NEUTRAL: tuple[Any, ...] = (None, False, "", "none", {}, [])

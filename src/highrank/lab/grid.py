@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from highrank import configs, registry
-from highrank.config import CORE_KEYS, GROUPS, Run, compose_run, method_of
+from highrank.config import CORE_KEYS, GROUPS, Run, compose_run, key_of, method_of, spelled
 from highrank.errors import UserError
 
 
@@ -44,8 +44,8 @@ class Cell:
 
     def with_words(self, *words: str) -> "Cell":
         """Returns the cell with some keys given anew."""
-        keys = {word.partition("=")[0] for word in words}
-        kept = [word for word in self.words if word.partition("=")[0] not in keys]
+        keys = {key_of(word) for word in words}
+        kept = [word for word in self.words if key_of(word) not in keys]
         return Cell((*kept, *words), self.axes, compose_run([*kept, *words]))
 
 
@@ -65,7 +65,7 @@ def expand(words: Sequence[str]) -> Grid:
         UserError: naming every cell that cannot be, or if nothing is swept.
     """
     fixed, axes = _split(words)
-    given = {_key(word) for word in fixed}.union(*(choice for choices in axes.values() for choice in choices))
+    given = {key_of(word) for word in fixed}.union(*(choice for choices in axes.values() for choice in choices))
     preset = _preset_axes(fixed)
     for key, choices in preset.items():
         kept = [{name: value for name, value in choice.items() if name not in given} for choice in choices]
@@ -79,8 +79,8 @@ def expand(words: Sequence[str]) -> Grid:
     cells: dict[str, Cell] = {}
     problems: list[tuple[Mapping[str, Any], UserError]] = []
     for all_words, chosen in planned:
-        own = [word for word in all_words if not _foreign(_key(word), method_of(all_words), methods)]
-        left = {_key(word) for word in own}
+        own = [word for word in all_words if not _foreign(key_of(word), method_of(all_words), methods)]
+        left = {key_of(word) for word in own}
         try:
             cell = Cell(tuple(own), {k: v for k, v in chosen.items() if k in left}, compose_run(own))
             cells.setdefault(cell.run.hash, cell)
@@ -107,7 +107,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, list[dict[str, An
     for word in words:
         if "=" not in word:
             raise UserError(f"command line: give key=value, got {word}")
-        key = _key(word)
+        key = key_of(word)
         if key == "cases":
             axes["cases"] = _cases(_parse(word).value())
             continue
@@ -133,10 +133,16 @@ def _parse(word: str) -> Any:
         raise UserError(f"config: {str(error).strip().splitlines()[0]}, got {word}") from error
 
 
+def preset_of(words: Sequence[str]) -> str | None:
+    """Returns the chosen preset's name."""
+    names = [word.partition("=")[2] for word in words if key_of(word) == "experiment"]
+    return names[-1] if names else None
+
+
 def _preset_axes(fixed: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Returns the axes in the section `sweep` of the chosen preset."""
-    names = [word.partition("=")[2] for word in fixed if _key(word) == "experiment"]
-    file = Path(configs.__path__[0]) / "experiment" / f"{names[-1]}.yaml" if names else None
+    preset = preset_of(fixed)
+    file = Path(configs.__path__[0]) / "experiment" / f"{preset}.yaml" if preset else None
     if file is None or not file.is_file():
         return {}
     section: Any = OmegaConf.to_container(OmegaConf.load(file)).get("sweep") or {}  # type: ignore[union-attr]
@@ -168,23 +174,7 @@ def _by_key(axes: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Any]]:
 
 
 def _words(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={_spelled(value)}" for key, value in values.items()]
-
-
-def _spelled(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_spelled, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{k}:{_spelled(v)}' for k, v in value.items())}}}"
-    return (
-        {True: "true", False: "false", None: "null"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
+    return [f"{key}={value if key in GROUPS else spelled(value)}" for key, value in values.items()]
 
 
 def _foreign(key: str, method: Any, methods: Iterable[Any]) -> bool:

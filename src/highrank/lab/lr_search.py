@@ -62,7 +62,10 @@ class Search:
         """Executes every arm's trials in `folder`, and returns what was found."""
         seed = cells[0].run.core.seed
         arms = {digest(cell.arm): cell for cell in cells}
-        trials = {key: [(rate, trial(cell, rate, seed)) for rate in self.rates(cell)] for key, cell in arms.items()}
+        trials = {
+            key: [(rate, base.with_words(f"lr={rate:g}")) for rate in self.rates(base)]
+            for key, base in ((key, trial(cell, seed)) for key, cell in arms.items())
+        }
         execute([own for arm in trials.values() for _, own in arm])
         records = {key: record(arms[key], own, folder) for key, own in trials.items()}
         chosen = [
@@ -96,9 +99,9 @@ def parse(word: str | None, grid: Grid) -> Search | None:
     return Search(given)
 
 
-def trial(cell: Cell, rate: float, seed: int) -> Cell:
-    """Returns the run that tries a rate for a cell's arm."""
-    words = [f"lr={rate:g}", f"seed={seed}", "eval_before=false", "eval_test=false", "general_text=null"]
+def trial(cell: Cell, seed: int) -> Cell:
+    """Returns the run that tries a rate for a cell's arm, at the method's own."""
+    words = [f"seed={seed}", "eval_before=false", "eval_test=false", "general_text=null"]
     if cell.run.protocol.num_validation == 0:
         held_out = max(1, min(MOST_HELD_OUT, make_plan(cell.run).num_train // 10))
         words.append(f"protocol.num_validation={held_out}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 
@@ -18,6 +18,7 @@ from highrank.lab import figures, tables
 from highrank.lab.runs import Record, flat, read_runs, read_sweep
 from highrank.lab.scores import MIXES, Item, Results, collect, compare, items, label, pivot, settings
 from highrank.lab.statistics import ALPHA
+from highrank.words import Words
 
 WIDE = ("pareto", "transfer", "rank-maps", "spectra")
 """Figures of several panels, which take the page's width."""
@@ -203,21 +204,18 @@ def _provenance(source: Source, results: Results) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-class Words(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"report: {message}; use: highrank report SWEEP_OR_RUN... [--out DIR]")
-
-
 def command(words: list[str]) -> int:
     """`highrank report`: prints what is not in the tables, the finding, and last the page."""
-    parser = Words(prog="highrank report", add_help=False)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser = Words(
+        "report",
+        "SWEEP_OR_RUN... [--out DIR] [--mix protocols|data] [--rows KEY,...] [--columns KEY,...] [--baseline KEY=VALUE,...]",
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--mix", type=_listed, default=[])
     parser.add_argument("--rows", type=_listed, default=[])
     parser.add_argument("--columns", type=_listed, default=[])
     parser.add_argument("--baseline", type=_pairs)
-    given = parser.parse_args(words)
+    given = parser.options(words, "folders")
     for part in given.mix:
         if part not in MIXES:
             raise UserError(f"report: --mix takes {' or '.join(MIXES)}, got --mix {part}")

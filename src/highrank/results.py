@@ -91,7 +91,7 @@ class RunDirectory:
             key: found[key] for key in ("model", "data", "metrics", "time", "resumed", "parts") if key in found
         }
         if "metrics" in kept or checkpoints.exists():
-            _compare("model", {model["name"]: model["sha"]}, {found["model"]["name"]: found["model"]["sha"]})
+            _compare("model", *model_files(model, found["model"]))
             _compare("data", *({row["name"]: row["sha256"] for row in rows} for rows in (data, found["data"])))
         return kept
 
@@ -126,6 +126,15 @@ class RunDirectory:
         if self.writes:
             write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
 
+    def fail(self, status: str, error: str, **values: Any) -> None:
+        """Writes down what ended the run, once: any of several processes may run out of memory while the first waits."""
+        if not self.opened and (self.writes or status != "oom"):
+            return
+        found = read_results(self.path)
+        if found["status"] == "running":
+            self.results = {**found, "status": status, "error": error, **values}
+            write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
+
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes predictions/<name>.jsonl, one JSON object per example in the data's order."""
         if not self.writes:
@@ -137,12 +146,29 @@ class RunDirectory:
 
 def _compare(what: str, new: Mapping[str, str], old: Mapping[str, str]) -> None:
     if new != old:
-        changed = [f"{name} {own[:12]}…" for name, own in new.items() if old.get(name) != own]
-        before = [f"{name} {own[:12]}…" for name, own in old.items() if new.get(name) != own]
         raise UserError(
-            f"run: an unfinished run goes on with the {what} it had, got sha256 of {', '.join(changed) or 'none'} "
-            f"instead of {', '.join(before) or 'none'}; bring it back, or start afresh with resume=never"
+            f"run: an unfinished run goes on with the {what} it had, got {changed(new, old)}; bring it back, or start "
+            "afresh with resume=never"
         )
+
+
+def changed(new: Mapping[str, str], old: Mapping[str, str]) -> str:
+    """Returns which files are not the same, given the sha256 of each by name."""
+    lists = [
+        ", ".join(f"{name} {own[:12]}…" for name, own in one.items() if other.get(name) != own) or "none"
+        for one, other in ((new, old), (old, new))
+    ]
+    return f"sha256 of {lists[0]} instead of {lists[1]}"
+
+
+def model_files(*models: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns the sha256 of each model's files by name; of all of them the one recorded `sha`, where one has no more.
+
+    A random model has no files, and before they were recorded a run held `sha` alone.
+    """
+    if all(model.get("files") for model in models):
+        return [dict(model["files"]) for model in models]
+    return [{model["name"]: model["sha"]} for model in models]
 
 
 def _flat(values: Any, start: str = "") -> dict[str, Any]:

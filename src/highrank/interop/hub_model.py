@@ -67,7 +67,7 @@ def merge_run(
         y0 = logits(model, texts)
     lost = update_lost(adapters, DTYPES[dtype])
     merged: Any = adapters.unload()
-    with written_whole(out_folder) as ready:
+    with written_whole("merge", out_folder) as ready:
         merged.to(DTYPES[dtype]).save_pretrained(ready)
         backbone.tokenizer.save_pretrained(ready)
         again = type(merged).from_pretrained(ready, dtype=torch.float32, use_safetensors=True).eval()

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shlex
 from pathlib import Path
 
 import highrank.configs
@@ -10,6 +12,7 @@ import yaml
 
 from highrank.config import compose_run
 from highrank.errors import UserError
+from highrank.lab import published
 from highrank.lab.grid import expand
 from highrank.plan import make_plan
 
@@ -143,3 +146,75 @@ def test_a_dry_run_counts_the_data_where_there_is_some(run_cli, folder, tmp_path
     status, _, err = run_cli(*words, "placement=q", "dry_run=true", f"run_dir={tmp_path / 'run'}")
     assert status == 0, err
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["num_train"] == 3
+
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+PAGES = sorted(page for paper in ("hira", "hyperadapt") for page in (EXPERIMENTS / paper).glob("*/README.md"))
+SHOWN = {"HiRA": {"Table": {1, 2, 3, 4, 5, 6, 9, 12, 13, 14}, "Figure": {1, 2, 4, 5, 6, 7, 8, 9, 10, 11}}}
+SHOWN |= {"HyperAdapt": {"Figure": {1, 3, 4, 5}}}
+
+
+def commands(page):
+    """The words of the commands in a page's code block that run an experiment."""
+    lines = [
+        shlex.split(line, comments=True) for line in page.read_text().splitlines() if line.startswith("python run")
+    ]
+    return [line[2:] for line in lines if any(word.startswith("experiment=") for word in line)]
+
+
+def preset_of(words):
+    ending = "_small" if "scale=small" in words else ""
+    return next(word for word in words if word.startswith("experiment=")).removeprefix("experiment=") + ending
+
+
+def title_of(page):
+    return page.read_text().splitlines()[0].removeprefix("# ")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_the_commands_of_an_experiment_are_possible(page):
+    """Each with the first value of every axis; the places for a user's own folders are left out."""
+    assert commands(page)
+    for command in commands(page):
+        assert preset_of(command) in PRESETS
+        words = [
+            word for word in command if word != "-m" and not word.startswith(("lr_search=", "task.data", "task.bert"))
+        ]
+        compose_run([word.split(",")[0] for word in words])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_an_experiment_says_what_it_asks_costs_expects_and_found(page):
+    text = page.read_text()
+    places = [
+        text.find(part) for part in ("**Question.**", "```bash", "**Budget.**", "**Expected.**", "\n## Result at small")
+    ]
+    assert min(places) > 0
+    assert places == sorted(places)
+    assert f"({page.relative_to(EXPERIMENTS)})" in (EXPERIMENTS / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_every_preset_of_the_papers_is_in_an_experiment():
+    used = {preset_of(command) for page in PAGES for command in commands(page)}
+    assert used == set(PRESETS)
+
+
+def test_every_table_and_figure_has_an_experiment():
+    found = {}
+    for paper, titles in itertools.groupby(map(title_of, PAGES), key=lambda title: title.partition(",")[0]):
+        kind = None
+        for word in re.findall(r"Table|Figure|\d+", " ".join(title.partition(":")[0] for title in titles)):
+            kind = word if not word.isdigit() else kind
+            found.setdefault(paper, {}).setdefault(kind, set()).update([int(word)] if word.isdigit() else [])
+    assert {paper: {kind: found[paper].get(kind) for kind in kinds} for paper, kinds in SHOWN.items()} == SHOWN
+    tables = {row.source.split(", ")[1] for row in published.ROWS if row.source.startswith("HyperAdapt")}
+    assert {title.partition(", ")[2] for title in map(title_of, PAGES)} >= tables
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_an_experiment_names_the_steps_of_its_small_scale(page):
+    said = {int(number) for number in re.findall(r"(\d+) steps of 16", page.read_text())}
+    small = [name for name in map(preset_of, commands(page)) if name.endswith("_small")]
+    assert said <= {compose_run([f"experiment={name}"]).core.max_steps for name in small}

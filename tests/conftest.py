@@ -7,41 +7,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the processes that tests start inherit it
 
-import ipaddress
-import socket
-from typing import Any
+import runpy
+from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """Refuses every connection that leaves this machine."""
-
-    def local(connect: Any) -> Any:
-        def call(self: socket.socket, address: Any) -> Any:
-            if isinstance(address, tuple) and not is_local(address[0]):
-                raise OSError(f"tests are offline, got a connection to {address}")
-            return connect(self, address)
-
-        return call
-
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, name, local(getattr(socket.socket, name)))
-
-
-def is_local(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host == "localhost"
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((host, 0))  # one of this machine's own addresses
-        except OSError:
-            return False
-    return True
+OFFLINE = Path(__file__).parent / "offline"
+if os.environ.get("PYTHONPATH", "").split(os.pathsep)[0] != str(OFFLINE):  # a worker of xdist has it already
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+    runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@
 
 All sides hold the same adapter (its start, moved by noise) on the same model and answer the same test prompts with the
 same decoding, at most 16 tokens unless protocol.max_new_tokens says otherwise. Ours: the evaluation loader (sorted by
-length) and `predict_step`. generate: batches in the data's order, padded on the left, to `generate` of our model. PEFT:
-the same with `PeftModel.generate`, its adapter unmerged. In each round every side answers at every batch size once, in
-shuffled order. "same text" is the share of prompts to which a side wrote what ours did; in 16 bits rounding makes it less
-than 1.
+length) and `outputs`. generate: batches in the data's order, padded on the left, to `generate` of our model. no adapter:
+the same with the frozen model, always to the last token: about the most that any method can reach. PEFT: the same with
+`PeftModel.generate`, its adapter unmerged. In each round every side answers at every batch size once, in shuffled order.
+"same text" is the share of prompts to which a side wrote what ours did; in 16 bits rounding makes it less than 1.
 """
 
 import argparse
@@ -45,14 +45,14 @@ def our_side(module: FineTuner, data: TaskData, records: Sequence[Any], device: 
     @torch.inference_mode()
     def answer() -> None:
         for i, batch in enumerate(data.eval_dataloader(records)):
-            for place, text in module.predict_step({key: value.to(device) for key, value in batch.items()}, i):
+            for place, text in module.outputs({key: value.to(device) for key, value in batch.items()}, i):
                 texts[place] = text
 
     return answer
 
 
 def plain_side(
-    model: Any, module: FineTuner, data: TaskData, records: Sequence[Any], device: str, texts: list[str]
+    model: Any, module: FineTuner, data: TaskData, records: Sequence[Any], device: str, texts: list[str], **more: Any
 ) -> Callable:
     tokenizer, size = data.tokenizer, data.eval_batch_size
 
@@ -67,7 +67,7 @@ def plain_side(
                 attention_mask=mask.to(device),
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-                **module.decoding,
+                **{**module.decoding, **more},
             )
             out = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
             texts[start : start + size] = out
@@ -86,7 +86,8 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     backbone, adapters = build_model(run, task)
     adapters.model.to(args.device)
     move_off_start(adapters)
-    models, gap = {"generate": adapters.model}, None
+    frozen = load_backbone(run.model, run.core.path).model.to(args.device).eval()
+    models, gap = {"generate": adapters.model, "no adapter": frozen}, None
     try:
         models["PEFT"] = add_peft(
             load_backbone(run.model, run.core.path).model.to(args.device), method, adapters
@@ -103,7 +104,8 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
         texts |= {(name, size): [""] * len(records) for name in ("ours", *models)}
         sides["ours", size] = our_side(module, data, records, args.device, texts["ours", size])
         for name, model in models.items():
-            sides[name, size] = plain_side(model, module, data, records, args.device, texts[name, size])
+            more = {"min_new_tokens": run.protocol.max_new_tokens} if model is frozen else {}
+            sides[name, size] = plain_side(model, module, data, records, args.device, texts[name, size], **more)
     note(f"{method}: {len(sides)} sides, {args.warmups + args.rounds} rounds")
     times = interleave(sides, args.rounds, args.warmups, args.device)
     each = {key: [t / len(texts[key]) for t in times[key]] for key in sides}
@@ -138,7 +140,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for method in args.methods.split(","):
         results[method] = measure(method, args)
         for size, at in results[method].items():
-            for side in ("ours", "generate", "PEFT"):
+            for side in ("ours", "generate", "no adapter", "PEFT"):
                 if "gap" in at[side]:
                     rows.append([method, size, side, f"– ({at[side]['gap']})", "", "", ""])
                     continue

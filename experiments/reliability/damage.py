@@ -48,7 +48,7 @@ def save_checkpoint(adapters: Adapters, file: Path) -> None:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     states = {"state_dict": adapters.state_dict(), "optimizer_states": [optimizer.state_dict()]}
-    write(file, {"global_step": 1, **states, "processes": [{"generators": generators()}]})
+    write(file, {"global_step": 1, **states, "processes": [{"generators": generators(torch.device("cpu"))}]})
 
 
 def damage(raw: bytes, draw: random.Random) -> tuple[str, bytes]:

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for case, step, words in (
                 ("training", "training_step", []),
                 ("auto_microbatch", "training_step", ["auto_microbatch=true"]),
-                ("evaluation", "predict_step", ["eval_batch_size=128"]),
+                ("evaluation", "outputs", ["eval_batch_size=128"]),
             ):
                 folder = Path(name) / f"run{len(tries)}"
                 status, said, found = attempt(folder, step, room, *words)

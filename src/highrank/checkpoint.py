@@ -9,6 +9,7 @@ A file is what `torch.save` writes, followed by the sha256 of that; it is loaded
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -61,7 +62,7 @@ def write(path: Path, content: Mapping[str, Any], previous: Path | None = None) 
             file.flush()
             os.fsync(file.fileno())
         if _digest(fresh) != buffer.getbuffer()[-DIGEST_BYTES:]:
-            raise OSError(f"{fresh} was not written as it was given")
+            raise OSError(errno.EIO, "not written as it was given", str(fresh))
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(fresh, path)
@@ -188,15 +189,20 @@ class Checkpoints(Callback):
     gradient is used up, a validation after it is done.
     """
 
-    def __init__(self, folder: Path, every: int, sampler: LengthBuckets, stop: Any):
+    def __init__(self, folder: Path, every: int, sampler: LengthBuckets, stop: Any, first: bool = False):
         self.path, self.every, self.sampler, self.stop = folder / LAST, every, sampler, stop
-        self.found = newest(folder)
-        """What training goes on from."""
+        self.first = first
+        """Whether one is saved before the first step too."""
+        self.find()
         self.seconds = 0.0
         """Time of training, without what was lost in a kill."""
         self._generators: dict[str, Any] | None = None
         self._began = self._saved_step = 0
         self._saved_at = self._counted_to = 0.0
+
+    def find(self) -> None:
+        """Looks for what training goes on from: `found`."""
+        self.found = newest(self.path.parent)
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._began = self._saved_step = trainer.global_step
@@ -204,7 +210,7 @@ class Checkpoints(Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, index: int) -> None:
         if self._generators is not None:
-            set_generators(self._generators)
+            set_generators(self._generators, trainer.strategy.root_device)
             self._generators = None
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step  # Lightning may be one ahead
         if index % trainer.accumulate_grad_batches:
@@ -212,6 +218,7 @@ class Checkpoints(Callback):
         self.stop.agree(trainer)
         age = devices.highest(int(time.perf_counter() - self._saved_at), trainer.strategy.root_device)
         due = trainer.global_step - self._saved_step >= self.every or age >= 60 * MINUTES_BETWEEN
+        due |= self.first and self.found is None and trainer.global_step == 0
         stopping = self.stop.received is not None and trainer.global_step > self._began  # every try gets on by a step
         if due or stopping:
             self.save(trainer)
@@ -234,7 +241,8 @@ class Checkpoints(Callback):
         for counts in (progress["total"], progress["current"]):  # the batch at hand has not been trained on
             counts.update(dict.fromkeys(("ready", "started", "processed"), counts["completed"]))
         progress["is_last_batch"] = False
-        checkpoint["processes"] = devices.gather([{"generators": generators(), "num_tokens": module.num_tokens}])
+        states = generators(trainer.strategy.root_device)
+        checkpoint["processes"] = devices.gather([{"generators": states, "num_tokens": module.num_tokens}])
         checkpoint["place"] = {"epoch": trainer.current_epoch, "batch": progress["current"]["completed"]}
         checkpoint["seconds"] = self.seconds
         checkpoint.setdefault("needs", [])
@@ -248,24 +256,42 @@ class Checkpoints(Callback):
             )
         mine = processes[trainer.global_rank]
         self._generators, module.num_tokens = mine["generators"], mine["num_tokens"]
+        check_generators(self._generators, trainer.strategy.root_device)
         self.seconds = checkpoint["seconds"]
         self.sampler.start_at(**checkpoint["place"])
 
 
-def generators() -> dict[str, Any]:
-    """Returns the state of every random generator, in values that a checkpoint can hold."""
+def generators(device: torch.device) -> dict[str, Any]:
+    """Returns the state of every random generator of a process that computes on `device`, as a checkpoint can hold it.
+
+    Of several GPUs this is the process's own: how many others a machine has does not matter.
+    """
     name, keys, *rest = numpy.random.get_state()  # type: ignore[misc]
     return {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],  # type: ignore[attr-defined]
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "device": device.type,
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def set_generators(states: Mapping[str, Any]) -> None:
+def check_generators(states: Mapping[str, Any], device: torch.device) -> None:
+    """Raises UserError unless the states are those of a process on this kind of device.
+
+    Earlier checkpoints have the states of every GPU in sight and do not name the device.
+    """
+    had, found = states.get("device", device.type), len(states["cuda"])
+    if had != device.type or (device.type == "cuda" and found != 1):
+        raise UserError(
+            f"checkpoint: a run goes on on the kind of device that it had, got {device.type} instead of {had} (random "
+            f"states of {found} GPUs); set trainer.accelerator, or start afresh with resume=never"
+        )
+
+
+def set_generators(states: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(states["python"])
     numpy.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"][0], device)

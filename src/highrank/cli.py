@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not refused_by_disk(error):
             raise
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        print(f"error: {words[0]}: its files must be readable and writable, got {said}; make room", file=sys.stderr)
+        fix = "make room, or choose another folder"
+        print(f"error: {words[0]}: its files must be readable and writable, got {said}; {fix}", file=sys.stderr)
         return 2
 
 

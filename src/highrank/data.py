@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -109,6 +109,8 @@ class TaskData:
     ):
         self.task, self.protocol, self.tokenizer, self.eval_share = task, protocol, tokenizer, eval_share
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.test_batch_size = eval_batch_size
+        """Examples per batch of a test set; fewer than of the held-out ones once they did not fit into memory."""
         self.train_records, self.validation = hold_out(task.train(), protocol)
         encoded = cached_encoding(
             self.train_records,
@@ -156,18 +158,19 @@ class TaskData:
         """Returns per record whether its question occurs in the training data."""
         return leak.found(records, self._trained_on)
 
-    def eval_dataloader(self, records: Sequence[Any]) -> DataLoader:
-        """Returns batches of `records`, longest first; each batch carries `index`, the records' places.
+    def eval_dataloader(self, records: Sequence[Any], places: Iterable[int] | None = None) -> DataLoader:
+        """Returns batches of `records`, or of those at `places`, longest first; each carries `index`, its places.
 
         For generation the prompts are padded on the left, so that every row's answer starts at the same column. For
         likelihood ranking a record's prompt is one row and each of its options a `tail`, whose `owner` is that row.
         """
         pad_id = self.tokenizer.pad_token_id
+        places = range(len(records)) if places is None else places
         if self.task.kind != "generate":
             rows = [encode_text(r, self.protocol, self.tokenizer) for r in records]
-            return self._sorted(rows, lambda index: collate([rows[i] for i in index], pad_id))
+            return self._sorted(places, rows, lambda index: collate([rows[i] for i in index], pad_id))
         if ranks(records, self.protocol):
-            return self._option_dataloader(records)
+            return self._option_dataloader(records, places)
         prompts = [Encoded(encode_prompt(r, self.protocol, self.tokenizer), []) for r in records]
 
         def build(index: Sequence[int]) -> dict[str, Tensor]:
@@ -175,17 +178,17 @@ class TaskData:
             mask = pad([[1] * len(r) for r in ids], 0, left=True)
             return {"input_ids": pad(ids, pad_id, left=True), "attention_mask": mask}
 
-        return self._sorted(prompts, build)
+        return self._sorted(places, prompts, build)
 
-    def _sorted(self, rows: Sequence[Encoded], build: Any) -> DataLoader:
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    def _sorted(self, places: Iterable[int], rows: Sequence[Encoded], build: Any) -> DataLoader:
+        order = sorted(places, key=lambda i: -len(rows[i].input_ids))
         return DataLoader(
-            self.eval_share.of_examples(order, self.eval_batch_size),  # type: ignore[arg-type]
-            batch_size=self.eval_batch_size,
+            self.eval_share.of_examples(order, self.test_batch_size),  # type: ignore[arg-type]
+            batch_size=self.test_batch_size,
             collate_fn=lambda index: {**build(index), "index": torch.tensor(index)},
         )
 
-    def _option_dataloader(self, records: Sequence[Example]) -> DataLoader:
+    def _option_dataloader(self, records: Sequence[Example], places: Iterable[int]) -> DataLoader:
         """Returns batches of records with all their options: the tokens that a record's options share come once."""
         whole = replace(self.protocol, mask_prompt=True, max_target_length=None, max_length=10**9)
         rows = [[self._option(record, text, whole) for text in record.options] for record in records]
@@ -207,7 +210,7 @@ class TaskData:
                 "tail_labels": pad(labels, IGNORED),
             }
 
-        return self._sorted(prefixes, build)
+        return self._sorted(places, prefixes, build)
 
     def _option(self, record: Example, text: str, protocol: Protocol) -> Encoded:
         row = encode(replace(record, output=text), protocol, self.tokenizer, evaluation=True)

@@ -68,9 +68,9 @@ def arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the Trainer arguments as Lightning takes them: `strategy=fsdp` as an object."""
     given = dict(trainer)
     if given.get("strategy") == "fsdp":
-        from lightning.pytorch.strategies import ModelParallelStrategy
+        from highrank.fsdp import Sharded
 
-        given["strategy"] = ModelParallelStrategy(
+        given["strategy"] = Sharded(
             data_parallel_size=num_processes(trainer),
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
@@ -270,7 +270,10 @@ def main(config: Path) -> None:
     register_configs()
     values: Any = OmegaConf.load(config)
     values["run_dir"] = str(config.parent)
-    execute(build(values))
+    try:
+        execute(build(values))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import torch
 from highrank.adapters import Adapters
 from highrank.data import pad
 from highrank.errors import UserError
-from highrank.loss import IGNORED
-from highrank.module import language_model_loss
+from highrank.loss import IGNORED, language_model_loss
+from highrank.memory import halving
 from highrank.sources import read_file
 
 MAX_LENGTH = 768
@@ -57,11 +57,14 @@ def text_loss(model: Any, tokenizer: Any, passages: Sequence[str], batch_size: i
 
 
 def forgetting(adapters: Adapters, tokenizer: Any, file: Path | str, batch_size: int) -> dict[str, Any]:
-    """Returns base and adapted loss in nats per token, their difference, and which passages they were taken on."""
-    passages = read_passages(file)
-    adapted = text_loss(adapters.model, tokenizer, passages, batch_size)
+    """Returns base and adapted loss in nats per token, their difference, and which passages they were taken on.
+
+    The batch is halved where memory runs out.
+    """
+    passages, model = read_passages(file), adapters.model
+    adapted, batch_size = halving(lambda size: text_loss(model, tokenizer, passages, size), batch_size, model)
     with adapters.disabled():
-        base = text_loss(adapters.model, tokenizer, passages, batch_size)
+        base, _ = halving(lambda size: text_loss(model, tokenizer, passages, size), batch_size, model)
     return {
         "base_loss": base,
         "adapted_loss": adapted,

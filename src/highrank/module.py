@@ -1,5 +1,6 @@
 """The one LightningModule: any backbone, any method, language modelling, classification or regression."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,9 @@ from transformers import GenerationConfig, get_scheduler
 
 from highrank.adapters import Adapters
 from highrank.config import RunConfig
-from highrank.devices import WHOLE, Share, shard
+from highrank.devices import WHOLE, Share, is_sharded, shard
 from highrank.loss import IGNORED, head_sees_only, language_model_loss
+from highrank.memory import DoesNotFit, described, halving, out_of_memory
 from highrank.protocol import Protocol
 from highrank.task import Task
 
@@ -51,7 +53,11 @@ class FineTuner(lightning.LightningModule):
         self.num_tokens = 0
         """Tokens that this process saw in training, padding not counted."""
         self.parts = 1
-        """Into how many parts a batch is cut where it does not fit into memory whole."""
+        """Into how many parts a training batch is cut where it does not fit into memory whole."""
+        self.validation_rows = core.eval_batch_size
+        """How many held-out examples are computed at a time; fewer where they do not fit."""
+        self.lacking: str | None = None
+        """How memory ran out in an evaluation, whose further batches are then left out."""
         if core.checkpoint_activations:
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # which that turned on: frozen blocks below would be in the graph
@@ -59,7 +65,7 @@ class FineTuner(lightning.LightningModule):
         self._compiled = torch.compile(body.forward, dynamic=True) if core.compile else None
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        loss, num_targets = self.loss(batch) if self.parts == 1 else self.loss_by_parts(batch)
+        loss, num_targets = self.loss_by_rows(batch, math.ceil(len(batch["labels"]) / self.parts))
         if not self.trainer.train_dataloader.batch_sampler.counts(index):  # type: ignore[union-attr]
             return 0 * loss  # this process has no batch in the epoch's last round
         self.num_tokens += int(batch["attention_mask"].sum())
@@ -85,9 +91,11 @@ class FineTuner(lightning.LightningModule):
         with self.compiled():
             return self._loss(batch)
 
-    def loss_by_parts(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """As `loss`, with one part's activations in memory at a time: backward computes each part again."""
-        parts = zip(*(tensor.chunk(self.parts) for tensor in batch.values()), strict=True)
+    def loss_by_rows(self, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, int]:
+        """As `loss`, with the activations of `rows` rows in memory at a time: backward computes each part again."""
+        if rows >= len(batch["labels"]):
+            return self.loss(batch)
+        parts = zip(*(tensor.split(rows) for tensor in batch.values()), strict=True)
         found = [checkpoint(self.loss, dict(zip(batch, part, strict=True)), use_reentrant=False) for part in parts]
         num_targets = sum(n for _, n in found)
         return sum(loss * (n / num_targets) for loss, n in found), num_targets
@@ -105,10 +113,28 @@ class FineTuner(lightning.LightningModule):
         return self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
-        loss, num_targets = self.loss(batch)
+        rows = min(self.validation_rows, len(batch["labels"]))
+        (loss, num_targets), fitting = halving(lambda rows: self.loss_by_rows(batch, rows), rows, self.model)
+        if fitting < rows:
+            self.validation_rows = fitting
         self.log("validation/loss", loss, batch_size=num_targets, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
+        """Returns `outputs`, or none from where memory ran out on: `lacking` then says how, and nothing is raised,
+        because other processes go on."""
+        if self.lacking is not None:
+            return []
+        try:
+            return self.outputs(batch, index)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self.lacking = described(error)
+            if is_sharded(self.model):  # the other processes wait within their step
+                raise DoesNotFit(self.lacking, len(batch["index"])) from error
+        return []
+
+    def outputs(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
         """Returns (place, output) per row: a generated text, a class index, a value, or {option: log-probability}."""
         if "owner" in batch:
             return self.rank_options(batch)

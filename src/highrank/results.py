@@ -84,8 +84,8 @@ class RunDirectory:
         """
         found, checkpoints = self.results, self.path / "checkpoints"
         if self.run.core.resume == "never":
-            if self.writes:
-                shutil.rmtree(checkpoints, ignore_errors=True)
+            if self.writes and checkpoints.exists():
+                shutil.rmtree(checkpoints)
             return {}
         kept: dict[str, Any] = {
             key: found[key] for key in ("model", "data", "metrics", "time", "resumed", "parts") if key in found
@@ -127,12 +127,12 @@ class RunDirectory:
             write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
 
     def fail(self, status: str, error: str, **values: Any) -> None:
-        """Writes down what ended the run, once: any of several processes may run out of memory while the first waits."""
+        """Writes down what ended the run. Where another process ran out of memory, that is what stands."""
         if not self.opened and (self.writes or status != "oom"):
             return
-        found = read_results(self.path)
-        if found["status"] == "running":
-            self.results = {**found, "status": status, "error": error, **values}
+        self.results = read_results(self.path)
+        if status == "oom" or self.results["status"] != "oom":
+            self.results |= {"status": status, "error": error, **values}
             write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
 
     def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:

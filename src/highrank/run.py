@@ -1,28 +1,23 @@
 """A run, from plan to results: read top to bottom."""
 
 import contextlib
-import errno
 import logging
 import math
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_out_of_cpu_memory
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from highrank import devices, report
@@ -32,73 +27,16 @@ from highrank.backbones import Backbone, head_modules, load_backbone
 from highrank.checkpoint import CheckpointFiles, Checkpoints
 from highrank.config import Run
 from highrank.data import TaskData
-from highrank.errors import UserError
+from highrank.errors import UserError, refused_by_disk
 from highrank.forgetting import forgetting
+from highrank.memory import DoesNotFit, described, out_of_memory
 from highrank.module import FineTuner
 from highrank.plan import Plan, adapted_views, make_plan, optimizer_steps
 from highrank.results import RunDirectory, peak_memory
 from highrank.scoring import evaluate_rows, macro_average
 from highrank.selection import KeepBest
+from highrank.signals import Interrupted, StopOnSignal, requeue
 from highrank.task import Task
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-CANNOT_WRITE = (
-    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO),
-    *(errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
-)
-
-
-class Interrupted(Exception):
-    """Raised between two steps after a signal asked the run to stop."""
-
-
-class StopOnSignal(Callback):
-    """Notes SIGNALS, on which the run stops between two steps, saved; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signum
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self._note) for s in SIGNALS}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def check(self) -> None:
-        """Raises Interrupted if a signal came."""
-        if self.received is not None:
-            raise Interrupted(signal.Signals(self.received).name)
-
-    def agree(self, trainer: lightning.Trainer) -> None:
-        """Lets every process know of a signal that came to one of them."""
-        self.received = devices.highest(self.received or 0, trainer.strategy.root_device) or None
-
-    def on_train_start(self, *args: Any) -> None:
-        self._take_back()
-
-    def on_predict_start(self, *args: Any) -> None:
-        self._take_back()
-
-    def _take_back(self) -> None:
-        """Lightning puts its own handler of SIGTERM in at every start, which would end the process without saving."""
-        if signal.getsignal(signal.SIGTERM) is not self._note:
-            signal.signal(signal.SIGTERM, self._note)
-
-    def on_predict_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.world_size == 1:
-            self.check()
-
-    def on_predict_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        self.agree(trainer)
-        self.check()
 
 
 def build_model(run: Run, task: Task) -> tuple[Backbone, Adapters]:
@@ -113,20 +51,25 @@ def build_model(run: Run, task: Task) -> tuple[Backbone, Adapters]:
 
 
 def predict(trainer: lightning.Trainer, module: FineTuner, data: TaskData, records: Any) -> list[Any]:
-    """Returns the model's output per record, in the records' order; halves the batch where memory runs out."""
+    """Returns the model's output per record, in the records' order.
+
+    What memory does not suffice for, in any process, comes again in batches of half the size.
+
+    Raises:
+        DoesNotFit: if one record is too much.
+    """
     outputs: list[Any] = [None] * len(records)
-    while True:
-        try:
-            batches: Any = trainer.predict(module, data.eval_dataloader(records)) or []
-            break
-        except Exception as error:
-            if not out_of_memory(error) or data.eval_batch_size == 1 or trainer.world_size > 1:
-                raise
-            data.eval_batch_size //= 2
-        garbage_collection_cuda()  # now the error, and what its frames held, is gone
-    for place, output in devices.gather([pair for batch in batches for pair in batch]):
-        if outputs[place] is None:  # a process without a batch of its own repeated the first
-            outputs[place] = output
+    while left := [place for place, output in enumerate(outputs) if output is None]:
+        module.lacking = None
+        batches: Any = trainer.predict(module, data.eval_dataloader(records, left)) or []
+        for place, output in devices.gather([pair for batch in batches for pair in batch]):
+            if outputs[place] is None:  # a process without a batch of its own repeated the first
+                outputs[place] = output
+        if lacking := [said for said in devices.gather([module.lacking]) if said]:
+            if data.test_batch_size == 1:
+                raise DoesNotFit(lacking[0], 1)
+            data.test_batch_size //= 2
+            garbage_collection_cuda()
     return outputs
 
 
@@ -165,9 +108,9 @@ def execute(run: Run) -> tuple[Path, int]:
         return directory.path, 0
     report.show_plan(plan)
     processes = check_trainer(run)
-    stop, again = StopOnSignal(), False
+    stop = StopOnSignal()
     try:
-        with stop.listening(), quiet(), processes:
+        with stop.listening(), quiet(), processes, failures_written(run, directory):
             _run(run, plan, directory, stop, processes)
     except (Interrupted, KeyboardInterrupt, SystemExit):  # Lightning turns a second Ctrl-C into SystemExit
         if stop.received is None:
@@ -177,58 +120,50 @@ def execute(run: Run) -> tuple[Path, int]:
             report.show_results(plan, directory.results)
         requeue(stop.received)
         return directory.path, 130 if stop.received == signal.SIGINT else 143
-    except Exception as error:
-        again = record_failure(run, directory, error)
     finally:
         with contextlib.suppress(OSError):
             write_session(directory)
-    if again:
-        garbage_collection_cuda()
-        return execute(run)
     report.show_results(plan, directory.results)
     return directory.path, 0
 
 
-def record_failure(run: Run, directory: RunDirectory, error: Exception) -> bool:
-    """Writes down what ended a run; returns whether to go on at once, with smaller micro-batches.
+@contextmanager
+def failures_written(run: Run, directory: RunDirectory) -> Iterator[None]:
+    """Writes down what ends the run within it, before other processes can learn of it.
 
     Raises:
         UserError: if memory ran out or the disk refused, with what to do.
-        Exception: `error` itself, for everything else.
     """
-    memory = out_of_memory(error)
-    said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if directory.opened:
-        with contextlib.suppress(OSError):
-            directory.write(status="oom" if memory else "failed", error=f"{type(error).__name__}: {error}")
-    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        raise UserError(
-            f"run: its files must be writable, got {said}; make room, then give the same command again: it goes on "
-            "from the last checkpoint"
-        ) from error
-    if not memory:
-        raise error
-    core, parts = run.core, 2 * directory.results.get("parts", 1)
-    if core.auto_microbatch and parts <= core.batch_size:
-        directory.write(parts=parts)
-        if devices.num_processes(run.trainer) == 1:
-            return True
-    raise UserError(
-        f"run: a step must fit into memory, got {said} with batch_size={core.batch_size}; halve batch_size and double "
-        "accumulate, or set checkpoint_activations=true or auto_microbatch=true"
-    ) from error
-
-
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_out_of_cpu_memory(error)
-
-
-def requeue(received: int) -> None:
-    """Puts a Slurm job back into the queue that was warned of its time limit (`sbatch --signal=USR1@60`)."""
-    job = os.environ.get("SLURM_JOB_ID")
-    warned = received in (signal.SIGUSR1, signal.SIGUSR2)
-    if warned and job and os.environ.get("SLURM_PROCID", "0") == "0" and shutil.which("scontrol"):
-        subprocess.run(["scontrol", "requeue", job], check=False)
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        memory = out_of_memory(error)
+        parts = 2 * directory.results.get("parts", 1)
+        again = memory and run.core.auto_microbatch and parts <= run.core.batch_size
+        status = "oom" if memory or isinstance(error, DoesNotFit) else "failed"
+        with contextlib.suppress(OSError, UserError):
+            directory.fail(status, f"{type(error).__name__}: {error}", **({"parts": parts} if again else {}))
+        if refused_by_disk(error):
+            raise UserError(
+                f"run: its files must be writable, got {described(error)}; make room, then give the same command again: "
+                "it goes on from the last checkpoint"
+            ) from error
+        if memory:
+            advice = (
+                "halve batch_size and double accumulate, or set checkpoint_activations=true or auto_microbatch=true"
+            )
+            if again:
+                advice = f"give the same command again: a batch is then computed in {parts} parts"
+            raise UserError(
+                f"run: a step must fit into memory, got {described(error)} with batch_size={run.core.batch_size}; {advice}"
+            ) from error
+        if status == "failed" and directory.opened and directory.results["status"] == "oom":
+            raise UserError(
+                f"run: another of its processes ran out of memory, got {directory.results['error']}"
+            ) from error
+        raise
 
 
 def check_trainer(run: Run) -> devices.Processes:
@@ -263,21 +198,16 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal, proc
     stop.check()
     batch_sizes = core.batch_size, core.eval_batch_size
     data = TaskData(task, run.protocol, backbone.tokenizer, *batch_sizes, core.seed, share, eval_share)
-    checkpoints = Checkpoints(directory.path / "checkpoints", core.checkpoint_every, data.buckets, stop)
-    if checkpoints.found and run.trainer.get("strategy") == "fsdp":
-        raise UserError(
-            f"checkpoint: a sharded run cannot go on from a checkpoint, got trainer.strategy=fsdp with "
-            f"{checkpoints.found.path}; start afresh with resume=never, or go on under another run_dir"
-        )
-    if checkpoints.found:
-        directory.write(resumed=[*earlier.get("resumed", []), checkpoints.found.told])
-        report.console.print(checkpoints.found.told, markup=False, highlight=False)
+    checkpoints = Checkpoints(
+        directory.path / "checkpoints", core.checkpoint_every, data.buckets, stop, first=core.auto_microbatch
+    )
+    told(directory, checkpoints)
     processes.start(directory.path / "config.yaml")
     steps = optimizer_steps(run, len(data.examples))
     module = FineTuner(adapters, task, backbone.tokenizer, core, steps, run.protocol, eval_share)
     module.parts = earlier.get("parts", 1)
-    per_epoch = math.ceil(len(data.buckets) / core.accumulate)
-    trainer = make_trainer(run, directory, stop, steps, math.ceil(steps / per_epoch), checkpoints)
+    epochs = math.ceil(steps / math.ceil(len(data.buckets) / core.accumulate))
+    trainer = make_trainer(run, directory, stop, steps, epochs, checkpoints)
     times = {"setup_s": time.perf_counter() - started}
 
     found: dict[str, Any] = earlier.get("metrics", {})
@@ -293,15 +223,12 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal, proc
         times["eval_before_s"] = time.perf_counter() - at
         directory.write(metrics=found, time=times)
 
-    module.train()
-    with contextlib.suppress(Interrupted):  # saved; raised again below
-        trainer.fit(
-            module,
-            train_dataloaders=data.train_dataloader(),
-            val_dataloaders=data.val_dataloader() if data.validation else None,
-            ckpt_path=checkpoints.found and checkpoints.found.path,
-            weights_only=True,
-        )
+    while not fit(trainer, module, data, checkpoints):
+        directory.write(parts=module.parts)
+        checkpoints.find()
+        told(directory, checkpoints)
+        trainer = make_trainer(run, directory, stop, steps, epochs, checkpoints)
+        garbage_collection_cuda()
     times["train_s"] = checkpoints.seconds
     adapters.save(directory.path / "adapter")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -337,6 +264,35 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal, proc
     directory.write(status="done", metrics=found, time=times, memory=peak_memory())
 
 
+def told(directory: RunDirectory, checkpoints: Checkpoints) -> None:
+    """Says, and writes down, which checkpoint training goes on from."""
+    if checkpoints.found:
+        directory.write(resumed=[*directory.results.get("resumed", []), checkpoints.found.told])
+        report.console.print(checkpoints.found.told, markup=False, highlight=False)
+
+
+def fit(trainer: lightning.Trainer, module: FineTuner, data: TaskData, checkpoints: Checkpoints) -> bool:
+    """Trains to the end or a signal; False with auto_microbatch where memory ran out: `module` takes smaller parts."""
+    module.train()
+    try:
+        trainer.fit(
+            module,
+            train_dataloaders=data.train_dataloader(),
+            val_dataloaders=data.val_dataloader() if data.validation else None,
+            ckpt_path=checkpoints.found and checkpoints.found.path,
+            weights_only=True,
+        )
+    except Interrupted:  # saved; the caller looks for the signal
+        return True
+    except Exception as error:
+        alone = module.core.auto_microbatch and trainer.world_size == 1
+        if not (alone and out_of_memory(error) and 2 * module.parts <= module.core.batch_size):
+            raise
+        module.parts *= 2
+        return False
+    return True
+
+
 def analyze(directory: RunDirectory, adapters: Adapters | None = None) -> None:
     """Analyses what training changed; its mean statistics, or why there are none, go into results.json."""
     from highrank.analysis.analyze import at_end_of
@@ -354,9 +310,7 @@ def make_trainer(
 ) -> lightning.Trainer:
     """Returns the Lightning Trainer of a run: TensorBoard events, progress bars, and our checkpoints alone."""
     callbacks: list[Callback] = [stop, RichProgressBar(), EpochOrder(), *([checkpoints] if checkpoints else [])]
-    again_from = (
-        checkpoints.found.step if checkpoints and checkpoints.found else 0
-    )  # events of a try that was killed go
+    start = checkpoints.found.step if checkpoints and checkpoints.found else 0
     validation: dict[str, Any] = {}
     if run.protocol.num_validation:
         interval = min(run.protocol.validate_every, steps) * run.core.accumulate
@@ -371,7 +325,7 @@ def make_trainer(
         max_epochs=epochs,
         accumulate_grad_batches=run.core.accumulate,
         gradient_clip_val=run.core.max_grad_norm or None,
-        logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False, purge_step=again_from),
+        logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False, purge_step=start),
         callbacks=callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -379,6 +333,7 @@ def make_trainer(
         num_sanity_val_steps=0,
     )
     trainer.strategy.checkpoint_io = CheckpointFiles()
+    stop.keep(trainer)
     return trainer
 
 

@@ -127,10 +127,10 @@ def test_eval_throughput(bench):
         assert list(found) == ["1", "3"]
         for at in found.values():
             assert at["prompts"] == 4
-            for side in ("ours", "generate", "PEFT"):
+            for side in ("ours", "generate", "no adapter", "PEFT"):
                 positive(at[side]["samples_per_second"])
                 positive(at[side]["ours_over"])
-                assert at[side]["same_text"] == 1
+                assert side == "no adapter" or at[side]["same_text"] == 1
             positive(at["ours"]["batching"])
         assert found["1"]["ours"]["batching"]["median"] == 1
     assert "| over batch size 1 |" in out

@@ -1,6 +1,7 @@
 """Several processes: the steps, the numbers and the files of one."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from highrank.cli import main
 from highrank.data import LengthBuckets
 from highrank.devices import Share
 from highrank.registry import available
@@ -32,19 +34,54 @@ needs_two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two proc
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The run directory of one process."""
-    from highrank.cli import main
-
     folder = tmp_path_factory.mktemp("one") / "run"
     assert main(["run", *WORDS, "accumulate=4", f"run_dir={folder}"]) == 0
     return folder
 
 
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def two(request, tmp_path_factory):
+    """The words of a run of two processes, its run directory and what it printed."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    words = [*WORDS, "accumulate=2", f"trainer={request.param}", *TWO]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["run", *words, f"run_dir={folder}"]) == 0
+    return words, folder, out.getvalue()
+
+
+def launch(*command, folder):
+    """Returns the finished process of a Python command whose last word is the run directory."""
+    return subprocess.run(
+        [sys.executable, *command, f"run_dir={folder}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+
+
+DISTURBED = str(HERE / "disturbed.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", DISTURBED]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def check_same(folder, other):
+    """Two runs have, bit for bit, the same adapter, metrics and predictions."""
+    file = Path("adapter", "adapter.safetensors")
+    assert (folder / file).read_bytes() == (other / file).read_bytes()
+    for key in ("steps", "tokens", "metrics", "selected", "validation"):
+        assert results(folder)[key] == results(other)[key]
+    for file in (folder / "predictions").iterdir():
+        assert (other / "predictions" / file.name).read_text() == file.read_text()
+
+
 @needs_two_cores
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_give_what_one_gives_at_the_same_global_batch(run_cli, one, tmp_path, strategy):
-    two = tmp_path / "run"
-    status, out, err = run_cli(*WORDS, "accumulate=2", f"trainer={strategy}", *TWO, f"run_dir={two}")
-    assert status == 0, err
+def test_two_processes_give_what_one_gives_at_the_same_global_batch(one, two):
+    _, two, out = two
     assert out.strip().splitlines()[-1] == str(two)
     assert out.count("done") == 1  # one process speaks
     assert not torch.distributed.is_initialized()
@@ -60,6 +97,47 @@ def test_two_processes_give_what_one_gives_at_the_same_global_batch(run_cli, one
     for file in (one / "predictions").iterdir():
         assert (two / "predictions" / file.name).read_text() == file.read_text()
     assert {file.name.partition(".")[0] for file in two.iterdir()} == {f.name.partition(".")[0] for f in one.iterdir()}
+
+
+@needs_two_cores
+def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(two, tmp_path, capsys):
+    words, whole, _ = two
+    folder = tmp_path / "run"
+    done = launch(DISTURBED, "0", "stop", *words, folder=folder)
+    assert done.returncode == 143, done.stderr
+    assert (results(folder)["status"], results(folder)["steps"]) == ("interrupted", 4)
+    assert main(["run", *words, "trainer.devices=1", f"run_dir={folder}"]) == 2
+    assert "got run_dir=" in (err := capsys.readouterr().err)
+    assert "trainer.devices=2 instead of 1" in err
+    assert main(["run", *words, f"run_dir={folder}"]) == 0
+    assert results(folder)["resumed"] == ["going on from last.ckpt, step 4"]
+    check_same(folder, whole)
+
+
+@needs_two_cores
+def test_under_torchrun_with_dropout_a_signal_and_too_little_memory_in_one_process(tmp_path):
+    words = [*WORDS, "accumulate=2", "trainer=ddp", *TWO, "method=lora", "dropout=0.1"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    done = launch(*TORCHRUN, "1", "evaluate", *words, folder=whole)
+    assert done.returncode == 0, done.stderr
+    assert launch(DISTURBED, "0", "stop", *words, folder=folder).returncode == 143
+    assert main(["run", *words, f"run_dir={folder}"]) == 0
+    check_same(folder, whole)
+
+
+@needs_two_cores
+def test_memory_that_runs_out_in_another_process_is_written_down(tmp_path):
+    """The first process may wait for it, and is then ended."""
+    folder = tmp_path / "run"
+    words = [*WORDS, "accumulate=2", "trainer=ddp", *TWO, "eval_before=false", "auto_microbatch=true"]
+    done = launch(*TORCHRUN, "1", "train", *words, folder=folder)
+    assert done.returncode != 0
+    assert (
+        "run: a step must fit into memory, got OutOfMemoryError: CUDA out of memory. with batch_size=2" in done.stderr
+    )
+    assert "give the same command again: a batch is then computed in 2 parts" in done.stderr
+    assert "run: another of its processes ran out of memory, got OutOfMemoryError" in done.stderr
+    assert (results(folder)["status"], results(folder)["parts"]) == ("oom", 2)
 
 
 @needs_two_cores

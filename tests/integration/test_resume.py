@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from highrank import checkpoint
+from highrank import run as run_module
 from highrank.checkpoint import read
 from highrank.cli import main
 from highrank.module import FineTuner
@@ -146,8 +147,6 @@ def test_killed_while_saving(tmp_path, try_run, whole, compare, monkeypatch, fai
 
 def test_finished_phases_are_not_repeated(tmp_path, try_run, whole, compare, monkeypatch):
     folder, evaluated = tmp_path / "run", []
-    from highrank import run as run_module
-
     real = run_module.evaluate
 
     def evaluate(trainer, module, data, save):
@@ -221,6 +220,30 @@ def test_a_signal_during_evaluation(tmp_path, try_run, whole, compare, monkeypat
     assert compare(whole, folder) == []
 
 
+@pytest.mark.parametrize("during", ["validation_step", "outputs"])
+def test_a_signal_after_training(tmp_path, try_run, whole, compare, monkeypatch, during):
+    """In the last validation, or the evaluation of the test set: no step is trained again."""
+    folder, real, handlers, evaluated = tmp_path / "run", getattr(FineTuner, during), [], []
+    evaluate = run_module.evaluate
+
+    def step(self, batch, index=0):
+        if self.trainer.state.fn != "fit" and self.num_tokens > 0:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuner, during, step)
+        patch.setattr(run_module, "evaluate", lambda *given: (evaluated.append(1), evaluate(*given))[1])
+        assert try_run(folder) == 143
+    assert [handler.__func__ for handler in handlers] == [StopOnSignal._note]
+    assert len(evaluated) == (1 if during == "validation_step" else 2)
+    assert (results(folder)["status"], results(folder)["steps"]) == ("interrupted", 10)
+    assert try_run(folder) == 0
+    assert Path(f"{folder}.batches").read_text() == Path(f"{whole}.batches").read_text()
+    assert compare(whole, folder) == []
+
+
 def test_slurm_gets_a_job_back_that_it_warned(tmp_path, try_run, monkeypatch):
     scontrol, folder = tmp_path / "bin" / "scontrol", tmp_path / "run"
     scontrol.parent.mkdir()
@@ -281,11 +304,13 @@ def test_checkpoints_hold_nothing_frozen_and_are_small(whole):
     assert {f.name for f in (whole / "checkpoints").iterdir()} >= {"last.ckpt", "previous.ckpt"}
 
 
-def test_tensorboard_shows_each_step_once(tmp_path, try_run):
+@pytest.mark.parametrize("kill_at", [4, 14])  # before the first checkpoint, and behind some
+def test_tensorboard_shows_each_step_once(tmp_path, try_run, kill_at):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
-    assert try_run(folder, kill_at=14) is None
+    assert try_run(folder, kill_at=kill_at) is None
+    assert EventAccumulator(str(folder)).Reload().Scalars("train/loss")  # the first try left some
     assert try_run(folder) == 0
     steps = [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
     assert steps == sorted(set(steps))

@@ -1,6 +1,7 @@
 """PEFT's adapter folders, both ways: the same logits as PEFT's own model, and the same tensors back."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -231,6 +232,7 @@ BAD_CONFIG = [
     ({"a_later_option": 3}, "a_later_option=3"),
     ({"r": None}, "hold r"),
     ({"base_model_name_or_path": None}, "the base model is needed"),
+    ({"base_model_name_or_path": 5}, "named by a text, got base_model_name_or_path=5"),
     ({"task_type": "SEQ_CLS"}, "task must be of the adapter's kind"),
     ({"r": "two"}, "r must be of type"),
 ]
@@ -283,6 +285,72 @@ def test_an_adapter_of_another_model_is_refused(lora, tmp_path, change, message)
     with pytest.raises(UserError, match=message):
         import_adapter(lora, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+DAMAGED = [
+    (lambda raw: b"", "adapter_model.safetensors is damaged, got "),
+    (lambda raw: raw[:100], "adapter_model.safetensors is damaged, got "),
+    (lambda raw: raw[:-1], "adapter_model.safetensors is damaged, got "),
+    (lambda raw: b"\xff" * 8 + raw[8:], "adapter_model.safetensors is damaged, got "),
+    (lambda raw: raw[:-4] + b"\0\0\xc0\x7f", "holds finite numbers, got base_model"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED, ids=["empty", "header", "cut", "length", "nan"])
+def test_damaged_weights_are_one_error(lora, tmp_path, monkeypatch, capsys, change, message):
+    file = lora / "adapter_model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    monkeypatch.setattr("highrank.run.load_backbone", None)
+    assert main(["import", str(lora), "--out", str(tmp_path / "run")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: import: ")
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff{}", b'{"peft_type": 3}', b'{"peft_type": "LORA"'])
+def test_a_damaged_description_is_one_error(lora, tmp_path, capsys, content):
+    (lora / "adapter_config.json").write_bytes(content)
+    assert main(["import", str(lora), "--out", str(tmp_path / "run")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: import: ")
+    assert "adapter_config.json" in said
+
+
+@pytest.mark.parametrize("command", ["import", "export", "merge"])
+def test_an_output_that_cannot_be_made_is_refused_before_weights_load(
+    exported, lora, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.setattr("highrank.run.load_backbone", None)
+    (tmp_path / "file").write_text("mine")
+    source = lora if command == "import" else exported.parent / "run"
+    more = ["--format", "peft"] if command == "export" else []
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert main([command, str(source), "--out", str(out), *more]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"error: {command}: the output folder must be ")
+        assert f"got --out {out}" in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["import", "export", "merge"])
+def test_a_full_disk_leaves_nothing(exported, lora, tmp_path, capsys, command):
+    """The limit on file sizes stands for the disk: of each folder the largest file does not fit."""
+    source = lora if command == "import" else exported.parent / "run"
+    more = ["--format", "peft"] if command == "export" else []
+    before = sorted(tmp_path.rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        status = main([command, str(source), "--out", str(tmp_path / "out"), *more])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(said) == 1
+    assert f"error: {command}: the output folder must be writable, got --out {tmp_path / 'out'}" in said[0]
+    assert "large" in said[0]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_pickled_weights_and_folders_without_an_adapter_are_refused(lora, tmp_path):

@@ -473,6 +473,28 @@ def test_the_cost_table_says_whether_and_how_the_rate_was_searched(fake):
     assert 'id="figure-lr-search"' in page
 
 
+def test_sweeps_of_several_tasks_make_one_table_with_their_searches(fake, tmp_path):
+    folders = []
+    for task, steps, tried in (("glue/cola", 600, 4), ("glue/rte", 100, 2)):
+        sweep = type(fake)(tmp_path / task.replace("/", "-"))
+        for method in ("hira", "lora"):
+            sweep.run(
+                {"method": method, "task": task, "max_steps": steps, "lr": tried * 1e-3, "seed": 0}, 0.5, (task[5:],)
+            )
+            sweep.cells[-1]["axes"] = {"method": method, "seed": 0}
+        trials = [{"lr": i * 1e-3, "loss": 1 / i, "run": "x", "status": "done"} for i in range(1, tried + 1)]
+        arm = {"axes": {"method": "hira"}, "trials": trials, "lr": tried * 1e-3, "at_edge": tried == 2}
+        sweep.search = {"values": tried, "seed": 0, "arms": [arm]}
+        folders.append(sweep.close())
+    report(read(folders, tmp_path / "page"))
+    rows = csv.DictReader((tmp_path / "page" / "cost.csv").read_text().splitlines())
+    assert [(row["method"], row["rate search"]) for row in rows] == [
+        ("hira", "2 to 4 tried, seed 0, best at the edge"),
+        ("lora", "none"),
+    ]
+    assert not (tmp_path / "page" / "lr_search.csv").exists()
+
+
 def test_an_arm_without_a_rate_is_named(fake):
     fake.run({"method": "hira", "seed": 0}, 0.5)
     fake.search = {

@@ -86,6 +86,25 @@ def test_a_failing_run_is_recorded_and_the_rest_goes_on(sweep, tmp_path):
     assert rows(folder)[1]["accuracy"] == ""
 
 
+FOREIGN = ["", "{", "[]", "{}", '{"lr_search": 5, "cells": []}', '{"lr_search": null, "cells": [{"axes": {}}]}', "\xff"]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_damaged_or_foreign_plan_is_named_and_left_alone(sweep, tmp_path, monkeypatch, content):
+    """The last but one is of before cells had `asked`."""
+    file = tmp_path / "sweep" / "sweep.json"
+    file.parent.mkdir()
+    file.write_text(content, encoding="latin-1")
+    monkeypatch.setattr("highrank.lab.sweep.Sweep._run", lambda *_: pytest.fail("ran"))
+    status, _, _, err = sweep("method=hira")
+    assert status == 2
+    (said,) = err.splitlines()
+    assert said.startswith("error: sweep: sweep.json must be whole, as a sweep wrote it, got ")
+    assert f" in {file}; " in said
+    assert file.read_text(encoding="latin-1") == content
+    assert list(file.parent.iterdir()) == [file]
+
+
 def test_a_dry_run_writes_nothing(sweep):
     status, folder, out, _ = sweep("method=hira,hyperadapt", "r=2,4", "dry_run=true", "lr_search=3")
     assert status == 0

@@ -115,7 +115,7 @@ def installed(wheel, tmp_path_factory):
     """The wheel in a folder of its own that comes first on the path, used from an empty folder."""
     target, cwd = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("cwd")
     pip("install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", str(target), str(wheel))
-    return target, cwd, names(cwd, PYTHONPATH=str(target))
+    return target, cwd, names(cwd, PYTHONPATH=os.pathsep.join([os.environ["PYTHONPATH"], str(target)]))
 
 
 def test_the_installed_wheel_lists_methods_and_plans_a_run(installed):

@@ -14,7 +14,17 @@ import torch
 from highrank import checkpoint
 from highrank.adapters import attach
 from highrank.backbones import load_backbone
-from highrank.checkpoint import LAST, PREVIOUS, Damaged, generators, newest, read, set_generators, write
+from highrank.checkpoint import (
+    LAST,
+    PREVIOUS,
+    Damaged,
+    check_generators,
+    generators,
+    newest,
+    read,
+    set_generators,
+    write,
+)
 from highrank.config import RunConfig
 from highrank.data import LengthBuckets
 from highrank.errors import UserError
@@ -23,6 +33,7 @@ from highrank.placement import resolve
 from highrank.registry import load
 from highrank.selection import KeepBest
 
+CPU = torch.device("cpu")
 CONTENT = {
     "global_step": 3,
     "needs": [],
@@ -182,7 +193,7 @@ def test_a_checkpoint_is_as_large_as_what_it_holds(tmp_path, method, fields, arc
     content = {
         "state_dict": {f"{i}.{name}": t for i in range(copies) for name, t in adapters.state_dict().items()},
         "optimizer_states": [optimizer.state_dict() for _ in range(copies)],
-        "processes": [{"generators": generators()}],
+        "processes": [{"generators": generators(CPU)}],
     }
     write(tmp_path / LAST, content)
     trainable = 4 * copies * adapters.num_trainable()
@@ -195,10 +206,43 @@ def test_every_generator_goes_on_where_it_was():
         return random.random(), numpy.random.standard_normal(3).tolist(), torch.rand(3).tolist()
 
     draw(), random.gauss(0, 1), numpy.random.standard_normal()  # some keep a second number for the next call
-    states = generators()
+    states = generators(CPU)
     first = draw(), random.gauss(0, 1)
-    set_generators(states)
+    set_generators(states, CPU)
     assert (draw(), random.gauss(0, 1)) == first
+
+
+def test_the_generator_of_a_gpu_is_the_process_own_whatever_the_machine_has(monkeypatch):
+    """Saved by a process on its fourth GPU, restored by one on its first, where there is no other."""
+    states = {3: torch.arange(4, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device.index])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device.index: state}))
+    saved = generators(torch.device("cuda", 3))
+    check_generators(saved, torch.device("cuda", 0))
+    set_generators(saved, torch.device("cuda", 0))
+    assert torch.equal(states[0], states[3])
+
+
+@pytest.mark.parametrize(
+    ("change", "device", "message"),
+    [
+        ({"device": "cuda", "cuda": [torch.zeros(4)]}, "cpu", r"got cpu instead of cuda \(random states of 1 GPUs\)"),
+        ({"device": "cpu", "cuda": []}, "cuda", r"got cuda instead of cpu \(random states of 0 GPUs\)"),
+        ({"cuda": [torch.zeros(4)] * 8}, "cuda", r"got cuda instead of cuda \(random states of 8 GPUs\)"),
+    ],
+)
+def test_a_run_does_not_go_on_on_another_kind_of_device(change, device, message):
+    states = {key: value for key, value in generators(CPU).items() if key not in ("device", "cuda")} | change
+    with pytest.raises(UserError, match=message + r".*start afresh with resume=never"):
+        check_generators(states, torch.device(device))
+
+
+def test_a_checkpoint_that_does_not_name_its_device_is_restored():
+    """As earlier versions wrote it on the CPU of a machine with GPUs."""
+    states = generators(CPU)
+    del states["device"]
+    check_generators(states | {"cuda": [torch.zeros(4)] * 8}, CPU)
+    check_generators(states | {"cuda": [torch.zeros(4)]}, torch.device("cuda", 0))
 
 
 def test_a_sampler_goes_on_within_an_epoch():

@@ -182,6 +182,17 @@ def test_merging_says_into_which_base(run_cli, tmp_path, capsys, kind):
 
 
 @kinds
+def test_an_exported_adapter_says_on_which_base_it_was_trained(run_cli, tmp_path, kind):
+    from highrank.cli import main
+
+    words = ["model=tiny_llama", "method=lora", f"model.quantize={kind}", "r=2", "max_steps=2", "batch_size=2"]
+    status, out, err = run_cli(*words, "task.n_train=4", "task.n_test=2", "eval_before=false")
+    assert status == 0, err
+    assert main(["export", out.strip().splitlines()[-1], "--format", "peft", "--out", str(tmp_path / "peft")]) == 0
+    assert f"the base quantised to {kind}, not its own weights" in (tmp_path / "peft/README.md").read_text()
+
+
+@kinds
 def test_a_quantised_weight_cannot_hold_the_merged_one(kind):
     adapters = adapted("lora", kind)
     with pytest.raises(UserError, match="a quantised weight cannot hold W'"):

@@ -169,7 +169,11 @@ def out_of_tree(tmp_path_factory):
     small = ["max_steps=2", "batch_size=2", "task.n_train=4", "task.n_test=1", "eval_before=false", "run_dir=done"]
     print("done", main([*words, *small]))
     """
-    env = {**os.environ, "PYTHONPATH": str(site), "HIGHRANK_CACHE": str(cwd / "cache")}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(site)]),
+        "HIGHRANK_CACHE": str(cwd / "cache"),
+    }
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -154,6 +154,23 @@ def test_a_second_try_keeps_nothing_of_the_first(tmp_path):
     assert "error" not in read_results(tmp_path)
 
 
+def test_checkpoints_that_cannot_be_deleted_are_not_gone_on_from(tmp_path, monkeypatch):
+    """With resume=never: else the run would silently take them up."""
+    folder = directory(tmp_path, "resume=never")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_text("")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only"):
+        folder.earlier({}, [])
+    monkeypatch.undo()
+    assert folder.earlier({}, []) == {}
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_results_are_merged_key_by_key(tmp_path):
     folder = directory(tmp_path)
     folder.open()
@@ -236,7 +253,8 @@ def test_a_plan_that_cannot_be_written_is_one_error(tmp_path, monkeypatch, capsy
     assert run(tmp_path / "run", "dry_run=true") == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said == (
-        "error: run: its files must be readable and writable, got OSError: [Errno 30] Read-only file system; make room"
+        "error: run: its files must be readable and writable, got OSError: [Errno 30] Read-only file system; "
+        "make room, or choose another folder"
     )
 
 

@@ -64,12 +64,29 @@ def test_any_change_is_another_entry(cache):
     assert len(list(cache.iterdir())) == 4
 
 
-def test_a_damaged_entry_is_encoded_again(cache):
+def test_a_damaged_entry_is_encoded_again_and_that_is_said_once(cache, capsys):
+    """One byte among the tokens is a whole safetensors file with another word in it."""
     read(RECORDS)
     (file,) = cache.iterdir()
-    file.write_bytes(file.read_bytes()[:50])
-    found, calls, plain = read(RECORDS)
-    assert (calls, found) == (1, plain)
+    whole = file.read_bytes()
+    places = range(0, len(whole), 37)
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in places]
+    for content in (b"", whole[:50], whole[:-1], *flipped):
+        file.write_bytes(content)
+        found, calls, plain = read(RECORDS)
+        assert (calls, found) == (1, plain)
+        assert file.read_bytes() == whole
+        assert read(RECORDS)[1] == 0
+        assert " ".join(capsys.readouterr().out.split()).count("is damaged; encoding again") == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HIGHRANK_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(token_cache, "MIN_EXAMPLES", 1)
+    for _ in range(2):
+        found, calls, plain = read(RECORDS)
+        assert (calls, found) == (1, plain)
 
 
 def test_few_examples_leave_no_file(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
         "trainable": f"{params['trainable']:,} of {params['total']:,} ({params['percent']:.4f} %)" if params else "",
         "base model": f"{base}, from {source['kind']}, sha {source['sha']}",
         "base dtype": model["dtype"],
+        "trained on": f"the base quantised to {kind}, not its own weights" if (kind := model.get("quantize")) else "",
         "task": run.task.name,
         "data": "; ".join(f"{d['name']}, {d['rows']} rows, sha256 {d['sha256']}" for d in results.get("data", [])),
         "protocol": f"{run.protocol.name} version {run.protocol.version}, hash {run.protocol.hash}",

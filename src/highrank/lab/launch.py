@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -169,10 +169,10 @@ class Slurm:
             handle.cancel()
 
 
-LAUNCHERS = {"local": Local, "ray": Ray, "slurm": Slurm}
+LAUNCHERS: dict[str, Callable[[int], Launcher]] = {"local": Local, "ray": Ray, "slurm": Slurm}
 
 
-def launcher(name: str, jobs: str) -> Any:
+def launcher(name: str, jobs: str) -> Launcher:
     """Returns the launcher called `name`, for `jobs` runs at once.
 
     Raises:

@@ -126,13 +126,16 @@ def read_runs(folders: Iterable[Path | str]) -> tuple[list[Record], list[tuple[P
     """
     found: dict[Path, Record] = {}
     skipped: dict[Path, str] = {}
+    searches: dict[Path, Any] = {}
     for folder in map(Path, folders):
+        if (folder / "sweep.json").is_file():
+            searches |= {record.path.resolve(): record.search for record in read_sweep(folder).records}
         runs = [folder] if (folder / "results.json").is_file() else _below(folder)
         if not runs:
             skipped[folder] = "no results.json in it or below it"
         for path in runs:
             try:
-                found[path.resolve()] = _read(path, {})
+                found[path.resolve()] = _with(_read(path, {}), search=searches.get(path.resolve()))
             except UserError as error:
                 skipped[path] = str(error)
     records = list(found.values())
@@ -215,11 +218,14 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     varied = [key for key in order if len({hashable(row[key]) for row in rows if key in row}) > 1]
     names = [key for key in varied if key in GROUPS]
     axes = [key for key in varied if key.split(".")[0] not in names or not follows(rows, key, [key.split(".")[0]])]
-    axes = [key for key in varied if key in axes or key in names]
-    others = [key for key in axes if key not in ("lr", "seed")]
-    if others and follows(rows, "lr", others):
-        axes = [key for key in axes if key != "lr"]
+    axes = without_followed_rate(rows, [key for key in varied if key in axes or key in names])
     return [{key: row[key] for key in axes if key in row} for row in rows]
+
+
+def without_followed_rate(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Returns the keys without a learning rate that the others decide: a rate per arm is no arm of its own."""
+    others = [key for key in keys if key not in ("lr", "seed")]
+    return [key for key in keys if key != "lr" or not others or not follows(rows, "lr", others)]
 
 
 def follows(rows: Sequence[Mapping[str, Any]], key: str, others: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from highrank.errors import UserError
 from highrank.lab.published import Published, beside
-from highrank.lab.runs import Record, flat, follows, hashable
+from highrank.lab.runs import Record, flat, follows, hashable, without_followed_rate
 from highrank.lab.statistics import (
     ALPHA,
     Test,
@@ -142,15 +142,14 @@ def collect(records: Sequence[Record], mix: Iterable[str] = ()) -> Results:
     rows = [settings(record) for record in done]
     swept = dict.fromkeys(key for row in rows for key in row)
     keys = [key for key in swept if len({hashable(row.get(key)) for row in rows}) > 1] or ["method"]
-    others = [key for key in keys if key != "lr"]
-    if others and follows(rows, "lr", others):  # a rate per arm is no arm of its own
-        keys = others
+    keys = without_followed_rate(rows, keys)
     by_task: dict[Any, set[str]] = {}
     for record in done:
         by_task.setdefault(flat(record.config).get("task"), set()).update(record.final)
     disjoint = len(by_task) > 1 and all(not a & b for a, b in itertools.combinations(by_task.values(), 2))
-    if disjoint:
-        keys = [key for key in keys if key != "task"]
+    if disjoint:  # columns then; so is what goes with a task, as its number of steps
+        groups = {"method", "model", "protocol"}
+        keys = [key for key in keys if key in groups or not follows(rows, key, ["task"])]
     grouped: dict[tuple[Hashable, ...], list[Record]] = {}
     for record in done:
         grouped.setdefault(tuple(hashable(_axes(record, keys).get(key)) for key in keys), []).append(record)

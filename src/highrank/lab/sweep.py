@@ -134,13 +134,21 @@ class Sweep:
                     f"sweep: a sweep folder is empty or holds a sweep, got sweep_dir={self.folder}; choose another"
                 )
             return
-        old = json.loads(file.read_text())
-        if (old["lr_search"] or {}).get("values") != (self.search and json.loads(json.dumps(self.search.given))):
+        try:
+            old = json.loads(file.read_text())
+            rates = (old["lr_search"] or {}).get("values")
+            asked = {cell["asked"]: cell["axes"] for cell in old["cells"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"sweep: sweep.json must be whole, as a sweep wrote it, got {type(error).__name__} {error} in {file}; bring "
+                "it back, or choose another sweep_dir"
+            ) from error
+        if rates != (self.search and json.loads(json.dumps(self.search.given))):
             raise UserError(
                 f"sweep: a folder keeps its learning-rate search, got sweep_dir={self.folder}; choose another"
             )
         known = {cell.run.hash for cell in self.grid.cells}
-        lost = [cell["axes"] for cell in old["cells"] if cell["asked"] not in known]
+        lost = [axes for config_hash, axes in asked.items() if config_hash not in known]
         if lost:
             raise UserError(
                 f"sweep: a sweep folder keeps its cells, got sweep_dir={self.folder} with a grid that lacks {lost[0]}; "

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -264,18 +265,27 @@ def _time(arm: Arm, key: str) -> Cell:
     return Cell(mean, f"{mean:,.0f}", "" if sd is None else f"± {sd:,.0f}", more={"sd": sd})
 
 
+def searches(arm: Arm) -> list[Mapping[str, Any] | None]:
+    """Returns the different searches of an arm's runs: one, but for runs of several sweeps; None is no search."""
+    found = {json.dumps(record.search, sort_keys=True): record.search for record in arm.records}
+    return list(found.values())
+
+
 def _search(arm: Arm) -> Cell:
-    searches = [record.search for record in arm.records if record.search]
-    if not searches:
+    found = searches(arm)
+    made = [search for search in found if search]
+    if not made:
         return Cell("none", "none")
-    trials = searches[0].get("trials", [])
-    seed = searches[0].get("seed")
-    text = f"{len(trials)} tried, seed {seed}" + (", best at the edge" if searches[0].get("at_edge") else "")
+    tried = sorted({len(search.get("trials", [])) if search else 0 for search in found})
+    text = f"{' to '.join(map(str, dict.fromkeys((tried[0], tried[-1]))))} tried, seed {made[0].get('seed')}"
+    text += ", best at the edge" if any(search.get("at_edge") for search in made) else ""
     return Cell(text, text)
 
 
 def search_table(results: Results) -> Table | None:
-    """Returns the losses of the learning-rate search, arms x rates; None without one."""
+    """Returns the losses of the learning-rate search, arms x rates; None without one, or with several for an arm."""
+    if any(len(searches(arm)) > 1 for arm in results.arms):
+        return None
     arms = [
         (arm, next(r.search for r in arm.records if r.search))
         for arm in results.arms

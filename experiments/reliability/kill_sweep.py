@@ -2,7 +2,8 @@
 
     python experiments/reliability/kill_sweep.py --kills 10 --json kill_sweep.json
 
-Half of the kills hit the sweep's process alone, half its whole process group. Compared with a sweep that nothing
+A kill comes up to four runs' time after the sweep has begun its next run; half of them hit the sweep's process alone, half
+its whole process group. Compared with a sweep that nothing
 disturbed: `table.csv`, byte for byte, and how often each run was finished.
 """
 
@@ -32,6 +33,10 @@ def statuses(folder: Path) -> list[str]:
     return [json.loads(file.read_text())["status"] for file in folder.glob("*/results.json")]
 
 
+def written_since(folder: Path, started: float) -> bool:
+    return any(file.stat().st_mtime > started for file in folder.glob("*/results.json"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
@@ -44,9 +49,10 @@ def main() -> None:
         whole, killed = Path(place) / "whole", Path(place) / "killed"
         began = time.monotonic()
         subprocess.run(command(whole), env=environment, stdout=subprocess.DEVNULL, check=True)
-        each = (time.monotonic() - began) / options.kills
+        each = (time.monotonic() - began) / len(statuses(whole))
         after = []
         for number in range(options.kills):
+            started = time.time()
             process = subprocess.Popen(
                 command(killed),
                 env=environment,
@@ -54,7 +60,9 @@ def main() -> None:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            time.sleep(rng.uniform(0.2, 2) * each)
+            while process.poll() is None and not written_since(killed, started):
+                time.sleep(0.1)
+            time.sleep(rng.uniform(0, 4) * each)
             still = process.poll() is None
             (os.killpg if number % 2 else os.kill)(process.pid, signal.SIGKILL) if still else None
             process.wait()

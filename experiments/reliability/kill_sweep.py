@@ -2,9 +2,9 @@
 
     python experiments/reliability/kill_sweep.py --kills 10 --json kill_sweep.json
 
-A kill comes up to four runs' time after the sweep has begun its next run; half of them hit the sweep's process alone, half
-its whole process group. Compared with a sweep that nothing
-disturbed: `table.csv`, byte for byte, and how often each run was finished.
+A kill comes up to two runs' time after the sweep has begun its next run; half of them hit the sweep's process alone, half its
+whole process group. Compared with a sweep that nothing disturbed: `table.csv`, byte for byte, and how often each run was
+finished.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
             )
             while process.poll() is None and not written_since(killed, started):
                 time.sleep(0.1)
-            time.sleep(rng.uniform(0, 4) * each)
+            time.sleep(rng.uniform(0, 2) * each)
             still = process.poll() is None
             (os.killpg if number % 2 else os.kill)(process.pid, signal.SIGKILL) if still else None
             process.wait()

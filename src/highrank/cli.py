@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from highrank.errors import UserError, refused_by_disk, suggest
+from highrank.errors import UserError, described, refused_by_disk, suggest
 
 USAGE = """\
 highrank: parameter-efficient fine-tuning methods, each in one file, compared fairly
@@ -56,9 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not refused_by_disk(error):
             raise
-        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         fix = "make room, or choose another folder"
-        print(f"error: {words[0]}: its files must be readable and writable, got {said}; {fix}", file=sys.stderr)
+        print(
+            f"error: {words[0]}: its files must be readable and writable, got {described(error)}; {fix}",
+            file=sys.stderr,
+        )
         return 2
 
 

@@ -24,6 +24,11 @@ def refused_by_disk(error: Exception) -> bool:
     return said is not None and int(said[1]) in DISK
 
 
+def described(error: Exception) -> str:
+    """Returns the kind of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns `; did you mean 'hira'?` for a near miss, or the whole list when nothing is near."""
     known = sorted(known)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_out_o
 from torch import nn
 
 from highrank.devices import is_sharded
-from highrank.errors import UserError
+from highrank.errors import UserError, described
 
 T = TypeVar("T")
 
@@ -26,11 +26,6 @@ class DoesNotFit(UserError):
 
 def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_out_of_cpu_memory(error)
-
-
-def described(error: Exception) -> str:
-    """Returns the kind of an error and its first line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def halving(attempt: Callable[[int], T], batch_size: int, model: nn.Module) -> tuple[T, int]:

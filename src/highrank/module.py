@@ -17,8 +17,9 @@ from transformers import GenerationConfig, get_scheduler
 from highrank.adapters import Adapters
 from highrank.config import RunConfig
 from highrank.devices import WHOLE, Share, is_sharded, shard
+from highrank.errors import described
 from highrank.loss import IGNORED, head_sees_only, language_model_loss
-from highrank.memory import DoesNotFit, described, halving, out_of_memory
+from highrank.memory import DoesNotFit, halving, out_of_memory
 from highrank.protocol import Protocol
 from highrank.task import Task
 

@@ -27,9 +27,9 @@ from highrank.backbones import Backbone, head_modules, load_backbone
 from highrank.checkpoint import CheckpointFiles, Checkpoints
 from highrank.config import Run
 from highrank.data import TaskData
-from highrank.errors import UserError, refused_by_disk
+from highrank.errors import UserError, described, refused_by_disk
 from highrank.forgetting import forgetting
-from highrank.memory import DoesNotFit, described, out_of_memory
+from highrank.memory import DoesNotFit, out_of_memory
 from highrank.module import FineTuner
 from highrank.plan import Plan, adapted_views, make_plan, optimizer_steps
 from highrank.results import RunDirectory, peak_memory

@@ -101,3 +101,8 @@ def test_every_impossible_cell_is_listed():
         expand([*TINY, "lr=1,-1,-2"])
     assert "lr=-1: " in str(error.value)
     assert "lr=-2: " in str(error.value)
+
+
+def test_a_sweeps_own_key_may_have_a_plus():
+    words = [*TINY, "method=hira,lora"]
+    assert Sweep([*words, "+jobs=2"]).launcher.jobs == Sweep([*words, "jobs=2"]).launcher.jobs == 2

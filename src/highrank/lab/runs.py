@@ -126,16 +126,16 @@ def read_runs(folders: Iterable[Path | str]) -> tuple[list[Record], list[tuple[P
     """
     found: dict[Path, Record] = {}
     skipped: dict[Path, str] = {}
-    searches: dict[Path, Any] = {}
+    cells: dict[Path, Record] = {}
     for folder in map(Path, folders):
         if (folder / "sweep.json").is_file():
-            searches |= {record.path.resolve(): record.search for record in read_sweep(folder).records}
+            cells |= {record.path.resolve(): record for record in read_sweep(folder).records}
         runs = [folder] if (folder / "results.json").is_file() else _below(folder)
         if not runs:
             skipped[folder] = "no results.json in it or below it"
         for path in runs:
             try:
-                found[path.resolve()] = _with(_read(path, {}), search=searches.get(path.resolve()))
+                found[path.resolve()] = cells.get(path.resolve()) or _read(path, {})
             except UserError as error:
                 skipped[path] = str(error)
     records = list(found.values())

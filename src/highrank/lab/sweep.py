@@ -172,7 +172,7 @@ class Sweep:
 
 def _take(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Returns the words of `keys` as a mapping, and the other words."""
-    own = {k: value for k, _, value in (w.partition("=") for w in words) if k in keys}
+    own = {key_of(word): word.partition("=")[2] for word in words if key_of(word) in keys}
     return own, [word for word in words if key_of(word) not in keys]
 
 

@@ -390,6 +390,7 @@ def attach(
     """
     adapters = Adapters(model, views, method, cfg, seed)
     model.requires_grad_(False)
+    _read_slices_whole(model)
     if method.replaces_base:
         model.float()
     for name in heads:
@@ -467,6 +468,17 @@ def _weight_in_layer(model: nn.Module, view: WeightView, layer: int) -> Tensor |
 
 def _site_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
+def _read_slices_whole(model: nn.Module) -> None:
+    """Hands a language model's head its input as one block of memory.
+
+    After a prompt the head reads the last position of each row, a slice; PyTorch multiplies a slice with a frozen weight
+    row by row, and copies the weight, the vocabulary's whole matrix, for each.
+    """
+    if model.can_generate():  # type: ignore[operator]
+        head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        head.register_forward_pre_hook(lambda module, args: tuple(a.contiguous() for a in args))
 
 
 def _train_in_fp32(head: nn.Module) -> None:

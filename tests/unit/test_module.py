@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from highrank.adapters import attach
@@ -82,6 +84,22 @@ def tuner(method="hyperadapt", kind="generate", **core):
     task = Stub()
     task.kind = kind
     return FineTuner(adapters, task, None, settings, total_steps=10)
+
+
+def test_no_copy_of_the_head_per_prompt():
+    module = tuner().eval()
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(t.numel() for t in tree_leaves(out) if torch.is_tensor(t))])
+            return out
+
+    with Sizes(), torch.no_grad():
+        module.model(input_ids=batch()[0][:, :4].repeat(4, 1), use_cache=True, logits_to_keep=1)
+    assert largest <= module.model.get_output_embeddings().weight.numel()  # for 12 prompts
 
 
 @pytest.mark.parametrize("method", ["hyperadapt", "dora", "boft"])

@@ -89,6 +89,8 @@ class Adapters:
         self.whole: WholeModelMethod | None = None
         self.extra: list[str] = []
         """Names of parameters outside the adapters that train too: heads, or everything in full fine-tuning."""
+        self.heads: set[str] = set()
+        """Names of those of them that belong to a head."""
         self.pristine_extra: dict[str, Tensor] = {}
         """Full fine-tuning's start of those, for `disabled`."""
 
@@ -407,6 +409,8 @@ def attach(
         if id(parameter) not in own and (id(parameter) in in_heads or trains):
             parameter.requires_grad_(True)
             adapters.extra.append(name)
+            if id(parameter) in in_heads:
+                adapters.heads.add(name)
             if trains:
                 adapters.pristine_extra[name] = parameter.detach().clone()
     return adapters

@@ -72,6 +72,8 @@ class RunConfig:
     """Seeds data order, adapter start, new heads and dropout."""
     lr: float | None = None
     """Peak learning rate; default: the method's own starting point."""
+    head_lr: float | None = None
+    """Peak learning rate of a new head on an encoder, where it shall not be the adapter's; default: lr."""
     optimizer: str = "adamw"
     """adamw, adam or sgd."""
     betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
@@ -149,6 +151,8 @@ class Run:
     def resolved(self) -> dict[str, Any]:
         """Every value that the run uses, as primitives."""
         core = {key: getattr(self.core, key) for key in CORE_KEYS}
+        if self.core.head_lr is None:
+            del core["head_lr"]
         return {
             "method": {"name": self.method.name, **dataclasses.asdict(self.method_cfg)},
             "task": {"name": self.task.name, "version": self.task.version, **dataclasses.asdict(self.task_cfg)},
@@ -414,6 +418,8 @@ def build(config: Any) -> Run:
     core.placement = _one_form(core.placement)
     if core.lr is None:
         core.lr = method.default_lr
+    if core.head_lr == core.lr:  # the same run as without it
+        core.head_lr = None
     _check_core(core)
     if core.analyze and method.site != "weight":
         raise UserError(
@@ -601,8 +607,9 @@ def _check_core(core: RunConfig) -> None:
         if not ok:
             raise UserError(f"run: {key} {rule}, got {key}={getattr(core, key)}")
 
-    assert core.lr is not None
-    need(math.isfinite(core.lr) and core.lr > 0, "lr", "must be a positive number")
+    for key in ("lr", "head_lr"):
+        rate = getattr(core, key)
+        need(rate is None or (math.isfinite(rate) and rate > 0), key, "must be a positive number")
     need(core.schedule in SCHEDULES, "schedule", f"is one of {', '.join(SCHEDULES)}")
     need(core.optimizer in OPTIMIZERS, "optimizer", f"is one of {', '.join(OPTIMIZERS)}")
     need(core.fused in ("auto", "fused", "split"), "fused", "is auto, fused or split")

@@ -234,21 +234,31 @@ class FineTuner(lightning.LightningModule):
 
 
 def make_optimizer(adapters: Adapters, core: RunConfig) -> torch.optim.Optimizer:
-    """Returns the optimizer over all trainable parameters, in two groups: with weight decay and without.
+    """Returns the optimizer over all trainable parameters, in groups: with weight decay and without, adapter and head.
 
     Decay pulls towards 0, so it spares what a method names in `no_decay` (HyperAdapt's a and b, whose neutral value is
-    1) and, outside the adapters, biases and norms.
+    1) and, outside the adapters, biases and norms. Heads are a group of their own where core.head_lr is given.
     """
-    spared = set(adapters.method.no_decay)
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    no_decay = set(adapters.method.no_decay)
     in_adapters = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in adapters.named_parameters():
-        neutral_is_zero = name.rpartition(".")[2] not in spared if id(parameter) in in_adapters else parameter.dim() > 1
-        groups[neutral_is_zero].append(parameter)
+        neutral_is_zero = (
+            name.rpartition(".")[2] not in no_decay if id(parameter) in in_adapters else parameter.dim() > 1
+        )
+        in_head = core.head_lr is not None and name in adapters.heads
+        groups.setdefault((in_head, not neutral_is_zero), []).append(parameter)
     settings: dict[str, Any] = {"lr": core.lr}
     if core.optimizer != "sgd":
         settings["betas"] = tuple(core.betas)
     return OPTIMIZERS[core.optimizer](
-        [{"params": groups[d], "weight_decay": core.weight_decay if d else 0.0} for d in (True, False) if groups[d]],
+        [
+            {
+                "params": groups[in_head, spared],
+                "weight_decay": 0.0 if spared else core.weight_decay,
+                **({"lr": core.head_lr} if in_head else {}),
+            }
+            for in_head, spared in sorted(groups)
+        ],
         **settings,
     )

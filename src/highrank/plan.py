@@ -10,6 +10,7 @@ from highrank.backbones import DTYPES, empty_model, head_modules, model_config
 from highrank.config import Run
 from highrank.data import hold_out
 from highrank.devices import num_processes
+from highrank.errors import UserError
 from highrank.placement import WeightView, resolve
 from highrank.quantised import BITS, linears
 
@@ -107,6 +108,11 @@ def make_plan(run: Run) -> Plan:
     core = run.core
     views = adapted_views(run, model)
     params = count(model, views, run.method, run.method_cfg, task.kind)
+    if core.head_lr is not None and not params.head:
+        raise UserError(
+            f"run: head_lr is the rate of a new head, which this model does not get, got head_lr={core.head_lr} with "
+            f"task={run.task.name}; leave it out"
+        )
     num_train, tokens_each = _training_size(task, run)
     steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4

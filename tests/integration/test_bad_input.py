@@ -39,6 +39,11 @@ BAD = [
     ("task=wordmth", "task: unknown name, got task=wordmth; did you mean 'wordmath'"),
     ("protocol=cleen", "protocol: unknown name, got protocol=cleen; did you mean 'clean'"),
     ("lr=-1", "run: lr must be a positive number, got lr=-1"),
+    ("head_lr=0", "run: head_lr must be a positive number, got head_lr=0"),
+    (
+        "head_lr=1e-2 model=tiny_llama",
+        "head_lr is the rate of a new head, which this model does not get, got head_lr=0.01",
+    ),
     ("lr=fast", "config: Value 'fast' of type 'str' could not be converted to Float, got lr=fast"),
     ("schedule=step", "schedule is one of constant, linear, cosine, got schedule=step"),
     ("optimizer=lion", "optimizer is one of adamw, adam, sgd, got optimizer=lion"),
@@ -145,6 +150,7 @@ def test_one_run_has_one_hash():
     assert run("placement=[down,o]").core.placement == ["o", "down"]
     assert run("placement=[q,k,v,o,gate,up,down]").hash != run("placement=all").hash
     assert run("trainer.precision=32").hash == run().hash
+    assert run("lr=1e-2", "head_lr=1e-2").hash == run("lr=1e-2").hash != run("lr=1e-2", "head_lr=3e-2").hash
 
 
 def test_unknown_command(capsys):

@@ -133,6 +133,24 @@ def test_heads_decay_their_matrix_but_not_their_bias():
     assert id(named["classifier.bias"]) in in_group[False]
 
 
+@pytest.mark.parametrize("method", ["lora", "hyperadapt", "full"])
+def test_a_head_may_have_a_rate_of_its_own(method):
+    """One step of SGD with gradients of 1 moves every parameter by its rate."""
+    module = tuner(
+        method, "classify", optimizer="sgd", head_lr=0.5, max_grad_norm=0, warmup_ratio=0, schedule="constant"
+    )
+    before = {name: p.detach().clone() for name, p in module.adapters.named_parameters()}
+    optimizer = module.configure_optimizers()["optimizer"]
+    for _, parameter in module.adapters.named_parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    heads = {name for name in before if name.startswith("classifier.")}
+    assert heads == {"classifier.weight", "classifier.bias"}
+    for name, parameter in module.adapters.named_parameters():
+        rate = 0.5 if name in heads else 1e-2
+        torch.testing.assert_close(parameter.detach(), before[name] - rate, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("core", "expected"),
     [

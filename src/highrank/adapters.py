@@ -475,14 +475,19 @@ def _site_seed(seed: int, name: str) -> int:
 
 
 def _read_slices_whole(model: nn.Module) -> None:
-    """Hands a language model's head its input as one block of memory.
+    """Hands a language model's head its input as one block of memory, for good: no result depends on it.
 
     After a prompt the head reads the last position of each row, a slice; PyTorch multiplies a slice with a frozen weight
     row by row, and copies the weight, the vocabulary's whole matrix, for each.
     """
     if model.can_generate():  # type: ignore[operator]
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        head.register_forward_pre_hook(lambda module, args: tuple(a.contiguous() for a in args))
+        if _contiguous not in head._forward_pre_hooks.values():
+            head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a.contiguous() for a in args)
 
 
 def _train_in_fp32(head: nn.Module) -> None:

@@ -132,6 +132,15 @@ UNHASHED = (
 """Keys that do not change a run's results."""
 
 
+def config_hash(values: Mapping[str, Any]) -> str:
+    """Returns the sha256 over every key of a resolved config that can change the result.
+
+    A key that came later counts where it is given, so that the hashes of earlier runs stay.
+    """
+    later = {"head_lr": None}
+    return digest({key: value for key, value in values.items() if key not in UNHASHED and value != later.get(key, ...)})
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One checked run: the core keys, and the chosen plugins with their own configs built."""
@@ -151,8 +160,6 @@ class Run:
     def resolved(self) -> dict[str, Any]:
         """Every value that the run uses, as primitives."""
         core = {key: getattr(self.core, key) for key in CORE_KEYS}
-        if self.core.head_lr is None:
-            del core["head_lr"]
         return {
             "method": {"name": self.method.name, **dataclasses.asdict(self.method_cfg)},
             "task": {"name": self.task.name, "version": self.task.version, **dataclasses.asdict(self.task_cfg)},
@@ -164,8 +171,7 @@ class Run:
 
     @property
     def hash(self) -> str:
-        """sha256 over every key that can change the result."""
-        return digest({k: v for k, v in self.resolved.items() if k not in UNHASHED})
+        return config_hash(self.resolved)
 
     @property
     def name(self) -> str:

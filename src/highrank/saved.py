@@ -14,9 +14,8 @@ from yaml import YAMLError
 
 from highrank.adapters import Adapters
 from highrank.backbones import Backbone
-from highrank.config import CORE_KEYS, UNHASHED, Run, build, compose_run, register_configs, spelled
+from highrank.config import CORE_KEYS, UNHASHED, Run, build, compose_run, config_hash, register_configs, spelled
 from highrank.errors import UserError, refused_by_disk, suggest
-from highrank.protocol import digest
 from highrank.results import changed, model_files, read_results
 from highrank.run import build_model
 
@@ -53,7 +52,7 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
     try:
         config = OmegaConf.load(folder / "config.yaml")
         values: Any = OmegaConf.to_container(config)
-        stated = digest({key: value for key, value in values.items() if key not in UNHASHED})
+        stated = config_hash(values)
     except (OSError, YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
         raise UserError(f"run: config.yaml is damaged, got {str(error).splitlines()[0]} in {folder}") from error
     if stated != results["config_hash"]:

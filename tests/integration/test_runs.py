@@ -178,7 +178,7 @@ def test_the_list_of_core_keys_is_a_decision():
 
     assert (
         *("path", "placement", "layers", "fused", "architecture", "seed"),
-        *("lr", "optimizer", "betas", "weight_decay", "schedule", "warmup_steps", "warmup_ratio"),
+        *("lr", "head_lr", "optimizer", "betas", "weight_decay", "schedule", "warmup_steps", "warmup_ratio"),
         *("epochs", "max_steps", "batch_size", "accumulate", "max_grad_norm"),
         *("compile", "checkpoint_activations", "auto_microbatch", "eval_batch_size"),
         *("eval_before", "eval_test", "general_text"),

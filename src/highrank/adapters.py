@@ -475,7 +475,7 @@ def _site_seed(seed: int, name: str) -> int:
 
 
 def _read_slices_whole(model: nn.Module) -> None:
-    """Hands a language model's head its input as one block of memory, for good: no result depends on it.
+    """Hands a language model's head its input as one block of memory, also after `unload`; results agree to rounding.
 
     After a prompt the head reads the last position of each row, a slice; PyTorch multiplies a slice with a frozen weight
     row by row, and copies the weight, the vocabulary's whole matrix, for each.

@@ -132,13 +132,13 @@ UNHASHED = (
 """Keys that do not change a run's results."""
 
 
-def config_hash(values: Mapping[str, Any]) -> str:
-    """Returns the sha256 over every key of a resolved config that can change the result.
+LATER: dict[str, Any] = {"head_lr": None}
+"""Keys younger than the first runs, and what their absence from a saved config means."""
 
-    A key that came later counts where it is given, so that the hashes of earlier runs stay.
-    """
-    later = {"head_lr": None}
-    return digest({key: value for key, value in values.items() if key not in UNHASHED and value != later.get(key, ...)})
+
+def config_hash(values: Mapping[str, Any]) -> str:
+    """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
+    return digest({key: value for key, value in values.items() if key not in UNHASHED and value != LATER.get(key, ...)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,8 +424,6 @@ def build(config: Any) -> Run:
     core.placement = _one_form(core.placement)
     if core.lr is None:
         core.lr = method.default_lr
-    if core.head_lr == core.lr:  # the same run as without it
-        core.head_lr = None
     _check_core(core)
     if core.analyze and method.site != "weight":
         raise UserError(

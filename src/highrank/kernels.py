@@ -47,11 +47,14 @@ def low_rank_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, 
     if isinstance(W, QuantisedWeight):
         return F.linear(x, W, bias) + F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
     x, bias = in_compute_dtype(x, bias)
+    rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        if not torch.is_grad_enabled():  # of a token's product the autograd function takes more than its arithmetic
-            update = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
-            return F.linear(x, W.to(x.dtype), bias).add_(update, alpha=scaling)
-        return LowRankLinear.apply(x.reshape(-1, x.shape[-1]), W, A, B, scaling, bias).view(*x.shape[:-1], len(W))
+        if torch.is_grad_enabled():
+            y = LowRankLinear.apply(rows, W, A, B, scaling, bias)
+        else:  # of one token's product the autograd function takes more than its arithmetic
+            update = F.linear(F.linear(rows, A.to(x.dtype)), B.to(x.dtype))
+            y = F.linear(rows, W.to(x.dtype), bias).add_(update, alpha=scaling)
+    return y.view(*x.shape[:-1], len(W))
 
 
 class LowRankLinear(torch.autograd.Function):

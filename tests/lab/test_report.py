@@ -348,6 +348,13 @@ def test_bad_words(grid, capsys, words, said):
 # --- run directories without a sweep ----------------------------------------------
 
 
+def test_runs_from_before_a_key_are_told_apart_by_it(fake):
+    for axes in ({"seed": 0}, {"seed": 1, "head_lr": None}, {"seed": 0, "head_lr": 3e-2}):
+        fake.run({"method": "lora", **axes}, 0.5)
+    records, _ = read_runs([fake.folder])
+    assert sorted((r.axes["seed"], str(r.axes["head_lr"])) for r in records) == [(0, "0.03"), (0, "None"), (1, "None")]
+
+
 def test_runs_by_themselves_are_told_apart_by_the_keys_in_which_they_differ(fake, capsys):
     for seed in range(2):
         for method, lr in (("hira", 5e-3), ("lora", 3e-4)):

@@ -26,6 +26,8 @@ def test_low_rank_linear(shape, with_bias):
     bias = rand(N) if with_bias else None
     plain = F.linear(x, W, bias) + 0.7 * F.linear(F.linear(x, A), B)
     torch.testing.assert_close(low_rank_linear(x, W, A, B, 0.7, bias), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(low_rank_linear(x, W, A, B, 0.7, bias), plain)
     assert gradcheck(lambda x, A, B, bias: low_rank_linear(x, W, A, B, 0.7, bias), (x, A, B, bias))
 
 

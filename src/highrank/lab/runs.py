@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from highrank.config import GROUPS, UNHASHED
+from highrank.config import GROUPS, LATER, UNHASHED
 from highrank.errors import UserError
 from highrank.results import read_results
 
@@ -165,6 +165,8 @@ def _read(path: Path, axes: Mapping[str, Any]) -> Record:
             f"run: a result must be whole, got {type(error).__name__} {error} in {path}; run it again"
         ) from error
     seed = axes.get("seed")
+    if config:
+        config = {**LATER, **config}
     return Record(path, config, results, {**axes, "seed": results.get("seed") if seed is None else seed})
 
 

@@ -71,14 +71,15 @@ def test_custom_scalars(browser, tensorboard, sweep, plan):
         cards = browser.find("tf-custom-scalar-multi-line-chart-card")
         return {card.text.partition("\n")[0]: card for card in cards if "Matches (" in card.text}
 
+    def lines(title):
+        inside = "return arguments[0].shadowRoot.querySelector('tf-line-chart-data-loader').shadowRoot"
+        inside += ".querySelector('vz-line-chart2').shadowRoot.querySelectorAll('.line-plot:not(.ghost) path.line')"
+        return browser(f"{inside}.length", charts()[title])
+
     wanted = {"loss", "macro average", *sets, "trainable", "total_s"}
-    found = browser.wait(lambda: drawn if wanted <= set(drawn := charts()) else None)
+    browser.wait(lambda: wanted <= set(charts()))
     for title in ("loss", "macro average", "trainable"):
-        lines = "return arguments[0].shadowRoot.querySelector('tf-line-chart-data-loader').shadowRoot"
-        lines += (
-            ".querySelector('vz-line-chart2').shadowRoot.querySelectorAll('.line-plot:not(.ghost) path.line').length"
-        )
-        assert browser(lines, found[title]) >= len(plan["cells"]), title
+        browser.wait(lambda title=title: lines(title) >= len(plan["cells"]))
     assert browser.errors() == []
     assert browser.origins() == {tensorboard.rstrip("/")}
 

@@ -248,15 +248,13 @@ def make_optimizer(adapters: Adapters, core: RunConfig) -> torch.optim.Optimizer
         )
         in_head = core.head_lr is not None and name in adapters.heads
         groups.setdefault((in_head, not neutral_is_zero), []).append(parameter)
-    settings: dict[str, Any] = {"lr": core.lr}
-    if core.optimizer != "sgd":
-        settings["betas"] = tuple(core.betas)
+    settings: dict[str, Any] = {} if core.optimizer == "sgd" else {"betas": tuple(core.betas)}
     return OPTIMIZERS[core.optimizer](
         [
             {
                 "params": groups[in_head, spared],
+                "lr": core.head_lr if in_head else core.lr,
                 "weight_decay": 0.0 if spared else core.weight_decay,
-                **({"lr": core.head_lr} if in_head else {}),
             }
             for in_head, spared in sorted(groups)
         ],

@@ -25,7 +25,8 @@ from torch.utils.hooks import RemovableHandle
 
 from highrank.errors import UserError
 from highrank.registry import register_method
-from highrank.whole import VirtualTokens, is_start, make_room, named
+from highrank.transformers_internals import by_name, cache_of, with_cache
+from highrank.whole import VirtualTokens, is_start, make_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,12 @@ class Prefix(VirtualTokens):
             raise UserError(
                 "prefix: activation checkpointing keeps no cache for a prefix to be in, got checkpoint_activations=true"
             )
-        kwargs = named(args, kwargs)
+        kwargs = by_name(body, args, kwargs)
         if is_start(kwargs):
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             if cache is None:
-                cache = kwargs["past_key_values"] = DynamicCache(config=body.config)
+                cache = DynamicCache(config=body.config)
+                kwargs = with_cache(body, kwargs, cache)
             rows = len(kwargs["input_ids"])
             for layer, (K, V) in enumerate(self.P.to(body.dtype)):
                 cache.update(K.expand(rows, -1, -1, -1), V.expand(rows, -1, -1, -1), layer)

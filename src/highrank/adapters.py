@@ -24,6 +24,7 @@ from highrank.errors import UserError
 from highrank.method import Method, Site
 from highrank.placement import WeightView, weight_of
 from highrank.quantised import is_quantised
+from highrank.torch_internals import hook_once
 from highrank.whole import WholeModelMethod
 
 FORMAT_VERSION = 1
@@ -482,8 +483,7 @@ def _read_slices_whole(model: nn.Module) -> None:
     """
     if model.can_generate():  # type: ignore[operator]
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        if _contiguous not in head._forward_pre_hooks.values():
-            head.register_forward_pre_hook(_contiguous)
+        hook_once(head, _contiguous)
 
 
 def _contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -26,6 +26,7 @@ from highrank import quantised
 from highrank.adapters import write_atomic
 from highrank.errors import UserError
 from highrank.protocol import digest
+from highrank.transformers_internals import tied_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -456,7 +457,7 @@ def _check_loaded(model: Any, found: Mapping[str, Any], kind: str, folder: str) 
     A classification model may lack its head, which is trained in full; tied weights are stored once.
     """
     heads = tuple(f"{name}." for name in head_modules(model)) if kind != "generate" else ()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = tied_weights(model)
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(heads) and key not in tied)
     if missing:
         raise UserError(

@@ -32,6 +32,7 @@ from torch import Tensor
 from highrank import devices
 from highrank.data import LengthBuckets
 from highrank.errors import UserError
+from highrank.lightning_internals import before_this_batch, count_logged_steps
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -212,7 +213,7 @@ class Checkpoints(Callback):
         if self._generators is not None:
             set_generators(self._generators, trainer.strategy.root_device)
             self._generators = None
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step  # Lightning may be one ahead
+            count_logged_steps(trainer)
         if index % trainer.accumulate_grad_batches:
             return
         self.stop.agree(trainer)
@@ -236,14 +237,10 @@ class Checkpoints(Callback):
         self._saved_step, self._saved_at = trainer.global_step, time.perf_counter()
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["loops"] = {"fit_loop": checkpoint["loops"]["fit_loop"]}  # evaluations are no part of it
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):  # the batch at hand has not been trained on
-            counts.update(dict.fromkeys(("ready", "started", "processed"), counts["completed"]))
-        progress["is_last_batch"] = False
+        batch = before_this_batch(checkpoint)
         states = generators(trainer.strategy.root_device)
         checkpoint["processes"] = devices.gather([{"generators": states, "num_tokens": module.num_tokens}])
-        checkpoint["place"] = {"epoch": trainer.current_epoch, "batch": progress["current"]["completed"]}
+        checkpoint["place"] = {"epoch": trainer.current_epoch, "batch": batch}
         checkpoint["seconds"] = self.seconds
         checkpoint.setdefault("needs", [])
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -26,6 +27,11 @@ from highrank import registry
 from highrank.errors import UserError, suggest
 from highrank.protocol import Protocol, digest
 
+HYDRA_1_3 = hydra.__version__.startswith("1.3.")
+VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if HYDRA_1_3 else {}
+"""Hydra 1.3 asks whose defaults are meant; 1.4 has one set."""
+STORE_AGAIN: dict[str, Any] = {} if HYDRA_1_3 else {"replace": True}
+"""Hydra 1.4 asks whether a config may be stored again under its name."""
 GROUPS = ("method", "task", "model", "protocol", "trainer", "experiment")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -330,11 +336,16 @@ def _rewrite_group(word: str) -> list[str]:
     return [f"{key}={value}"]
 
 
+def packaged_configs() -> Any:
+    """Returns the context in which Hydra reads the configs of this package."""
+    return initialize_config_module("highrank.configs", **VERSION_BASE)
+
+
 def _compose(overrides: Sequence[str]) -> Any:
     try:
         OverridesParser.create().parse_overrides(list(overrides))
         GlobalHydra.instance().clear()
-        with initialize_config_module("highrank.configs", version_base="1.3"):
+        with packaged_configs():
             for override in overrides:
                 key, _, value = override.partition("=")
                 if key in GROUPS:
@@ -373,15 +384,15 @@ def register_configs() -> None:
     """Makes the core keys and the names of all plugins known to Hydra; imports no plugin."""
     from highrank.backbones import TINY
 
-    store = ConfigStore.instance()
-    store.store(name="highrank", node=RunConfig)
+    store = functools.partial(ConfigStore.instance().store, **STORE_AGAIN)
+    store(name="highrank", node=RunConfig)
     for name in registry.available("methods"):
-        store.store(group="method", name=name, node={"name": name})
+        store(group="method", name=name, node={"name": name})
     for name in registry.available("tasks"):
-        store.store(group="task", name=name, node={"name": name})
+        store(group="task", name=name, node={"name": name})
     for name in TINY:
-        store.store(group="model", name=f"tiny_{name}", node={"name": f"tiny_{name}", "dtype": "float32"})
-    store.store(group="model", name="hf", node={"name": "hf", "hub": None, "dtype": "bfloat16"})
+        store(group="model", name=f"tiny_{name}", node={"name": f"tiny_{name}", "dtype": "float32"})
+    store(group="model", name="hf", node={"name": "hf", "hub": None, "dtype": "bfloat16"})
 
 
 MODEL_KEYS = ("name", "hub", "revision", "wheel", "dtype", "attention", "shape", "shuffled", "quantize")

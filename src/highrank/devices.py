@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 
 from highrank.errors import UserError
 from highrank.method import Method
+from highrank.transformers_internals import block_names
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 """Where torchrun, Lightning and Slurm each tell a process its number."""
@@ -213,7 +214,7 @@ def shard(model: Any, mesh: Any) -> None:
 
     if is_sharded(model):
         return
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = block_names(model)
     for module in list(model.modules()):
         if isinstance(module, Method):
             module.keeps = False

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.kernels import DTYPES, handles
+from highrank.torch_internals import version_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Method(nn.Module):
         """
         if self.training or torch.is_grad_enabled() or not self.keeps:
             return build()
-        state = (W.data_ptr(), W.dtype, W._version, *(p._version for p in self.parameters()))
+        state = (W.data_ptr(), W.dtype, version_of(W), *map(version_of, self.parameters()))
         if key not in self._cache or self._cache[key][0] != state:
             self._cache[key] = (state, build())
         return self._cache[key][1]

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, get_scheduler
 
@@ -22,6 +21,8 @@ from highrank.loss import IGNORED, head_sees_only, language_model_loss
 from highrank.memory import DoesNotFit, halving, out_of_memory
 from highrank.protocol import Protocol
 from highrank.task import Task
+from highrank.torch_internals import leave_out_of_ddp
+from highrank.transformers_internals import cache_name, cache_of
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -187,7 +188,8 @@ class FineTuner(lightning.LightningModule):
             use_cache=True,
             logits_to_keep=1,
         )
-        prompt.past_key_values.batch_select_indices(owner)
+        cache = cache_of(prompt)
+        cache.batch_select_indices(owner)
         lengths = mask.sum(1)[owner]
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         predicts = following != IGNORED
@@ -196,8 +198,8 @@ class FineTuner(lightning.LightningModule):
                 input_ids=batch["tail_ids"],
                 attention_mask=torch.cat([mask[owner], batch["tail_mask"]], dim=1),
                 position_ids=lengths[:, None] + torch.arange(labels.shape[1], device=lengths.device),
-                past_key_values=prompt.past_key_values,
                 use_cache=True,
+                **{cache_name(self.model): cache},
             ).logits
         losses = torch.zeros(labels.shape, device=logits.device)
         losses[predicts] = F.cross_entropy(logits.float(), following[predicts], reduction="none")
@@ -217,7 +219,7 @@ class FineTuner(lightning.LightningModule):
         # Every process has read the same frozen base: DDP need not send it, and could not send a quantised one.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in self.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+        leave_out_of_ddp(self, frozen)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.adapters, self.core)

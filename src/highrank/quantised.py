@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from highrank.errors import UserError
+from highrank.torch_internals import as_plain_tensors, tensor_without_storage, tree_map
 
 KINDS = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
 """Kind -> the library that does it."""
@@ -156,7 +156,7 @@ class QuantisedWeight(Tensor):
         dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
         shape = (layer.out_features, layer.in_features)
         with torch.inference_mode(False):  # its version counter is asked for
-            weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.weight.device)
+            weight = tensor_without_storage(cls, shape, dtype, layer.weight.device)
         weight.layer, weight._dense = layer, None
         return weight
 
@@ -185,7 +185,7 @@ class QuantisedWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with as_plain_tensors():
                 return func(*args, **kwargs)
         if func is F.linear and isinstance(args[1], cls) and not isinstance(args[0], cls):
             return args[1].product(args[0], *args[2:], **kwargs)

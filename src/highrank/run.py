@@ -29,6 +29,7 @@ from highrank.config import Run
 from highrank.data import TaskData
 from highrank.errors import UserError, described, refused_by_disk
 from highrank.forgetting import forgetting
+from highrank.lightning_internals import leave_signals_alone
 from highrank.memory import DoesNotFit, out_of_memory
 from highrank.module import FineTuner
 from highrank.plan import Plan, adapted_views, make_plan, optimizer_steps
@@ -333,7 +334,7 @@ def make_trainer(
         num_sanity_val_steps=0,
     )
     trainer.strategy.checkpoint_io = CheckpointFiles()
-    stop.keep(trainer)
+    leave_signals_alone(trainer)
     return trainer
 
 

@@ -41,11 +41,6 @@ class StopOnSignal(Callback):
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
-    @staticmethod
-    def keep(trainer: lightning.Trainer) -> None:
-        """Keeps Lightning's own handler of SIGTERM out, which would stop between two micro-batches, unsaved."""
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-
     def check(self) -> None:
         """Raises Interrupted if a signal came."""
         if self.received is not None:

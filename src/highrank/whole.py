@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from highrank.errors import UserError
+from highrank.transformers_internals import by_name, cache_of
 
 
 class WholeModelMethod(nn.Module):
@@ -103,7 +104,7 @@ class VirtualTokens(WholeModelMethod):
         ]
 
     def _prepend(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        kwargs = named(args, kwargs)
+        kwargs = by_name(body, args, kwargs)
         self._added = self.cfg.num_virtual_tokens if is_start(kwargs) else 0
         if self._added:
             embedded = body.get_input_embeddings()(kwargs.pop("input_ids"))
@@ -129,14 +130,9 @@ class VirtualTokens(WholeModelMethod):
         return {"virtual tokens": cfg.num_virtual_tokens}
 
 
-def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns a decoder's arguments by name; the tokens are the only one that some models pass by place."""
-    return {**({"input_ids": args[0]} if args else {}), **kwargs}
-
-
 def is_start(kwargs: dict[str, Any]) -> bool:
     """Whether a call of a decoder computes a sequence from its first token on."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     return cache is None or cache.get_seq_length() == 0
 
 

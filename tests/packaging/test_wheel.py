@@ -23,9 +23,9 @@ NAMES_SCRIPT = """
 import json, sys
 import highrank, highrank.cli
 from highrank import registry
-from highrank.config import _options, register_configs, initialize_config_module
+from highrank.config import _options, packaged_configs, register_configs
 register_configs()
-with initialize_config_module("highrank.configs", version_base="1.3"):
+with packaged_configs():
     groups = {group: _options(group) for group in ("method", "task", "model", "protocol", "trainer")}
 code = highrank.cli.main(["methods"])
 code += highrank.cli.main(["run", "method=lora", "model=tiny_llama", "dry_run=true", "run_dir=planned"])

@@ -23,6 +23,16 @@ def prefix_layout(P):
     return P.permute(3, 0, 1, 2, 4).flatten(1)
 
 
+def greedy(model, num_tokens):
+    """Token by token, each from the whole sequence: with transformers 5.24, PEFT 0.21.2 puts its tokens in front of every
+    step that has a cache."""
+    ids = IDS
+    for _ in range(num_tokens):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
 MLP = {f"L{i + 1}.{kind}": f"mlp_head.{2 * i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
 CASES = {
     "prompt_tuning": ("PromptTuningConfig", {}, {"P": "embedding.weight"}, {}),
@@ -37,6 +47,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
+@pytest.mark.filterwarnings("ignore:.*past_key_values. is deprecated:FutureWarning")  # so is this
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("method", CASES)
 def test_peft(method):
@@ -68,10 +79,7 @@ def test_peft(method):
         torch.testing.assert_close(layout(parameter.grad), parameters[names[name]].grad, **TOLERANCE)
 
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(
-        base.generate(input_ids=IDS, attention_mask=mask, **settings),
-        theirs.generate(input_ids=IDS, attention_mask=mask, **settings),
-    )
+    assert torch.equal(base.generate(input_ids=IDS, attention_mask=mask, **settings), greedy(theirs, 6))
 
 
 def test_prompt_tuning_is_the_base_on_longer_embeddings():

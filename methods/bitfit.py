@@ -23,11 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from highrank.backbones import head_modules
-from highrank.errors import UserError
-from highrank.placement import is_transposed
-from highrank.registry import register_method
-from highrank.whole import WholeModelMethod
+from highrank.model.backbones import head_modules
+from highrank.model.placement import is_transposed
+from highrank.plugin import UserError, WholeModelMethod, register_method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.errors import UserError
-from highrank.kernels import row_scaled
-from highrank.method import Method, Site
-from highrank.registry import register_method
+from highrank.model.kernels import row_scaled
+from highrank.plugin import Method, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.errors import UserError
-from highrank.kernels import low_rank_linear, row_scaled
-from highrank.method import Method, Site, kaiming_uniform_
-from highrank.registry import register_method
+from highrank.model.kernels import low_rank_linear, row_scaled
+from highrank.plugin import Method, Site, UserError, kaiming_uniform_, register_method
 
 
 @dataclass(frozen=True, kw_only=True)

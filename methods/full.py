@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from highrank.method import Method, Site
-from highrank.registry import register_method
+from highrank.plugin import Method, Site, register_method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,7 @@ import torch.nn.functional as F
 from highrank.methods.hira import hadamard_linear
 from torch import Tensor, nn
 
-from highrank.errors import UserError
-from highrank.method import Method, Site, kaiming_uniform_
-from highrank.registry import register_method
+from highrank.plugin import Method, Site, UserError, kaiming_uniform_, register_method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,10 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from highrank.errors import UserError
-from highrank.kernels import in_compute_dtype
-from highrank.method import Method, Site, kaiming_uniform_
-from highrank.registry import register_method
+from highrank.model.kernels import in_compute_dtype
+from highrank.plugin import Method, Site, UserError, kaiming_uniform_, register_method
 
 CHOICES = ("w0", "random_uniform", "random_scaled", "w0_trunc", "w0_smooth", "ones")
 

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.kernels import ScaledWeightLinear, row_scaled, scales_weight
-from highrank.method import Method, Site
-from highrank.registry import register_method
+from highrank.model.kernels import ScaledWeightLinear, row_scaled, scales_weight
+from highrank.plugin import Method, Site, register_method
 
 
 @dataclass(frozen=True, kw_only=True)

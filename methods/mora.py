@@ -31,9 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.errors import UserError
-from highrank.method import Method, Site
-from highrank.registry import register_method
+from highrank.plugin import Method, Site, UserError, register_method
 
 SHARING, ROTATION = 1, 6
 

@@ -25,9 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from highrank.errors import UserError
-from highrank.registry import register_method
-from highrank.whole import VirtualTokens
+from highrank.plugin import UserError, VirtualTokens, register_method
 
 
 @dataclass(frozen=True, kw_only=True)

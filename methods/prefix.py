@@ -23,10 +23,16 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from highrank.errors import UserError
-from highrank.registry import register_method
-from highrank.transformers_internals import by_name, cache_of, with_cache
-from highrank.whole import VirtualTokens, is_start, make_room
+from highrank.plugin import (
+    UserError,
+    VirtualTokens,
+    by_name,
+    cache_of,
+    is_start,
+    make_room,
+    register_method,
+    with_cache,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from highrank.errors import UserError
-from highrank.registry import register_method
-from highrank.whole import VirtualTokens
+from highrank.plugin import UserError, VirtualTokens, register_method
 
 STARTS = ("random", "sample_vocab", "text")
 

@@ -30,9 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from highrank.errors import UserError
-from highrank.method import Method, Site
-from highrank.registry import register_method
+from highrank.plugin import Method, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)

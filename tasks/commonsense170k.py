@@ -19,9 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.registry import register_task
-from highrank.sources import Source, find
-from highrank.task import DataConfig, Example, FileTask, one_of
+from highrank.plugin import DataConfig, Example, FileTask, Source, find, one_of, register_task
 
 GET = "the files are in github.com/AGI-Edgerunners/LLM-Adapters under dataset/ and ft-training_set/"
 TOTAL = 170_420

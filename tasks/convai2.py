@@ -20,10 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from highrank.errors import UserError
-from highrank.registry import register_task
-from highrank.sources import Source
-from highrank.task import DataConfig, Example, FileTask
+from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, register_task
 
 GET = "the files are in ParlAI's ConvAI2 download, parl.ai/downloads/convai2"
 

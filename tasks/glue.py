@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.registry import register_task
-from highrank.sources import Source
-from highrank.task import DataConfig, FileTask, LabelledText, label_of, one_of
+from highrank.plugin import DataConfig, FileTask, LabelledText, Source, label_of, one_of, register_task
 
 ENTAILMENT = ("entailment", "not_entailment")
 

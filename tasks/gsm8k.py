@@ -14,10 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from highrank.answers import value
-from highrank.registry import register_task
-from highrank.sources import Source
-from highrank.task import DataConfig, Example, FileTask
+from highrank.data.answers import value
+from highrank.plugin import DataConfig, Example, FileTask, Source, register_task
 
 GET = "the files are in github.com/openai/grade-school-math under grade_school_math/data"
 TRAIN = Source(("gsm8k/train.jsonl", "gsm8k/train.parquet"), GET, 7_473, hub="openai/gsm8k:main")

@@ -13,10 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from highrank.errors import UserError
-from highrank.registry import register_task
-from highrank.sources import Source
-from highrank.task import DataConfig, Example, FileTask
+from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, register_task
 
 FIELDS = ("instruction", "input", "output", "answer", "id")
 

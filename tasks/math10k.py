@@ -17,10 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.answers import value
-from highrank.registry import load, register_task
-from highrank.sources import Source
-from highrank.task import DataConfig, Example, FileTask, one_of
+from highrank.data.answers import value
+from highrank.plugin import DataConfig, Example, FileTask, Source, load, one_of, register_task
 
 GET = "the files are in github.com/AGI-Edgerunners/LLM-Adapters under dataset/ and ft-training_set/"
 SIZES = {"10k": 9_919, "7k": 6_900, "14k": 14_000, "50k": 50_000}

@@ -13,10 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.errors import UserError
-from highrank.registry import load, register_task
-from highrank.sources import Source
-from highrank.task import DataConfig, Example, FileTask
+from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, load, register_task
 
 GET = "the file is on the Hub at meta-math/MetaMathQA"
 NAMES = ("MetaMathQA-395K.json", "MetaMathQA.json", "MetaMathQA.jsonl", "MetaMathQA.parquet")

@@ -20,9 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.errors import UserError
-from highrank.registry import register_task
-from highrank.task import Example, Task
+from highrank.plugin import Example, Task, UserError, register_task
 
 SPLITS = ("train", "validation", "test")
 REQUEST = ' Show each step, then end with "The answer is" and the number.'

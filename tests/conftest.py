@@ -35,8 +35,8 @@ def run_cli(tmp_path, capsys):
 def tiny_sweep(tmp_path_factory):
     """Returns the folder of a sweep over three methods on a tiny random model, one of them without r; only to read."""
     from highrank.cli import main
-    from highrank.lab import dashboard
-    from highrank.lab.grid import expand
+    from highrank.report import dashboard
+    from highrank.sweep.grid import expand
 
     folder = tmp_path_factory.mktemp("outputs") / "sweep"
     words = ["model=tiny_llama", "task.n_train=16", "task.n_test=4", "batch_size=4", "max_steps=4"]

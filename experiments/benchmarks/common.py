@@ -24,12 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from torch import Tensor, nn
 
-from highrank.adapters import Adapters, attach
-from highrank.allocator import keep_freed_memory
-from highrank.backbones import DTYPES
-from highrank.config import compose_run
-from highrank.loss import IGNORED, language_model_loss
-from highrank.placement import resolve
+from highrank.base.allocator import keep_freed_memory
+from highrank.config.words import compose_run
+from highrank.data.encoding import IGNORED
+from highrank.model.adapters import Adapters, attach
+from highrank.model.backbones import DTYPES
+from highrank.model.placement import resolve
+from highrank.train.loss import language_model_loss
 
 keep_freed_memory()  # as a run does; it serves every side alike
 

@@ -33,12 +33,13 @@ from common import (
     write_json,
 )
 
-from highrank.backbones import load_backbone
-from highrank.config import compose_run
-from highrank.data import TaskData, pad
-from highrank.encoding import encode_prompt
-from highrank.module import FineTuner
-from highrank.run import build_model
+from highrank.config.words import compose_run
+from highrank.data.batches import TaskData, pad
+from highrank.data.encoding import encode_prompt
+from highrank.model.backbones import load_backbone
+from highrank.train.build import build_model
+from highrank.train.module import FineTuner
+from highrank.train.outputs import decoding
 
 
 def our_side(module: FineTuner, data: TaskData, records: Sequence[Any], device: str, texts: list[str]) -> Callable:
@@ -67,7 +68,7 @@ def plain_side(
                 attention_mask=mask.to(device),
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-                **{**module.decoding, **more},
+                **{**decoding(module.task, module.protocol), **more},
             )
             out = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
             texts[start : start + size] = out

@@ -34,7 +34,7 @@ from common import (
     write_json,
 )
 
-from highrank.registry import load
+from highrank.base.registry import load
 
 AXES = ("r", "hidden", "tokens", "layers", "factor")
 NO_RANK = ("hyperadapt", "boft1", "boft4")

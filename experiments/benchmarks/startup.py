@@ -18,7 +18,7 @@ from common import arguments, environment, interleave, note, show_environment, s
 ROOT = Path(__file__).parents[2]
 FIRST_STEP = """
 import os, sys
-from highrank.module import FineTuner
+from highrank.train.module import FineTuner
 from highrank.cli import main
 FineTuner.on_train_batch_end = lambda *args: os._exit(0)
 main(["run", *sys.argv[1:]])

@@ -44,7 +44,7 @@ from common import (
 )
 from torch import Tensor
 
-from highrank.registry import load
+from highrank.base.registry import load
 
 # --- the papers' listings: W' of each method, built in every step; `m` is an adapter with the parameters -------------
 

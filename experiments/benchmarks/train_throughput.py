@@ -43,15 +43,20 @@ from common import (
 )
 from lightning.pytorch.callbacks import Callback
 
-from highrank.adapters import Adapters
-from highrank.backbones import load_backbone
-from highrank.config import Run, compose_run
-from highrank.data import TaskData, collate
-from highrank.encoding import encode
-from highrank.loss import language_model_loss
-from highrank.module import SCHEDULERS, FineTuner
-from highrank.results import RunDirectory
-from highrank.run import StopOnSignal, build_model, make_trainer, quiet
+from highrank.config.run_config import Run
+from highrank.config.words import compose_run
+from highrank.data.batches import TaskData, collate
+from highrank.data.encoding import encode
+from highrank.model.adapters import Adapters
+from highrank.model.backbones import load_backbone
+from highrank.train.build import build_model
+from highrank.train.devices import quiet
+from highrank.train.loss import language_model_loss
+from highrank.train.module import FineTuner
+from highrank.train.optimizer import SCHEDULERS
+from highrank.train.results import RunDirectory
+from highrank.train.stopping import StopOnSignal
+from highrank.train.trainer import make_trainer
 
 
 class Relay:

@@ -15,13 +15,13 @@ from pathlib import Path
 import peft
 import torch
 
-from highrank.adapters import write_atomic
-from highrank.backbones import load_backbone
-from highrank.config import compose_run
+from highrank.base.files import write_atomic
+from highrank.config.words import compose_run
 from highrank.interop.peft import export_run, import_adapter
-from highrank.results import RunDirectory
-from highrank.run import build_model
-from highrank.saved import load_run
+from highrank.model.backbones import load_backbone
+from highrank.train.build import build_model
+from highrank.train.results import RunDirectory
+from highrank.train.saved import load_run
 
 MODELS = ("tiny_llama", "tiny_qwen2", "tiny_gpt2", "tiny_phi3")
 IDS = torch.randint(3, 260, (4, 24), generator=torch.Generator().manual_seed(0))

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from highrank.adapters import Adapters, attach
-from highrank.backbones import load_backbone
-from highrank.checkpoint import Damaged, generators, read, write
-from highrank.config import RunConfig
-from highrank.errors import UserError
-from highrank.module import make_optimizer
-from highrank.placement import resolve
-from highrank.registry import load
+from highrank.base.errors import UserError
+from highrank.base.registry import load
+from highrank.config.run_config import RunConfig
+from highrank.model.adapters import Adapters, attach
+from highrank.model.backbones import load_backbone
+from highrank.model.placement import resolve
+from highrank.train.checkpoint import Damaged, generators, read, write
+from highrank.train.optimizer import make_optimizer
 
 
 def adapted(method: str = "hira") -> Adapters:

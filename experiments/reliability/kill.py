@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from recorded import WORDS, finish, start
 
-from highrank.checkpoint import read
+from highrank.train.checkpoint import read
 
 STEP_SECONDS = 0.06
 """About what one micro-batch of the tiny model takes with its save."""

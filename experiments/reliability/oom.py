@@ -29,7 +29,7 @@ WORDS = [
 PROGRAM = """\
 import resource, sys
 from highrank.cli import main
-from highrank.module import FineTuner
+from highrank.train.module import FineTuner
 
 step, room = sys.argv[1], int(sys.argv[2])
 real, done = getattr(FineTuner, step), []

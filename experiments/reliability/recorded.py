@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from highrank.cli import main
-from highrank.module import FineTuner
+from highrank.train.module import FineTuner
 
 WORDS = [
     *("model=tiny_llama", "method=lora", "r=2", "dropout=0.1", "placement=all", "schedule=cosine"),

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from highrank.errors import UserError, described, refused_by_disk, suggest
+from highrank.base.errors import UserError, described, refused_by_disk, suggest
 
 USAGE = """\
 highrank: parameter-efficient fine-tuning methods, each in one file, compared fairly
@@ -35,7 +35,7 @@ COMMANDS = {
     "import": "highrank.interop.commands:import_",
     "eval": "highrank.interop.commands:evaluate",
     "analyze": "highrank.analysis.analyze:command",
-    "report": "highrank.lab.page:command",
+    "report": "highrank.report.page:command",
 }
 """The function of each command, imported when it is called: help stays instant."""
 
@@ -69,10 +69,10 @@ def show_help() -> int:
     import inspect
     from itertools import pairwise
 
-    from highrank import config
+    from highrank.config import run_config
 
     print(USAGE, end="")
-    body = ast.parse(inspect.getsource(config.RunConfig)).body[0].body  # type: ignore[attr-defined]
+    body = ast.parse(inspect.getsource(run_config.RunConfig)).body[0].body  # type: ignore[attr-defined]
     for field, doc in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
             print(f"  {ast.unparse(field.target):16} {ast.literal_eval(doc.value)}")
@@ -82,20 +82,20 @@ def show_help() -> int:
 def run(words: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if any(word in ("-m", "--multirun") for word in words):
-        from highrank.lab.sweep import Sweep
+        from highrank.sweep.sweep import Sweep
 
-        sweep = Sweep([word for word in words if word not in ("-m", "--multirun")])
+        sweep = Sweep([word for word in words if word not in ("-m", "--multirun")], main)
         status = sweep.execute()
         print(sweep.folder)
         return status
-    from highrank.allocator import not_collecting
+    from highrank.base.allocator import not_collecting
 
     with not_collecting():
-        from highrank.config import compose_run
+        from highrank.config.words import compose_run
 
         checked = compose_run(words)
         if checked.core.dry_run:
-            from highrank.report import dry_run
+            from highrank.train.shown import dry_run
 
             print(dry_run(checked))
             return 0
@@ -112,7 +112,7 @@ def methods(words: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from highrank import registry
+    from highrank.base import registry
 
     table = Table("method", "W'", "fields (defaults)")
     for name in sorted(registry.available("methods")):

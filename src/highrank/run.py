@@ -1,94 +1,42 @@
 """A run, from plan to results: read top to bottom."""
 
 import contextlib
-import logging
 import math
 import os
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from highrank import devices, report
-from highrank.adapters import Adapters, attach
-from highrank.allocator import keep_freed_memory
-from highrank.backbones import Backbone, head_modules, load_backbone
-from highrank.checkpoint import CheckpointFiles, Checkpoints
-from highrank.config import Run
-from highrank.data import TaskData
-from highrank.errors import UserError, described, refused_by_disk
-from highrank.forgetting import forgetting
-from highrank.lightning_internals import leave_signals_alone
-from highrank.memory import DoesNotFit, out_of_memory
-from highrank.module import FineTuner
-from highrank.plan import Plan, adapted_views, make_plan, optimizer_steps
-from highrank.results import RunDirectory, peak_memory
-from highrank.scoring import evaluate_rows, macro_average
-from highrank.selection import KeepBest
-from highrank.signals import Interrupted, StopOnSignal, requeue
-from highrank.task import Task
-
-
-def build_model(run: Run, task: Task) -> tuple[Backbone, Adapters]:
-    """Loads the backbone and attaches the run's adapters to it."""
-    core = run.core
-    backbone = load_backbone(run.model, core.path, task.kind, task.num_labels, core.seed)
-    views = adapted_views(run, backbone.model)
-    heads = head_modules(backbone.model) if task.kind != "generate" else []
-    return backbone, attach(
-        backbone.model, views, run.method, run.method_cfg, core.seed, heads, tokenizer=backbone.tokenizer
-    )
-
-
-def predict(trainer: lightning.Trainer, module: FineTuner, data: TaskData, records: Any) -> list[Any]:
-    """Returns the model's output per record, in the records' order.
-
-    What memory does not suffice for, in any process, comes again in batches of half the size.
-
-    Raises:
-        DoesNotFit: if one record is too much.
-    """
-    outputs: list[Any] = [None] * len(records)
-    while left := [place for place, output in enumerate(outputs) if output is None]:
-        module.lacking = None
-        batches: Any = trainer.predict(module, data.eval_dataloader(records, left)) or []
-        for place, output in devices.gather([pair for batch in batches for pair in batch]):
-            if outputs[place] is None:  # a process without a batch of its own repeated the first
-                outputs[place] = output
-        if lacking := [said for said in devices.gather([module.lacking]) if said]:
-            if data.test_batch_size == 1:
-                raise DoesNotFit(lacking[0], 1)
-            data.test_batch_size //= 2
-            garbage_collection_cuda()
-    return outputs
-
-
-def evaluate(
-    trainer: lightning.Trainer, module: FineTuner, data: TaskData, save: Callable[..., None]
-) -> dict[str, Any]:
-    """Evaluates every test set; returns metrics per set and their macro average, and saves the predictions."""
-    by_set = {}
-    for name, records in data.task.test().items():
-        rows, by_set[name] = evaluate_rows(data, name, records, predict(trainer, module, data, records))
-        save(name, rows)
-    return {"sets": by_set, data.task.metric: macro_average(data.task, by_set)}
-
-
-def validate(trainer: lightning.Trainer, module: FineTuner, data: TaskData) -> dict[str, float]:
-    """Returns the mean loss over the held-out training examples, in nats for texts and classes, and their number."""
-    (found,) = trainer.validate(module, data.val_dataloader(), verbose=False)
-    return {"loss": found["validation/loss"], "n": len(data.validation)}
+from highrank.analysis.analyze import at_end_of
+from highrank.base.allocator import keep_freed_memory
+from highrank.base.console import console
+from highrank.base.errors import UserError, described, refused_by_disk
+from highrank.base.processes import total
+from highrank.config.run_config import Run
+from highrank.data.batches import TaskData
+from highrank.model.adapters import Adapters
+from highrank.report.dashboard import write_run
+from highrank.train import devices, shown
+from highrank.train.build import build_model
+from highrank.train.checkpoint import Checkpoints
+from highrank.train.devices import quiet
+from highrank.train.evaluation import evaluate, validate
+from highrank.train.forgetting import forgetting
+from highrank.train.memory import DoesNotFit, out_of_memory
+from highrank.train.module import FineTuner
+from highrank.train.plan import Plan, make_plan, optimizer_steps
+from highrank.train.results import RunDirectory, peak_memory
+from highrank.train.selection import KeepBest
+from highrank.train.stopping import Interrupted, StopOnSignal, requeue
+from highrank.train.trainer import check_trainer, make_trainer
 
 
 def execute(run: Run) -> tuple[Path, int]:
@@ -103,11 +51,11 @@ def execute(run: Run) -> tuple[Path, int]:
     if not directory.writes:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, of several processes one speaks, to the end
     if directory.finished:
-        report.show_results(plan, directory.results, note="finished before; nothing was run again")
+        shown.show_results(plan, directory.results, note="finished before; nothing was run again")
         if run.core.analyze and directory.writes and not (directory.path / "analysis" / "statistics.json").is_file():
             analyze(directory)
         return directory.path, 0
-    report.show_plan(plan)
+    shown.show_plan(plan)
     processes = check_trainer(run)
     stop = StopOnSignal()
     try:
@@ -118,13 +66,13 @@ def execute(run: Run) -> tuple[Path, int]:
             raise
         if directory.opened:
             directory.write(status="interrupted", memory=peak_memory())
-            report.show_results(plan, directory.results)
+            shown.show_results(plan, directory.results)
         requeue(stop.received)
         return directory.path, 130 if stop.received == signal.SIGINT else 143
     finally:
         with contextlib.suppress(OSError):
             write_session(directory)
-    report.show_results(plan, directory.results)
+    shown.show_results(plan, directory.results)
     return directory.path, 0
 
 
@@ -165,23 +113,6 @@ def failures_written(run: Run, directory: RunDirectory) -> Iterator[None]:
                 f"run: another of its processes ran out of memory, got {directory.results['error']}"
             ) from error
         raise
-
-
-def check_trainer(run: Run) -> devices.Processes:
-    """Makes a Trainer of the run's arguments and throws it away; returns the processes that it would have.
-
-    Raises:
-        UserError: if Lightning refuses them on this machine, or there are more processes than devices.
-    """
-    arguments = {**devices.arguments(run.trainer), "logger": False, "enable_checkpointing": False}
-    try:
-        with quiet():
-            trainer = lightning.Trainer(**arguments, enable_model_summary=False)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        given = ", ".join(f"trainer.{key}={value}" for key, value in run.trainer.items())
-        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}, got {given}") from error
-    devices.check(trainer)
-    return devices.Processes(trainer)
 
 
 def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal, processes: devices.Processes) -> None:
@@ -236,7 +167,7 @@ def _run(run: Run, plan: Plan, directory: RunDirectory, stop: StopOnSignal, proc
     directory.write(
         time=times,
         tokens={
-            "train": devices.total(module.num_tokens, module.device),
+            "train": total(module.num_tokens, module.device),
             "skipped_examples": data.num_skipped,
             "cut_off": dict(data.cut_off),
         },
@@ -269,7 +200,7 @@ def told(directory: RunDirectory, checkpoints: Checkpoints) -> None:
     """Says, and writes down, which checkpoint training goes on from."""
     if checkpoints.found:
         directory.write(resumed=[*directory.results.get("resumed", []), checkpoints.found.told])
-        report.console.print(checkpoints.found.told, markup=False, highlight=False)
+        console.print(checkpoints.found.told, markup=False, highlight=False)
 
 
 def fit(trainer: lightning.Trainer, module: FineTuner, data: TaskData, checkpoints: Checkpoints) -> bool:
@@ -296,78 +227,12 @@ def fit(trainer: lightning.Trainer, module: FineTuner, data: TaskData, checkpoin
 
 def analyze(directory: RunDirectory, adapters: Adapters | None = None) -> None:
     """Analyses what training changed; its mean statistics, or why there are none, go into results.json."""
-    from highrank.analysis.analyze import at_end_of
 
     directory.write(analysis=at_end_of(directory.path, adapters))
 
 
-def make_trainer(
-    run: Run,
-    directory: RunDirectory,
-    stop: StopOnSignal,
-    steps: int,
-    epochs: int,
-    checkpoints: Checkpoints | None = None,
-) -> lightning.Trainer:
-    """Returns the Lightning Trainer of a run: TensorBoard events, progress bars, and our checkpoints alone."""
-    callbacks: list[Callback] = [stop, RichProgressBar(), EpochOrder(), *([checkpoints] if checkpoints else [])]
-    start = checkpoints.found.step if checkpoints and checkpoints.found else 0
-    validation: dict[str, Any] = {}
-    if run.protocol.num_validation:
-        interval = min(run.protocol.validate_every, steps) * run.core.accumulate
-        validation = {"val_check_interval": interval, "check_val_every_n_epoch": None}
-    if run.protocol.selection == "best":
-        callbacks.append(KeepBest(directory.path / "checkpoints"))
-    trainer = lightning.Trainer(
-        **devices.arguments(run.trainer),
-        **validation,
-        use_distributed_sampler=False,
-        max_steps=steps,
-        max_epochs=epochs,
-        accumulate_grad_batches=run.core.accumulate,
-        gradient_clip_val=run.core.max_grad_norm or None,
-        logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False, purge_step=start),
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-    )
-    trainer.strategy.checkpoint_io = CheckpointFiles()
-    leave_signals_alone(trainer)
-    return trainer
-
-
-class EpochOrder(Callback):
-    """Gives each epoch its own batch order."""
-
-    def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        trainer.train_dataloader.batch_sampler.set_epoch(trainer.current_epoch)  # type: ignore[union-attr]
-
-
 def write_session(directory: RunDirectory) -> None:
     """Writes the run's values, status and final metrics for TensorBoard, if this process writes the run."""
-    from highrank.lab.dashboard import write_run
 
     if directory.opened:
         write_run(directory.path)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides Lightning's tips about workers and hardware, which change no number; leaves other warnings alone."""
-    loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-        warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
-        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # its sampler is
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

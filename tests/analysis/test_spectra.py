@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from highrank.adapters import attach
 from highrank.analysis import spectra
 from highrank.analysis.spectra import EXACT, Settings, measure
 from highrank.analysis.statistics import numerical_rank
-from highrank.backbones import load_backbone
-from highrank.errors import UserError
-from highrank.method import Site
-from highrank.placement import resolve
-from highrank.registry import available, load
+from highrank.base.errors import UserError
+from highrank.base.registry import available, load
+from highrank.model.adapters import attach
+from highrank.model.backbones import load_backbone
+from highrank.model.method import Site
+from highrank.model.placement import resolve
 
 METHODS = [name for name in sorted(available("methods")) if load("methods", name).site == "weight"]
 FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}} | {m: {"r": 2} for m in ("hira", "lora", "dora", "mora")}

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from highrank.errors import UserError
-from highrank.method import Site
-from highrank.registry import available, load
+from highrank.base.errors import UserError
+from highrank.base.registry import available, load
+from highrank.model.method import Site
 
 N, K = 24, 16
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from highrank.adapters import attach
-from highrank.backbones import empty_model, load_backbone, tiny_config
-from highrank.errors import UserError
-from highrank.loss import IGNORED, language_model_loss
-from highrank.plan import count
-from highrank.registry import available, load
+from highrank.base.errors import UserError
+from highrank.base.registry import available, load
+from highrank.data.encoding import IGNORED
+from highrank.model.adapters import attach
+from highrank.model.backbones import empty_model, load_backbone
+from highrank.model.tiny import tiny_config
+from highrank.train.loss import language_model_loss
+from highrank.train.plan import count
 
 METHODS = [name for name in sorted(available("methods")) if load("methods", name).site != "weight"]
 FIELDS = {  # the first is used where one is enough

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from highrank.cli import main
-from highrank.module import FineTuner
+from highrank.train.module import FineTuner
 
 PROCESS, HOW, WORDS = sys.argv[1], sys.argv[2], sys.argv[3:]
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")

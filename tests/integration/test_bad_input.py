@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from highrank import run as run_module
 from highrank.cli import main
+from highrank.train import build
 
 BAD = [
     ("method=hria", "method: unknown name, got method=hria; did you mean 'hira'"),
@@ -108,7 +108,7 @@ def test_bad_input(run_cli, tmp_path, monkeypatch, words, message):
     def no_weights(*args, **kwargs):
         raise AssertionError("weights were asked for")
 
-    monkeypatch.setattr(run_module, "load_backbone", no_weights)
+    monkeypatch.setattr(build, "load_backbone", no_weights)
     status, out, err = run_cli(*words.split())
     assert status == 2
     assert message in err
@@ -124,7 +124,7 @@ def test_the_trainers_arguments_are_lightnings():
 
     import lightning
 
-    from highrank.config import OWN_TRAINER_KEYS, TRAINER_KEYS
+    from highrank.config.trainer_keys import OWN_TRAINER_KEYS, TRAINER_KEYS
 
     names = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self"}
     assert set(TRAINER_KEYS) | set(OWN_TRAINER_KEYS) == names
@@ -132,14 +132,14 @@ def test_the_trainers_arguments_are_lightnings():
 
 @pytest.mark.parametrize("words", [["experiment=null"], ["+experiment=null"], ["+method=lora"], ["seed=4294967295"]])
 def test_words_that_are_fine(words):
-    from highrank.config import compose_run
+    from highrank.config.words import compose_run
 
     compose_run(["model=tiny_llama", *words])
 
 
 def test_one_run_has_one_hash():
     """However its placement or precision is spelled."""
-    from highrank.config import compose_run
+    from highrank.config.words import compose_run
 
     def run(*words):
         return compose_run(["model=tiny_llama", *words])

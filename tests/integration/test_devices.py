@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from highrank.base.processes import Share
+from highrank.base.registry import available
 from highrank.cli import main
-from highrank.data import LengthBuckets
-from highrank.devices import Share
-from highrank.registry import available
+from highrank.data.batches import LengthBuckets
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
@@ -191,7 +191,7 @@ def test_a_process_that_fails_is_not_waited_for(tmp_path):
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from highrank.devices import Processes
+from highrank.train.devices import Processes
 Processes.GRACE_S = 0.1
 environment = SimpleNamespace(creates_processes_externally=False)
 with Processes(SimpleNamespace(strategy=SimpleNamespace(cluster_environment=environment), num_devices=2)) as others:
@@ -258,7 +258,7 @@ def test_devices_that_are_not_there(run_cli, tmp_path, words, message):
 
 @pytest.mark.parametrize("preset", ["auto", "cpu", "gpu", "gpu_bf16", "ddp", "fsdp"])
 def test_every_preset_composes(preset):
-    from highrank.config import compose_run
+    from highrank.config.words import compose_run
 
     trainer = compose_run(["model=tiny_llama", f"trainer={preset}"]).trainer
     assert {"accelerator", "devices", "precision"} <= set(trainer)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from highrank import forgetting as forgetting_module
 from highrank import run as run_module
 from highrank.cli import main
-from highrank.config import compose_run
-from highrank.memory import DoesNotFit, halving
-from highrank.module import FineTuner
-from highrank.results import RunDirectory
+from highrank.config.words import compose_run
+from highrank.model.backbones import load_backbone
+from highrank.train import build
+from highrank.train import forgetting as forgetting_module
+from highrank.train.memory import DoesNotFit, halving
+from highrank.train.module import FineTuner
+from highrank.train.results import RunDirectory
 
 WORDS = ["model=tiny_llama", "method=lora", "r=2", "task.n_train=24", "task.n_test=7", "batch_size=8", "epochs=2"]
 ERRORS = {
@@ -175,7 +177,7 @@ def test_a_sharded_model_halves_nothing(tmp_path, limit, monkeypatch, capsys):
         raise ERRORS["cuda"]
 
     for module in ("memory", "module"):
-        monkeypatch.setattr(f"highrank.{module}.is_sharded", lambda model: True)
+        monkeypatch.setattr(f"highrank.train.{module}.is_sharded", lambda model: True)
     with pytest.raises(DoesNotFit, match="with eval_batch_size=8; use a smaller eval_batch_size"):
         halving(attempt, 8, torch.nn.Identity())
     seen = limit("outputs", 2)
@@ -205,8 +207,8 @@ def test_auto_microbatch_takes_the_same_steps_in_smaller_parts(tmp_path, limit, 
     monkeypatch.setattr(
         FineTuner, "training_step", lambda self, b, i: (batches.append(len(b["labels"])), step(self, b, i))[1]
     )
-    loaded, load = [], run_module.load_backbone
-    monkeypatch.setattr(run_module, "load_backbone", lambda *given: (loaded.append(1), load(*given))[1])
+    loaded, load = [], load_backbone
+    monkeypatch.setattr(build, "load_backbone", lambda *given: (loaded.append(1), load(*given))[1])
     assert main(["run", *WORDS, "auto_microbatch=true", f"run_dir={folder}"]) == 0
     assert len(loaded) == 1  # one model serves every try
     found = results(folder)

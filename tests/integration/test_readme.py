@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from highrank import registry
-from highrank.method import Site
+from highrank.base import registry
+from highrank.model.method import Site
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -55,6 +55,6 @@ def test_every_method_is_in_the_table():
     "words", re.findall(r"^python run.py (method.*?|model=llama.*?)(?:\s+#.*)?$", README, re.MULTILINE)
 )
 def test_commands_compose(words):
-    from highrank.config import compose_run
+    from highrank.config.words import compose_run
 
     compose_run(words.split())

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from highrank import checkpoint
 from highrank import run as run_module
-from highrank.checkpoint import read
 from highrank.cli import main
-from highrank.module import FineTuner
-from highrank.run import StopOnSignal
+from highrank.train import checkpoint
+from highrank.train.checkpoint import read
+from highrank.train.module import FineTuner
+from highrank.train.stopping import StopOnSignal
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "experiments" / "reliability"

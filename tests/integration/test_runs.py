@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from highrank.registry import available
+from highrank.base.registry import available
 
 TINY = ["model=tiny_llama", "max_steps=2", "batch_size=2", "task.n_train=8", "task.n_test=3"]
 FIELDS = {"vera": ["r=4"], "hilora": ["r1=2", "r2=2"]} | {m: ["r=2"] for m in ("hira", "lora", "dora")}
@@ -174,7 +174,7 @@ def test_a_signal_leaves_a_usable_directory(tmp_path, sent, status):
 
 def test_the_list_of_core_keys_is_a_decision():
     """A new key is a promise to users; adding one means adding it here too."""
-    from highrank.config import CORE_KEYS
+    from highrank.config.run_config import CORE_KEYS
 
     assert (
         *("path", "placement", "layers", "fused", "architecture", "seed"),

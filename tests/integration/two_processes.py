@@ -11,13 +11,13 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from highrank import devices
-from highrank.adapters import attach
-from highrank.backbones import load_backbone
-from highrank.config import RunConfig
-from highrank.module import FineTuner
-from highrank.placement import resolve
-from highrank.registry import available, load
+from highrank.base.registry import available, load
+from highrank.config.run_config import RunConfig
+from highrank.model.adapters import attach
+from highrank.model.backbones import load_backbone
+from highrank.model.placement import resolve
+from highrank.model.sharding import shard, whole
+from highrank.train.module import FineTuner
 
 FIELDS = {"r": 2, "r1": 2, "r2": 2, "num_virtual_tokens": 3}
 
@@ -64,7 +64,7 @@ def two_steps(tuner: FineTuner, loss_of, batches) -> dict[str, torch.Tensor]:
         for each in batches:
             (loss_of(each) / len(batches)).backward()
         if step == 0:
-            found = {f"gradient of {n}": devices.whole(p.grad).clone() for n, p in parameters.items()}
+            found = {f"gradient of {n}": whole(p.grad).clone() for n, p in parameters.items()}
         optimizer.step()
     return found | tuner.adapters.state_dict()
 
@@ -76,7 +76,7 @@ def main(rank: int, port: str) -> None:
         torch.manual_seed(0)
         reference, ddp, fsdp = (make(name).train() for _ in range(3))
         expected = two_steps(reference, Loss(reference), [batch(0), batch(1)])
-        devices.shard(fsdp.model, mesh)
+        shard(fsdp.model, mesh)
         for kind, found in {
             "ddp": two_steps(ddp, DistributedDataParallel(Loss(ddp)), [batch(rank)]),
             "fsdp": two_steps(fsdp, Loss(fsdp), [batch(rank)]),

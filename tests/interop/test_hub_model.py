@@ -8,12 +8,12 @@ import torch
 from trained import logits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from highrank.base.errors import UserError
 from highrank.cli import main
-from highrank.config import compose_run
-from highrank.errors import UserError
+from highrank.config.words import compose_run
 from highrank.interop.hub_model import MOST_ERROR, compare, merge_run
-from highrank.results import read_results
-from highrank.saved import load_run, read_run
+from highrank.train.results import read_results
+from highrank.train.saved import load_run, read_run
 
 CASES = {
     "hira": ["model=tiny_llama", "method=hira", "r=2"],
@@ -30,7 +30,7 @@ CASES = {
 @pytest.fixture
 def some_pairs(monkeypatch):
     """Texts for the classifier without its data."""
-    from highrank.task import LabelledText
+    from highrank.data.task import LabelledText
 
     texts = [LabelledText(str(i), "one text", 0, "and another") for i in range(3)]
     cls = compose_run(["task=glue/mrpc", "model=tiny_bert", "method=lora"]).task
@@ -100,7 +100,7 @@ def test_bad_merges_are_refused_before_weights_load(make_run, tmp_path, monkeypa
         make_run("model=tiny_llama", "method=lora"),
         make_run("model=tiny_llama", "method=prompt_tuning", name="prompt"),
     )
-    monkeypatch.setattr("highrank.saved.build_model", None)
+    monkeypatch.setattr("highrank.train.saved.build_model", None)
     with pytest.raises(UserError, match="merge: prompt_tuning has no merged weight"):
         merge_run(prompt[0], tmp_path / "out")
     with pytest.raises(UserError, match="--dtype is one of float32, bfloat16, float16, got --dtype int8"):

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from highrank.base.errors import UserError
 from highrank.cli import main
-from highrank.errors import UserError
 from highrank.interop.lm_eval import evaluate_runs
-from highrank.saved import load_run
+from highrank.train.saved import load_run
 
 ROWS = [("2 + 2 =", 0), ("a b c", 1), ("the sum of 3 and 4", 0), ("x", 1), ("how many", 0), ("14 less 9", 1)]
 CHOICES = [" four", " seven apples"]

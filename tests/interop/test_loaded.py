@@ -7,13 +7,13 @@ import pytest
 import torch
 from trained import logits, write_run
 
-from highrank.backbones import load_backbone
+from highrank.base.errors import UserError
 from highrank.cli import main
-from highrank.encoding import Encoded
-from highrank.errors import UserError
+from highrank.data.encoding import Encoded
 from highrank.interop import loaded
 from highrank.interop.loaded import AdapterSwitch, evaluate_runs
-from highrank.saved import load_run, read_run
+from highrank.model.backbones import load_backbone
+from highrank.train.saved import load_run, read_run
 
 WALKS = {
     "tiny_llama": {
@@ -148,7 +148,7 @@ def loads(monkeypatch):
         return load_backbone(spec, *args)
 
     monkeypatch.setattr(loaded, "load_backbone", counted)
-    monkeypatch.setattr("highrank.run.load_backbone", counted)
+    monkeypatch.setattr("highrank.train.build.load_backbone", counted)
     return names
 
 

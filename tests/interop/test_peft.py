@@ -9,13 +9,13 @@ import safetensors.torch
 import torch
 from trained import logits, write_run
 
-from highrank.adapters import read_card
-from highrank.backbones import load_backbone
+from highrank.base.errors import UserError
 from highrank.cli import main
-from highrank.config import compose_run
-from highrank.errors import UserError
+from highrank.config.words import compose_run
 from highrank.interop.peft import export_run, import_adapter
-from highrank.saved import load_run
+from highrank.model.adapter_folder import read_card
+from highrank.model.backbones import load_backbone
+from highrank.train.saved import load_run
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -213,7 +213,7 @@ NO_TYPE = [
 @pytest.mark.parametrize(("words", "message"), NO_TYPE)
 def test_what_peft_cannot_say_is_refused_before_weights_load(make_run, tmp_path, monkeypatch, words, message):
     run, _ = make_run("model=tiny_llama", *words) if words[-1].count("tiny") == 0 else make_run(*words)
-    monkeypatch.setattr("highrank.saved.build_model", None)
+    monkeypatch.setattr("highrank.train.saved.build_model", None)
     with pytest.raises(UserError, match=f"{message}.*highrank merge RUN --out DIR"):
         export_run(run, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
@@ -254,7 +254,7 @@ def lora(exported, tmp_path):
 def test_options_without_counterpart_are_named(lora, tmp_path, monkeypatch, change, message):
     config = json.loads((lora / "adapter_config.json").read_text()) | change
     (lora / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if (k, v) != ("r", None)}))
-    monkeypatch.setattr("highrank.run.load_backbone", None)
+    monkeypatch.setattr("highrank.train.build.load_backbone", None)
     with pytest.raises(UserError, match=message):
         import_adapter(lora, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -300,7 +300,7 @@ DAMAGED = [
 def test_damaged_weights_are_one_error(lora, tmp_path, monkeypatch, capsys, change, message):
     file = lora / "adapter_model.safetensors"
     file.write_bytes(change(file.read_bytes()))
-    monkeypatch.setattr("highrank.run.load_backbone", None)
+    monkeypatch.setattr("highrank.train.build.load_backbone", None)
     assert main(["import", str(lora), "--out", str(tmp_path / "run")]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: import: ")
@@ -321,7 +321,7 @@ def test_a_damaged_description_is_one_error(lora, tmp_path, capsys, content):
 def test_an_output_that_cannot_be_made_is_refused_before_weights_load(
     exported, lora, tmp_path, monkeypatch, capsys, command
 ):
-    monkeypatch.setattr("highrank.run.load_backbone", None)
+    monkeypatch.setattr("highrank.train.build.load_backbone", None)
     (tmp_path / "file").write_text("mine")
     source = lora if command == "import" else exported.parent / "run"
     more = ["--format", "peft"] if command == "export" else []

@@ -2,9 +2,9 @@
 
 import torch
 
-from highrank.config import compose_run
-from highrank.results import RunDirectory
-from highrank.run import build_model
+from highrank.config.words import compose_run
+from highrank.train.build import build_model
+from highrank.train.results import RunDirectory
 
 SMALL = ["task.n_train=8", "task.n_test=3", "batch_size=2", "protocol.max_new_tokens=4"]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [50, 60, 70, 80, 90, 100]])

@@ -8,7 +8,7 @@ import zlib
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from highrank.lab import dashboard
+from highrank.report import dashboard
 
 pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
 STATUSES = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]

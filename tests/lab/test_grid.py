@@ -2,10 +2,11 @@
 
 import pytest
 
-from highrank.config import compose_run
-from highrank.errors import UserError
-from highrank.lab.grid import expand
-from highrank.lab.sweep import Sweep
+from highrank.base.errors import UserError
+from highrank.cli import main
+from highrank.config.words import compose_run
+from highrank.sweep.grid import expand
+from highrank.sweep.sweep import Sweep
 
 TINY = ["model=tiny_llama", "task.n_train=8", "task.n_test=2"]
 
@@ -92,7 +93,7 @@ def test_a_presets_axes_give_way_to_the_command_line():
 )
 def test_an_impossible_cell_is_said_before_anything_starts(words, said):
     with pytest.raises(UserError) as error:
-        Sweep([*TINY, *words]).plan()
+        Sweep([*TINY, *words], main).plan()
     assert said in str(error.value)
 
 
@@ -105,4 +106,5 @@ def test_every_impossible_cell_is_listed():
 
 def test_a_sweeps_own_key_may_have_a_plus():
     words = [*TINY, "method=hira,lora"]
-    assert Sweep([*words, "+jobs=2"]).launcher.jobs == Sweep([*words, "jobs=2"]).launcher.jobs == 2
+    given = [Sweep([*words, word], main) for word in ("+jobs=2", "jobs=2")]
+    assert [sweep.launcher.jobs for sweep in given] == [2, 2]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from highrank.lab.statistics import (
+from highrank.report.statistics import (
     correlation,
     deviation,
     example_values,

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from highrank.config import compose_run
-from highrank.errors import UserError
-from highrank.lab.launch import Job, Local, Slurm, launcher
+from highrank.base.errors import UserError
+from highrank.cli import main
+from highrank.config.words import compose_run
+from highrank.sweep.launch import Job, Local, Slurm, launcher
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model=tiny_llama", "task.n_train=8", "task.n_test=2", "max_steps=1", "batch_size=2", "placement=q", "r=2"]
@@ -19,7 +20,7 @@ TINY = ["model=tiny_llama", "task.n_train=8", "task.n_test=2", "max_steps=1", "b
 
 def job(folder, *words):
     own = (*TINY, *words)
-    return Job(own, str(folder / "run"), str(folder / "logs" / "run.txt"), compose_run(own).hash)
+    return Job(own, str(folder / "run"), str(folder / "logs" / "run.txt"), compose_run(own).hash, main)
 
 
 def test_a_process_that_dies_is_told_by_its_signal(tmp_path):

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from highrank.base.errors import UserError
 from highrank.cli import main
-from highrank.errors import UserError
-from highrank.lab import tables
-from highrank.lab.page import read, report
-from highrank.lab.published import ROWS, beside, elsewhere
-from highrank.lab.runs import differences, read_runs, read_sweep
-from highrank.lab.scores import Pivot, collect, compare, items, pivot
-from highrank.lab.statistics import holm, paired_test, seed_means, seed_variance
+from highrank.report import tables
+from highrank.report.page import read, report
+from highrank.report.published import ROWS, beside, elsewhere
+from highrank.report.runs import differences, read_runs, read_sweep
+from highrank.report.scores import Pivot, collect, compare, items, pivot
+from highrank.report.statistics import holm, paired_test, seed_means, seed_variance
 
 SURE = np.arange(200) < 150
 """150 of 200 examples right."""
@@ -552,7 +552,7 @@ def test_printed_rows_are_complete():
     ],
 )
 def test_printed_rows_find_their_runs(words, average):
-    from highrank.config import compose_run
+    from highrank.config.words import compose_run
 
     config = compose_run(["model=llama3_8b", *words]).resolved
     assert [row.average for row in beside(config) if row.average is not None] == average

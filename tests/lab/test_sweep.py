@@ -95,7 +95,7 @@ def test_a_damaged_or_foreign_plan_is_named_and_left_alone(sweep, tmp_path, monk
     file = tmp_path / "sweep" / "sweep.json"
     file.parent.mkdir()
     file.write_text(content, encoding="latin-1")
-    monkeypatch.setattr("highrank.lab.sweep.Sweep._run", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr("highrank.sweep.sweep.Sweep._run", lambda *_: pytest.fail("ran"))
     status, _, _, err = sweep("method=hira")
     assert status == 2
     (said,) = err.splitlines()

@@ -22,8 +22,8 @@ FOLDERS["highrank/configs"] = "configs"
 NAMES_SCRIPT = """
 import json, sys
 import highrank, highrank.cli
-from highrank import registry
-from highrank.config import _options, packaged_configs, register_configs
+from highrank.base import registry
+from highrank.config.words import _options, packaged_configs, register_configs
 register_configs()
 with packaged_configs():
     groups = {group: _options(group) for group in ("method", "task", "model", "protocol", "trainer")}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from highrank.method import Site
-from highrank.registry import load
+from highrank.base.registry import load
+from highrank.model.method import Site
 
 N, K, TOKENS = 24, 16, 7
 # fp64 sums of a few dozen terms in another order; the AdamW step divides by |gradient| and may magnify it

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from highrank.registry import load
+from highrank.base.registry import load
 
 
 def cayley(R):

@@ -1,7 +1,7 @@
 import torch
 
-from highrank.method import Site
-from highrank.registry import load
+from highrank.base.registry import load
+from highrank.model.method import Site
 
 
 def test_formula(layer, agree_with_formula):

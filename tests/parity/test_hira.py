@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from highrank.method import Site
-from highrank.registry import load
+from highrank.base.registry import load
+from highrank.model.method import Site
 
 
 def test_formula(layer, agree_with_formula):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from highrank.method import Site
-from highrank.registry import load
+from highrank.base.registry import load
+from highrank.model.method import Site
 
 
 def update(M, kind, n, k):

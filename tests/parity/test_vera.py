@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from highrank.registry import load
+from highrank.base.registry import load
 
 
 def test_formula(layer, agree_with_formula):

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from highrank.adapters import attach
-from highrank.backbones import load_backbone
-from highrank.registry import load
+from highrank.base.registry import load
+from highrank.model.adapters import attach
+from highrank.model.backbones import load_backbone
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [50, 60, 70, 80, 90, 100]])
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}  # fp64 sums of a few dozen terms in another order

@@ -106,7 +106,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def make(folder):
     """Returns a function that builds a task over the folder: make("glue", member="rte")."""
-    from highrank.registry import load
+    from highrank.base.registry import load
 
     def build(name, **fields):
         cls = load("tasks", name)

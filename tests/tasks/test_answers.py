@@ -2,7 +2,7 @@
 
 import pytest
 
-from highrank.answers import RULES, reported
+from highrank.data.answers import RULES, reported
 
 BOOL, ENDINGS, LETTERS = ("true", "false"), ("ending1", "ending2", "ending3", "ending4"), tuple("ABCDE")
 CHOICES = [

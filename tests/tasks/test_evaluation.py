@@ -11,19 +11,20 @@ import pytest
 import torch
 from tokenizers.processors import ByteLevel
 
-from highrank.answers import RULES
-from highrank.backbones import load_backbone, tiny_tokenizer
-from highrank.config import RunConfig
-from highrank.data import TaskData, hold_out
-from highrank.dialogue import dialogue_metrics
-from highrank.encoding import encode, encode_prompt
-from highrank.errors import UserError
-from highrank.loss import IGNORED
-from highrank.module import FineTuner
-from highrank.protocol import Protocol
-from highrank.run import predict, quiet
-from highrank.scoring import evaluate_rows, metrics
-from highrank.task import Example, LabelledText
+from highrank.base.errors import UserError
+from highrank.config.run_config import RunConfig
+from highrank.data.answers import RULES
+from highrank.data.batches import TaskData, hold_out
+from highrank.data.dialogue import dialogue_metrics
+from highrank.data.encoding import IGNORED, encode, encode_prompt
+from highrank.data.protocol import Protocol
+from highrank.data.scoring import evaluate_rows, metrics
+from highrank.data.task import Example, LabelledText
+from highrank.model.backbones import load_backbone
+from highrank.model.tiny import tiny_tokenizer
+from highrank.train.devices import quiet
+from highrank.train.evaluation import predict
+from highrank.train.module import FineTuner
 
 PLAIN = Protocol(name="plain", version=1, template="{instruction}=", max_length=40)
 
@@ -419,7 +420,7 @@ WORDS = [
 
 
 def test_the_weights_with_the_lowest_validation_loss_are_evaluated(run_cli, folder, monkeypatch):
-    from highrank.selection import KeepBest
+    from highrank.train.selection import KeepBest
 
     kept = []
     monkeypatch.setattr(KeepBest, "on_fit_end", lambda self, *args: kept.append((self.step, self.loss)))

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from highrank.backbones import load_backbone
-from highrank.errors import UserError
-from highrank.forgetting import read_passages, text_loss
+from highrank.base.errors import UserError
+from highrank.model.backbones import load_backbone
+from highrank.train.forgetting import read_passages, text_loss
 
 TEXT = ["The river is long.", "", "Cats sleep most of the day, and so do dogs."]
 

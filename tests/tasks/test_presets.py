@@ -10,11 +10,11 @@ import highrank.configs
 import pytest
 import yaml
 
-from highrank.config import compose_run
-from highrank.errors import UserError
-from highrank.lab import published
-from highrank.lab.grid import expand
-from highrank.plan import make_plan
+from highrank.base.errors import UserError
+from highrank.config.words import compose_run
+from highrank.report import published
+from highrank.sweep.grid import expand
+from highrank.train.plan import make_plan
 
 ROOT = Path(highrank.configs.__path__[0]) / "experiment"
 PRESETS = sorted(str(file.relative_to(ROOT).with_suffix("")) for file in ROOT.rglob("*.yaml"))

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from highrank.backbones import tiny_tokenizer
-from highrank.config import compose_run
-from highrank.encoding import encode, encode_prompt
-from highrank.loss import IGNORED
-from highrank.protocol import digest
+from highrank.base.files import digest
+from highrank.config.words import compose_run
+from highrank.data.encoding import IGNORED, encode, encode_prompt
+from highrank.model.tiny import tiny_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "protocols.json"
 PROTOCOLS = ("clean", "llm_adapters", "hyperadapt", "hira", "peft_metamath")

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from highrank.errors import UserError
-from highrank.sources import MissingData, Source, read, read_file
+from highrank.base.errors import UserError
+from highrank.data.sources import MissingData, Source, read, read_file
 
 ROWS = [{"a": "1", "b": "x y"}, {"a": "2", "b": '"quoted'}]
 TEXTS = {

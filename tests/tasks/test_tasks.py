@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from highrank import leak
-from highrank.answers import RULES
-from highrank.errors import UserError
-from highrank.registry import available, load
-from highrank.sources import MissingData, find
-from highrank.task import FAMILIES, Example
+from highrank.base.errors import UserError
+from highrank.base.registry import available, load
+from highrank.data import leak
+from highrank.data.answers import RULES
+from highrank.data.sources import MissingData, find
+from highrank.data.task import FAMILIES, Example
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte", "mnli", "qqp")
 CASES = [(name, {}) for name in sorted(available("tasks"))]

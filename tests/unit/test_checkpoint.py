@@ -11,10 +11,15 @@ import numpy
 import pytest
 import torch
 
-from highrank import checkpoint
-from highrank.adapters import attach
-from highrank.backbones import load_backbone
-from highrank.checkpoint import (
+from highrank.base.errors import UserError
+from highrank.base.registry import load
+from highrank.config.run_config import RunConfig
+from highrank.data.batches import LengthBuckets
+from highrank.model.adapters import attach
+from highrank.model.backbones import load_backbone
+from highrank.model.placement import resolve
+from highrank.train import checkpoint
+from highrank.train.checkpoint import (
     LAST,
     PREVIOUS,
     Damaged,
@@ -25,13 +30,8 @@ from highrank.checkpoint import (
     set_generators,
     write,
 )
-from highrank.config import RunConfig
-from highrank.data import LengthBuckets
-from highrank.errors import UserError
-from highrank.module import make_optimizer
-from highrank.placement import resolve
-from highrank.registry import load
-from highrank.selection import KeepBest
+from highrank.train.optimizer import make_optimizer
+from highrank.train.selection import KeepBest
 
 CPU = torch.device("cpu")
 CONTENT = {

@@ -8,9 +8,10 @@ import functools
 
 import pytest
 
-from highrank.backbones import empty_model, model_config
-from highrank.config import compose_run
-from highrank.plan import adapted_views, count
+from highrank.config.words import compose_run
+from highrank.model.backbones import empty_model, model_config
+from highrank.train.build import adapted_views
+from highrank.train.plan import count
 
 
 @functools.cache

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from highrank.method import Site
-from highrank.registry import available, load
+from highrank.base.registry import available, load
+from highrank.model.method import Site
 
 N, K = 24, 16
 ROUNDING = {"rtol": 1e-12, "atol": 1e-12}  # the same fp64 numbers, summed in another order

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from highrank import lightning_internals, torch_internals, transformers_internals
-from highrank.backbones import ENCODERS, TINY, empty_model, load_backbone, model_config
-from highrank.errors import UserError
+from highrank.base.errors import UserError
+from highrank.model import torch_internals, transformers_internals
+from highrank.model.backbones import empty_model, load_backbone, model_config
+from highrank.model.tiny import ENCODERS, TINY
+from highrank.train import lightning_internals
 
 ROOT = Path(__file__).parents[2]
 DECODERS = [name for name in TINY if name not in ENCODERS]

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from highrank import kernels
-from highrank.kernels import ScaledWeightLinear, low_rank_linear, row_scaled, scales_weight
-from highrank.method import Site
-from highrank.registry import available, load
+from highrank.base.registry import available, load
+from highrank.model import kernels
+from highrank.model.kernels import ScaledWeightLinear, low_rank_linear, row_scaled, scales_weight
+from highrank.model.method import Site
 
 N, K, R = 6, 4, 2
 

@@ -7,13 +7,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from highrank.adapters import attach
-from highrank.backbones import ENCODERS, TINY, load_backbone, tiny_config
-from highrank.config import RunConfig
-from highrank.loss import IGNORED, TokenCrossEntropy, language_model_loss
-from highrank.module import FineTuner, make_optimizer
-from highrank.placement import resolve
-from highrank.registry import load
+from highrank.base.registry import load
+from highrank.config.run_config import RunConfig
+from highrank.data.encoding import IGNORED
+from highrank.model.adapters import attach
+from highrank.model.backbones import load_backbone
+from highrank.model.placement import resolve
+from highrank.model.tiny import ENCODERS, TINY, tiny_config
+from highrank.train.loss import TokenCrossEntropy, language_model_loss
+from highrank.train.module import FineTuner
+from highrank.train.optimizer import make_optimizer
 
 SOFT_CAPPED = {
     **{k: v for k, v in tiny_config("gemma").items() if k != "model_type"},

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from highrank.backbones import ENCODERS, TINY, empty_model, tiny_config
-from highrank.errors import UserError
-from highrank.placement import PARTS, parse_layers, parse_placement, resolve, weight_of
+from highrank.base.errors import UserError
+from highrank.model.backbones import empty_model
+from highrank.model.placement import PARTS, parse_layers, parse_placement, resolve, weight_of
+from highrank.model.tiny import ENCODERS, TINY, tiny_config
 
 
 def tiny(name):

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from highrank import backbones, quantised
-from highrank.adapters import attach
-from highrank.backbones import load_backbone
-from highrank.config import compose_run
-from highrank.errors import UserError
-from highrank.loss import language_model_loss
-from highrank.placement import resolve, weight_of
-from highrank.plan import make_plan
-from highrank.quantised import KINDS, QuantisedWeight, dequantise_model
-from highrank.registry import available, load
+from highrank.base.errors import UserError
+from highrank.base.registry import available, load
+from highrank.config.words import compose_run
+from highrank.model import backbones, quantised
+from highrank.model.adapters import attach
+from highrank.model.backbones import load_backbone
+from highrank.model.placement import resolve, weight_of
+from highrank.model.quantised import KINDS, QuantisedWeight, dequantise_model
+from highrank.train.loss import language_model_loss
+from highrank.train.plan import make_plan
 
 INSTALLED = {kind: importlib.util.find_spec(library) is not None for kind, library in KINDS.items()}
 with warnings.catch_warnings():

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from highrank import registry
-from highrank.errors import UserError
+from highrank.base import registry
+from highrank.base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,8 +22,7 @@ METHOD = '''
 from dataclasses import dataclass
 
 import torch
-from highrank.method import Method
-from highrank.registry import register_method
+from highrank.plugin import Method, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +82,7 @@ def test_a_name_that_is_near_nothing_gives_the_whole_list():
 
 
 def test_listing_imports_no_plugin():
-    code = (
-        "import sys; from highrank import registry; print(registry.available('methods')); print('torch' in sys.modules)"
-    )
+    code = "import sys; from highrank.base import registry; print(registry.available('methods')); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     listed, torch_imported = done.stdout.splitlines()
     assert "'hira': 'highrank.methods.hira'" in listed

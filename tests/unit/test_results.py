@@ -9,14 +9,14 @@ import shutil
 
 import pytest
 
-from highrank import adapters
-from highrank.adapters import write_atomic
-from highrank.backbones import load_backbone
+from highrank.base import files
+from highrank.base.errors import UserError
+from highrank.base.files import write_atomic
 from highrank.cli import main
-from highrank.config import compose_run
-from highrank.errors import UserError
-from highrank.results import RunDirectory, read_results
-from highrank.saved import load_run, read_run
+from highrank.config.words import compose_run
+from highrank.model.backbones import load_backbone
+from highrank.train.results import RunDirectory, read_results
+from highrank.train.saved import load_run, read_run
 
 WORDS = ["method=lora", "r=2", "model=tiny_llama", "placement=[q]", "max_steps=2", "batch_size=2"]
 WORDS += ["task.n_train=4", "task.n_test=1", "eval_before=false"]
@@ -132,7 +132,7 @@ def test_a_run_killed_at_any_write_can_be_started_again(tmp_path, monkeypatch):
     for count in (0, 1, 2):
         folder = tmp_path / str(count)
         written.clear()
-        monkeypatch.setattr("highrank.results.write_atomic", killed_after(count))
+        monkeypatch.setattr("highrank.train.results.write_atomic", killed_after(count))
         if count < 2:
             with pytest.raises(KeyboardInterrupt):
                 directory(folder).open()
@@ -202,9 +202,9 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, step, monkeypatc
     file = tmp_path / "results.json"
     write_atomic(file, b"old")
     if step == "write":
-        monkeypatch.setattr(adapters, "open", FullDisk, raising=False)
+        monkeypatch.setattr(files, "open", FullDisk, raising=False)
     else:
-        monkeypatch.setattr(adapters.os, step, fail)
+        monkeypatch.setattr(files.os, step, fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomic(file, b"new")
     assert file.read_bytes() == b"old"

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from highrank.adapters import attach
-from highrank.backbones import load_backbone
-from highrank.config import RunConfig
-from highrank.module import FineTuner
-from highrank.placement import resolve
-from highrank.registry import available, load
+from highrank.base.registry import available, load
+from highrank.config.run_config import RunConfig
+from highrank.model.adapters import attach
+from highrank.model.backbones import load_backbone
+from highrank.model.placement import resolve
+from highrank.train.module import FineTuner
 
 FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}, "boft": {"butterfly_factor": 2}} | {
     name: {"r": 2} for name in ("hira", "lora", "dora", "mora")

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from highrank import token_cache
-from highrank.backbones import tiny_tokenizer
-from highrank.encoding import Encoded, encode
-from highrank.protocol import Protocol
-from highrank.task import Example, LabelledText
-from highrank.token_cache import cached_encoding
+from highrank.data import token_cache
+from highrank.data.encoding import Encoded, encode
+from highrank.data.protocol import Protocol
+from highrank.data.task import Example, LabelledText
+from highrank.data.token_cache import cached_encoding
+from highrank.model.tiny import tiny_tokenizer
 
 PLAIN = Protocol(name="plain", version=1, template="{instruction}=", max_length=20)
 RECORDS = [Example(str(i), "q" * i, f"{i}.", str(i)) for i in range(1, 30)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from highrank.registry import load
+from highrank.base.registry import load
 
 PINNED = ["7b8be6496c285493", "9741ee05423d404f"]
 """Start of the sha256 of the default training and test problems; a change raises the task's version."""

@@ -1,1 +1,1 @@
-"""What a trained update is like: singular values, ranks, spectra."""
+"""What training changed in the weights: imports `report` and below, but not `interop`."""

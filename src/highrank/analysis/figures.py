@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from highrank.adapters import write_atomic
 from highrank.analysis import statistics
-from highrank.analysis.analyze import Analysis, errors_at, means
-from highrank.placement import PARTS
+from highrank.analysis.summary import Analysis, errors_at, means
+from highrank.base.files import write_atomic
+from highrank.model.placement import PARTS
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY: dict[str, Any] = {"color": "grey", "linewidth": 0.8, "linestyle": "--"}

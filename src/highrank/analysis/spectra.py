@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from highrank.adapters import Adapters, write_atomic
 from highrank.analysis.statistics import Values
-from highrank.backbones import cache_dir
-from highrank.errors import UserError
+from highrank.base.errors import UserError
+from highrank.base.files import cache_dir, write_atomic
+from highrank.model.adapters import Adapters
 
 FORMAT_VERSION = 1
 FILE = "singular_values.safetensors"

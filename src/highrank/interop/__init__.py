@@ -1,1 +1,1 @@
-"""Adapters and models in the formats of other libraries."""
+"""To and from other libraries' formats: PEFT, Hugging Face models, lm-eval: imports `train` and below."""

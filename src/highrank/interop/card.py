@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from highrank.config import Run
-from highrank.results import read_results
-from highrank.saved import words_of
+from highrank.config.run_config import Run
+from highrank.train.results import read_results
+from highrank.train.saved import words_of
 
 WHAT = {
     "peft": "An adapter for the base model below, in the format of Hugging Face PEFT.",

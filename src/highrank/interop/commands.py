@@ -3,7 +3,7 @@
 import json
 import os
 
-from highrank.words import Words
+from highrank.base.options import Words
 
 RUN_WORDS = "[task=... protocol=... path=...]"
 

@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from highrank.adapters import Adapters, write_atomic
-from highrank.backbones import DTYPES, Backbone
-from highrank.config import Run
-from highrank.data import collate
-from highrank.encoding import Encoded, encode_prompt, encode_text
-from highrank.errors import UserError
+from highrank.base.errors import UserError
+from highrank.base.files import write_atomic
+from highrank.config.run_config import Run
+from highrank.data.batches import collate
+from highrank.data.encoding import Encoded, encode_prompt, encode_text
 from highrank.interop.card import model_card
-from highrank.placement import weight_of
-from highrank.quantised import dequantise_model
-from highrank.saved import check_new, load_run, read_run, written_whole
-from highrank.whole import WholeModelMethod
+from highrank.model.adapters import Adapters
+from highrank.model.backbones import DTYPES, Backbone
+from highrank.model.placement import weight_of
+from highrank.model.quantised import dequantise_model
+from highrank.model.whole_model import WholeModelMethod
+from highrank.train.saved import check_new, load_run, read_run, written_whole
 
 MOST_ERROR = 0.1
 """Greatest `error` of a folder that is written without being asked to."""

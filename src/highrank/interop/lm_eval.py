@@ -6,10 +6,9 @@ from typing import Any
 
 import lightning
 
-from highrank.devices import alone
-from highrank.errors import UserError
+from highrank.base.errors import UserError
 from highrank.interop.loaded import on_shared_bases
-from highrank.run import quiet
+from highrank.train.devices import alone, quiet
 
 
 def evaluate_runs(

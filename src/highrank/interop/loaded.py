@@ -17,19 +17,20 @@ import lightning
 import torch
 from torch import Tensor
 
-from highrank.adapters import Adapters, attach
-from highrank.allocator import keep_freed_memory
-from highrank.backbones import Backbone, head_modules, load_backbone
-from highrank.config import Run
-from highrank.data import TaskData, hold_out
-from highrank.devices import alone
-from highrank.errors import UserError, suggest
-from highrank.module import FineTuner
-from highrank.plan import adapted_views
-from highrank.protocol import digest
-from highrank.run import evaluate, quiet
-from highrank.saved import check_base, load_run, read_run
-from highrank.task import Task
+from highrank.base.allocator import keep_freed_memory
+from highrank.base.errors import UserError, suggest
+from highrank.base.files import digest
+from highrank.config.run_config import Run
+from highrank.data.batches import TaskData, hold_out
+from highrank.data.task import Task
+from highrank.interop.hub_model import compare, logits
+from highrank.model.adapters import Adapters, attach
+from highrank.model.backbones import Backbone, head_modules, load_backbone
+from highrank.train.build import adapted_views
+from highrank.train.devices import alone, quiet
+from highrank.train.evaluation import evaluate
+from highrank.train.module import FineTuner
+from highrank.train.saved import check_base, load_run, read_run
 
 
 class AdapterSwitch:
@@ -121,7 +122,6 @@ class AdapterSwitch:
 
     def compare(self, first: str | None, second: str | None, texts: Sequence[Any]) -> dict[str, float]:
         """Returns max_logit_difference and argmax_agreement of two adapters (None: the base) on encoded texts."""
-        from highrank.interop.hub_model import compare, logits
 
         found = []
         for name in (first, second):

@@ -33,17 +33,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from highrank import configs
-from highrank.adapters import Adapters, write_atomic
-from highrank.backbones import empty_model, head_modules, model_config, sha256
-from highrank.config import Run, compose_run, spelled
-from highrank.errors import UserError, suggest
+from highrank.base.errors import UserError, suggest
+from highrank.base.files import sha256, write_atomic
+from highrank.base.registry import load
+from highrank.config.run_config import Run
+from highrank.config.words import compose_run, spelled
 from highrank.interop.card import model_card
-from highrank.placement import WeightView, is_transposed, resolve, weight_of
-from highrank.plan import adapted_views, count
-from highrank.registry import load
-from highrank.results import RunDirectory
-from highrank.run import build_model
-from highrank.saved import check_new, load_run, read_run, written_whole
+from highrank.model.adapters import Adapters
+from highrank.model.backbones import empty_model, head_modules, model_config
+from highrank.model.placement import WeightView, is_transposed, resolve, weight_of
+from highrank.train.build import adapted_views, build_model
+from highrank.train.plan import count
+from highrank.train.results import RunDirectory
+from highrank.train.saved import check_new, load_run, read_run, written_whole
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 

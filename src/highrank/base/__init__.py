@@ -1,0 +1,1 @@
+"""Files, processes, errors, names and the terminal: imports nothing else of ours."""

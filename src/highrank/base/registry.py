@@ -1,0 +1,94 @@
+"""Finds methods and tasks by name.
+
+A built-in plugin is a file in `highrank.methods` or `highrank.tasks`: its name is the file's name, so nothing is
+imported to list them and only the chosen one is imported to use it. An out-of-tree plugin is an entry point in the
+group `highrank.methods` or `highrank.tasks`, `name = "package.module"`.
+"""
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from highrank.base.errors import UserError, suggest
+
+_registered: dict[str, dict[str, type]] = {"methods": {}, "tasks": {}}
+
+
+def available(group: str) -> dict[str, str]:
+    """Returns name -> module of every plugin in `group` ("methods" or "tasks"), without importing any.
+
+    Raises:
+        UserError: if two plugins claim one name.
+    """
+    package = importlib.import_module(f"highrank.{group}")
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    found = {name: f"highrank.{group}.{name}" for name in names}
+    for entry in importlib.metadata.entry_points(group=f"highrank.{group}"):
+        if entry.name in found and found[entry.name] != entry.value:
+            raise UserError(
+                f"{group}: a name belongs to one plugin, got {entry.name!r} from both {found[entry.name]} and "
+                f"{entry.value}; uninstall one or rename its entry point"
+            )
+        found[entry.name] = entry.value
+    return found
+
+
+def load(group: str, name: str) -> type:
+    """Imports and returns the plugin class `name`.
+
+    Raises:
+        UserError: for an unknown name (with the nearest ones), or a plugin that fails to import or to register.
+    """
+    found = available(group)
+    kind = group.rstrip("s")
+    if name not in found:
+        raise UserError(f"{kind}: unknown name, got {kind}={name}{suggest(name, found)}")
+    try:
+        importlib.import_module(found[name])
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{kind} {name}: the plugin must import, got {type(error).__name__} from {found[name]}: {error}"
+        ) from error
+    if name not in _registered[group]:
+        raise UserError(
+            f"{kind} {name}: the plugin must register a class under its own name, got none in {found[name]}"
+        )
+    return _registered[group][name]
+
+
+def _register(group: str, name: str, cls: type) -> None:
+    module = cls.__module__
+    if not module.startswith(f"highrank.{group}.") and module.split(".")[0] == group:
+        raise UserError(f"{group}: import plugins as highrank.{group}.{name}, got a second copy named {module}")
+    owner = _registered[group].get(name)
+    if owner is not None and owner.__module__ != module:
+        raise UserError(
+            f"{group}: a name belongs to one plugin, got {name!r} from both {owner.__module__} and {module}"
+        )
+    _registered[group][name] = cls
+
+
+def register_method(config: type) -> Callable[[type], type]:
+    """Class decorator: makes a `Method` known under its file's name, with `config` as its fields."""
+
+    def decorate(cls: Any) -> Any:
+        cls.name, cls.config = cls.__module__.rsplit(".", 1)[-1], config
+        _register("methods", cls.name, cls)
+        return cls
+
+    return decorate
+
+
+def register_task(config: type) -> Callable[[type], type]:
+    """Class decorator: makes a `Task` known under its file's name, with `config` as its fields."""
+
+    def decorate(cls: Any) -> Any:
+        cls.name, cls.config = cls.__module__.rsplit(".", 1)[-1], config
+        _register("tasks", cls.name, cls)
+        return cls
+
+    return decorate

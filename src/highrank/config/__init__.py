@@ -1,0 +1,1 @@
+"""From words to a checked run: imports `base`, `model` and `data`."""

@@ -1,0 +1,191 @@
+"""From a composed config to one checked run."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from highrank.base import registry
+from highrank.base.errors import UserError, suggest
+from highrank.config.run_config import CORE_KEYS, OPTIMIZERS, SCHEDULES, Run, RunConfig
+from highrank.config.trainer_keys import check_trainer_keys
+from highrank.data.protocol import Protocol
+from highrank.data.task import FAMILIES
+from highrank.model.backbones import DTYPES
+from highrank.model.placement import PLACEMENTS, parse_placement
+
+MODEL_KEYS = ("name", "hub", "revision", "wheel", "dtype", "attention", "shape", "shuffled", "quantize")
+QUANTIZATIONS = ("int8", "int4", "nf4")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+
+
+def build(config: Any) -> Run:
+    """Returns the checked run of a composed config.
+
+    Raises:
+        UserError: for an unknown field, a wrong type, or a value out of range.
+    """
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    for group in ("method", "task", "model", "protocol", "trainer"):
+        chosen = values.get(group)
+        if not isinstance(chosen, Mapping):
+            raise UserError(f"{group}: a name is needed, got {group}={chosen}; choose one with {group}=<name>")
+        if group != "trainer" and not isinstance(chosen.get("name"), str):
+            raise UserError(f"{group}: a name is a text, got {group}.name={chosen.get('name')}; use {group}=<name>")
+    method, method_cfg = _plugin("methods", values["method"])
+    values["task"].pop("version", None)  # in the config of a saved run
+    task, task_cfg = _plugin("tasks", values["task"])
+    model = {"revision": None, "attention": None, "shuffled": False, **values["model"]}
+    if model.get("quantize") is None:
+        model.pop("quantize", None)
+    _check_model(model)
+    trainer = dict(values["trainer"])
+    check_trainer_keys(trainer)
+    if "quantize" in model and (method.replaces_base or trainer.get("strategy") == "fsdp"):
+        raise UserError(
+            f"model: a quantised base stays as it is, on one device or under ddp, got model.quantize="
+            f"{model['quantize']} with method={method.name} and trainer.strategy={trainer.get('strategy', 'auto')}"
+        )
+    if str(trainer.get("precision")) == "32":
+        trainer["precision"] = "32-true"
+    core = RunConfig(**{key: values[key] for key in CORE_KEYS if key in values})
+    if method.site != "weight" or method.replaces_base:  # such a run is the same whatever the placement
+        core.placement, core.layers, core.fused = "all", "all", "auto"
+    core.placement = _one_form(core.placement)
+    if core.lr is None:
+        core.lr = method.default_lr
+    _check_core(core)
+    if core.analyze and method.site != "weight":
+        raise UserError(
+            f"run: analyze needs a method that changes weights, got analyze=true with method={method.name}; "
+            "leave analyze out"
+        )
+    protocol = protocol_for(values["protocol"], task.family)
+    return Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer)
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    def need(ok: bool, key: str, rule: str) -> None:
+        if not ok:
+            raise UserError(f"model: {key} {rule}, got model.{key}={model.get(key)}")
+
+    unknown = [key for key in model if key not in MODEL_KEYS]
+    if unknown:
+        raise UserError(f"model: unknown key, got model.{unknown[0]}{suggest(unknown[0], MODEL_KEYS)}")
+    dtype, attention, wheel = model.get("dtype"), model["attention"], model.get("wheel")
+    need(isinstance(dtype, str) and dtype in DTYPES, "dtype", f"is one of {', '.join(DTYPES)}")
+    need(
+        attention is None or (isinstance(attention, str) and attention in ATTENTIONS),
+        "attention",
+        f"is one of {', '.join(ATTENTIONS)}, or null",
+    )
+    for key in ("hub", "revision"):
+        need(model.get(key) is None or isinstance(model[key], str), key, "must be a text or null")
+    need(isinstance(model["shuffled"], bool), "shuffled", "must be true or false")
+    need(model.get("quantize", "int8") in QUANTIZATIONS, "quantize", f"is one of {', '.join(QUANTIZATIONS)}, or null")
+    need(model.get("shape") is None or isinstance(model["shape"], Mapping), "shape", "must be a mapping or null")
+    keys = ("package", "version", "sha256")
+    need(
+        wheel is None
+        or (
+            isinstance(wheel, Mapping) and all(key in wheel for key in keys) and ("gguf" in wheel or "folder" in wheel)
+        ),
+        "wheel",
+        f"must be a mapping with {', '.join(keys)} and gguf or folder, or null",
+    )
+
+
+def _one_form(placement: Any) -> Any:
+    """Returns a placement's one spelling, so that [q,v] and qv are the same run: a named set, else its ordered parts.
+
+    `all` stays by name only: it takes the parts there are, where a list asks for each of them.
+    """
+
+    parts = parse_placement(placement)
+    if isinstance(placement, str):
+        return placement
+    return next((name for name, own in PLACEMENTS.items() if own == parts and name != "all"), list(parts))
+
+
+def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
+    """Returns a protocol as it treats tasks of one family.
+
+    Raises:
+        UserError: for an unknown key or family, a wrong type, or a value out of range.
+    """
+
+    families = values.get("families") or {}
+    if not isinstance(families, Mapping) or not all(isinstance(own, Mapping) for own in families.values()):
+        raise UserError(
+            f"protocol {values['name']}: families is a mapping of a family to its keys, got families={families}; "
+            "set a key with protocol.families.<family>.<key>=<value>"
+        )
+    for name in families:
+        if name not in FAMILIES:
+            raise UserError(f"protocol {values['name']}: unknown family, got families.{name}{suggest(name, FAMILIES)}")
+    given = {key: value for key, value in values.items() if key != "families"}
+    return dataclass_from(Protocol, {**families.get(family, {}), **given}, "protocol")
+
+
+def _plugin(group: str, values: Mapping[str, Any]) -> tuple[Any, Any]:
+    name = values["name"]
+    cls: Any = registry.load(group, name)
+    return cls, dataclass_from(cls.config, {k: v for k, v in values.items() if k != "name"}, name)
+
+
+def dataclass_from(cls: type, values: Mapping[str, Any], owner: str) -> Any:
+    """Returns an instance of a config dataclass from primitives, types checked and converted by OmegaConf.
+
+    Raises:
+        UserError: for a key that the dataclass lacks, a value of another type, or a number that is not finite.
+    """
+    schema: Any = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, False)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{owner} has no field {key!r}; it has: {', '.join(known) or 'none'}{_mean(key, known)}")
+        try:
+            schema = OmegaConf.merge(schema, {key: value})
+        except OmegaConfBaseException as error:
+            field = next(f for f in dataclasses.fields(cls) if f.name == key)
+            kind = getattr(field.type, "__name__", str(field.type))
+            raise UserError(f"{owner}: {key} must be of type {kind}, got {key}={value}") from error
+        if isinstance(schema[key], float) and not math.isfinite(schema[key]):
+            raise UserError(f"{owner}: {key} must be a finite number, got {key}={value}")
+    return OmegaConf.to_object(schema)
+
+
+def _mean(key: str, known: Sequence[str]) -> str:
+    near = suggest(key, known)
+    return near if "mean" in near else ""
+
+
+def _check_core(core: RunConfig) -> None:
+    def need(ok: bool, key: str, rule: str) -> None:
+        if not ok:
+            raise UserError(f"run: {key} {rule}, got {key}={getattr(core, key)}")
+
+    for key in ("lr", "head_lr"):
+        rate = getattr(core, key)
+        need(rate is None or (math.isfinite(rate) and rate > 0), key, "must be a positive number")
+    need(core.schedule in SCHEDULES, "schedule", f"is one of {', '.join(SCHEDULES)}")
+    need(core.optimizer in OPTIMIZERS, "optimizer", f"is one of {', '.join(OPTIMIZERS)}")
+    need(core.fused in ("auto", "fused", "split"), "fused", "is auto, fused or split")
+    need(len(core.betas) == 2 and all(0 <= b < 1 for b in core.betas), "betas", "are two numbers in [0, 1)")
+    need(core.resume in ("auto", "never"), "resume", "is auto or never")
+    for key in ("batch_size", "accumulate", "eval_batch_size", "checkpoint_every"):
+        need(getattr(core, key) >= 1, key, "must be >= 1")
+    for key in ("weight_decay", "max_grad_norm"):
+        need(math.isfinite(getattr(core, key)) and getattr(core, key) >= 0, key, "must be a finite number >= 0")
+    need(core.warmup_steps >= 0, "warmup_steps", "must be >= 0")
+    need(0 <= core.seed < 2**32, "seed", f"must be in [0, {2**32 - 1}]")
+    need(0 <= core.warmup_ratio <= 1, "warmup_ratio", "must be in [0, 1]")
+    need(math.isfinite(core.epochs) and core.epochs > 0, "epochs", "must be > 0 and finite")
+    need(core.max_steps is None or core.max_steps >= 1, "max_steps", "must be >= 1")
+    need(core.general_text is None or Path(core.general_text).is_file(), "general_text", "must be an existing file")
+    need(core.path is None or Path(core.path).is_dir(), "path", "must be an existing folder")

@@ -1,0 +1,170 @@
+"""The core keys, their hash, and one checked run with its plugins."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from highrank.base.files import digest
+from highrank.data.protocol import Protocol
+
+GROUPS = ("method", "task", "model", "protocol", "trainer", "experiment")
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig:
+    """The core keys. One line each: meaning, unit."""
+
+    defaults: list[Any] = dataclasses.field(
+        default_factory=lambda: [
+            "_self_",
+            {"method": "hira"},
+            {"task": "wordmath"},
+            {"model": "smollm2_135m"},
+            {"protocol": "clean"},
+            {"trainer": "auto"},
+            {"experiment": None},
+        ]
+    )
+    method: Any = None
+    """How a weight is adapted: a name, and that method's own fields."""
+    task: Any = None
+    """What is learned and how it is scored."""
+    model: Any = None
+    """The backbone: a name, `hf:<id>`, or any name together with `path`."""
+    protocol: Any = None
+    """Prompt, masking, cut-off, decoding and answer rule."""
+    trainer: Any = None
+    """Arguments of the Lightning Trainer: accelerator, devices, strategy, precision."""
+    # only in presets: the axes that `-m` sweeps, {key: [values]}, and `cases` of keys that vary together
+    sweep: Any = None
+    path: str | None = None
+    """A local folder with config.json, tokenizer and safetensors, used before any other source."""
+    placement: Any = "fc_qkv"
+    """Which weights are adapted: a set such as fc_qkv, or a list such as [q,down]."""
+    layers: Any = "all"
+    """Which blocks are adapted: all, 4-11, or a list."""
+    fused: str = "auto"
+    """One adapter per fused matrix (fused), one per part (split), or fused where all its parts are placed (auto)."""
+    architecture: Any = None
+    """Paths of the parts in a model that is not built in: {blocks: model.layers, q: self_attn.q_proj, ...}."""
+    seed: int = 0
+    """Seeds data order, adapter start, new heads and dropout."""
+    lr: float | None = None
+    """Peak learning rate; default: the method's own starting point."""
+    head_lr: float | None = None
+    """Peak learning rate of a new head on an encoder, where it shall not be the adapter's; default: lr."""
+    optimizer: str = "adamw"
+    """adamw, adam or sgd."""
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    """Adam's decay rates."""
+    weight_decay: float = 0.0
+    """Decay of parameters whose neutral value is 0; others are never decayed."""
+    schedule: str = "linear"
+    """constant, linear or cosine, after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    warmup_ratio: float = 0.06
+    """Warm-up as a share of all steps; used when warmup_steps is 0."""
+    epochs: float = 1
+    """Passes over the training set, unless max_steps is given."""
+    max_steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Examples per micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    max_grad_norm: float = 1.0
+    """Clipping threshold of the global gradient norm; 0 turns clipping off."""
+    compile: bool = False
+    """Whether the training step runs the model through torch.compile."""
+    checkpoint_activations: bool = False
+    """Whether blocks are computed again in backward instead of keeping their activations."""
+    auto_microbatch: bool = False
+    """Whether a batch that does not fit into memory is computed in halves, quarters, ...: the same steps, slower."""
+    eval_batch_size: int = 50
+    """Examples per evaluation batch; changes speed, not results."""
+    eval_before: bool = True
+    """Whether the untrained model is evaluated too."""
+    eval_test: bool = True
+    """Whether the test sets are evaluated at all; a search over the held-out examples needs none."""
+    general_text: str | None = None
+    """File of general text (.txt by lines, or a field `text`) on which forgetting is measured after training."""
+    analyze: bool = False
+    """Whether the singular values of ΔW are analysed after training (see highrank analyze)."""
+    output: str = "outputs"
+    """Folder under which run directories are made."""
+    run_dir: str | None = None
+    """Exact run directory; default: <output>/<date>/<name>-<hash>."""
+    resume: str = "auto"
+    """auto: an unfinished run goes on where it stopped; never: it starts afresh."""
+    checkpoint_every: int = 200
+    """Optimizer steps between checkpoints; one is also written every ten minutes, at a signal and at the end."""
+    dry_run: bool = False
+    """Load no weights; print what would be adapted and trained, and write plan.json."""
+
+
+CORE_KEYS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("defaults", "sweep", *GROUPS))
+UNHASHED = (
+    *("output", "run_dir", "resume", "checkpoint_every", "dry_run"),
+    *("eval_batch_size", "auto_microbatch", "analyze"),
+)
+"""Keys that do not change a run's results."""
+
+
+LATER: dict[str, Any] = {"head_lr": None}
+"""Keys younger than the first runs, and what their absence from a saved config means."""
+
+
+def config_hash(values: Mapping[str, Any]) -> str:
+    """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
+    return digest({key: value for key, value in values.items() if key not in UNHASHED and value != LATER.get(key, ...)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One checked run: the core keys, and the chosen plugins with their own configs built."""
+
+    core: RunConfig
+    method: Any
+    """The Method class."""
+    method_cfg: Any
+    task: Any
+    """The Task class."""
+    task_cfg: Any
+    protocol: Protocol
+    model: dict[str, Any]
+    trainer: dict[str, Any]
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Every value that the run uses, as primitives."""
+        core = {key: getattr(self.core, key) for key in CORE_KEYS}
+        return {
+            "method": {"name": self.method.name, **dataclasses.asdict(self.method_cfg)},
+            "task": {"name": self.task.name, "version": self.task.version, **dataclasses.asdict(self.task_cfg)},
+            "model": self.model,
+            "protocol": dataclasses.asdict(self.protocol),
+            "trainer": self.trainer,
+            **core,
+        }
+
+    @property
+    def hash(self) -> str:
+        return config_hash(self.resolved)
+
+    @property
+    def name(self) -> str:
+        placement = self.core.placement
+        place = placement if isinstance(placement, str) else "+".join(placement)
+        member = getattr(self.task_cfg, "member", None)
+        parts = [self.method.name, place] if self.method.site == "weight" else [self.method.name]
+        if hasattr(self.method_cfg, "r"):
+            parts.append(f"r{self.method_cfg.r}")
+        parts += [
+            "-".join([self.task.name, *([member] if member else [])]),
+            self.model["name"].replace("/", "-"),
+            f"s{self.core.seed}",
+        ]
+        return "_".join(parts)

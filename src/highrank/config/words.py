@@ -1,0 +1,229 @@
+"""Command-line words: Hydra composes and parses them; here bare keys find their owner.
+
+    method=hira placement=fc_qkv r=16 task.n_train=640
+
+A bare key is a core key (a field of `RunConfig`) or a field of the chosen method. Dotted keys reach the groups
+`method`, `task`, `model`, `protocol` and `trainer`. Everything wrong is one `UserError`, before any weight loads.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from highrank.base import registry
+from highrank.base.errors import UserError, suggest
+from highrank.config.build import build
+from highrank.config.run_config import CORE_KEYS, GROUPS, Run, RunConfig
+from highrank.model.tiny import TINY
+
+HYDRA_1_3 = hydra.__version__.startswith("1.3.")
+VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if HYDRA_1_3 else {}
+"""Hydra 1.3 asks whose defaults are meant; 1.4 has one set."""
+STORE_AGAIN: dict[str, Any] = {} if HYDRA_1_3 else {"replace": True}
+"""Hydra 1.4 asks whether a config may be stored again under its name."""
+NOT_TEXTS = ("null", "true", "false", "nan", "inf")
+"""What Hydra reads as something else than a text."""
+
+
+def compose_run(words: Sequence[str]) -> Run:
+    """Returns the checked run that command-line words describe.
+
+    Raises:
+        UserError: for an unknown key or name (with the nearest ones), a wrong type, or a value out of range.
+    """
+    words = scaled(words)
+    method = method_of(words)
+    overrides = rewrite(words, [method])
+    config = _compose(overrides)
+    if any(key_of(word) == "method" for word in words):  # in a preset's place: its fields stay where this one has them
+        given = [key_of(word).removeprefix("method.") for word in overrides]
+        known = ["name", *given, *(field.name for field in dataclasses.fields(method.config))]
+        config.method = {key: value for key, value in config.method.items() if key in known}
+    return build(config)
+
+
+def key_of(word: str) -> str:
+    """Returns the key of a command-line word."""
+    return word.partition("=")[0].lstrip("+")
+
+
+def spelled(value: Any) -> str:
+    """Returns a value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(spelled, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{spelled(item)}' for key, item in value.items())}}}"
+    if isinstance(value, str) and (value.lower() in NOT_TEXTS or not re.fullmatch(r"[a-zA-Z_/][\w/.+-]*", value)):
+        return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", value).replace("'", "\\'") + "'"
+    return str(value)
+
+
+def scaled(words: Sequence[str]) -> list[str]:
+    """Returns the words with `experiment=<name> scale=small` as `experiment=<name>_small`; scale=paper changes nothing.
+
+    Raises:
+        UserError: for another scale, or without an experiment.
+    """
+    scales = [word.partition("=")[2] for word in words if key_of(word) == "scale"]
+    kept = [word for word in words if key_of(word) != "scale"]
+    if not scales:
+        return kept
+    if scales[-1] not in ("paper", "small"):
+        raise UserError(f"command line: scale is paper or small, got scale={scales[-1]}")
+    if not any(word.startswith("experiment=") for word in kept):
+        raise UserError(
+            f"command line: scale belongs to an experiment, got scale={scales[-1]} without experiment=<name>"
+        )
+    ending = "_small" if scales[-1] == "small" else ""
+    return [word + ending if word.startswith("experiment=") else word for word in kept]
+
+
+def method_of(words: Sequence[str]) -> Any:
+    """Returns the method class that command-line words choose.
+
+    Raises:
+        UserError: for a word that is none, or an unknown name.
+    """
+    for word in words:
+        _check_word(word)
+    groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
+    return registry.load("methods", _chosen_method(tuple(r for w in groups for r in _rewrite_group(w))))
+
+
+@functools.cache
+def _chosen_method(groups: tuple[str, ...]) -> str:
+    register_configs()
+    return str(_compose(groups).method.name)
+
+
+def _check_word(word: str) -> None:
+    key, equals, _ = word.partition("=")
+    if word.startswith("~"):
+        raise UserError(f"command line: a key cannot be taken away, got {word}; give it a value instead: key=value")
+    if key.lstrip("+").replace("/", ".").split(".")[0] == "hydra":
+        raise UserError(
+            f"command line: Hydra only composes the config, so its own keys change nothing, got {word}; "
+            "use output or run_dir for where a run goes"
+        )
+    if not equals:
+        raise UserError(f"command line: give key=value, got {word}")
+
+
+def rewrite(words: Sequence[str], methods: Sequence[Any]) -> list[str]:
+    """Returns Hydra overrides for `words`: bare method fields become `++method.<field>`.
+
+    Raises:
+        UserError: for a key that neither the core nor any of `methods` has.
+    """
+    for method in methods:
+        clash = [f.name for f in dataclasses.fields(method.config) if f.name in (*CORE_KEYS, *GROUPS)]
+        if clash:
+            raise UserError(f"method {method.name}: a field must not be called like a core key, got {', '.join(clash)}")
+    out = []
+    for word in words:
+        key, _, value = word.partition("=")
+        bare = key.lstrip("+")
+        if bare in GROUPS:
+            out += _rewrite_group(word)
+        elif bare in CORE_KEYS:
+            out.append(word)
+        elif "." in bare and bare.split(".")[0] in GROUPS:
+            out.append(f"++{bare}={value}")
+        elif any(bare in (f.name for f in dataclasses.fields(m.config)) for m in methods):
+            out.append(f"++method.{bare}={value}")
+        else:
+            raise UserError(_unknown_key(bare, methods))
+    return out
+
+
+def _unknown_key(key: str, methods: Sequence[Any]) -> str:
+    fields = {m.name: [f.name for f in dataclasses.fields(m.config)] for m in methods}
+    owned = "; ".join(
+        f"{name} has no field {key!r}; it has: {', '.join(own) or 'none'}" for name, own in fields.items()
+    )
+    known = {*CORE_KEYS, *GROUPS, *(f for own in fields.values() for f in own)}
+    near = suggest(key, known)
+    return f"{owned}; and no core key is called {key!r}{near if 'mean' in near else '; core keys: highrank run --help'}"
+
+
+def _rewrite_group(word: str) -> list[str]:
+    key, _, value = word.lstrip("+").partition("=")
+    if (key, value) == ("experiment", "null"):  # the default, which Hydra takes from no override
+        return []
+    if key == "task" and "/" in value:
+        name, _, member = value.partition("/")
+        return [f"task={name}", f"++task.member={member}"]
+    if key == "model" and value.startswith("hf:"):
+        return ["model=hf", f"++model.name='{value.removeprefix('hf:').split('/')[-1]}'", f"++model.hub='{value[3:]}'"]
+    return [f"{key}={value}"]
+
+
+def packaged_configs() -> Any:
+    """Returns the context in which Hydra reads the configs of this package."""
+    return initialize_config_module("highrank.configs", **VERSION_BASE)
+
+
+def _compose(overrides: Sequence[str]) -> Any:
+    try:
+        OverridesParser.create().parse_overrides(list(overrides))
+        GlobalHydra.instance().clear()
+        with packaged_configs():
+            for override in overrides:
+                key, _, value = override.partition("=")
+                if key in GROUPS:
+                    _check_choice(key, value)
+            return compose("highrank", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error
+        first = str(cause).strip().splitlines()[0]
+        key = getattr(cause, "full_key", None) or ""
+        given = [word for word in overrides if word.lstrip("+").partition("=")[0] == key] or overrides
+        raise UserError(f"config: {first}, got {' '.join(given)}") from error
+
+
+def _check_choice(group: str, value: str) -> None:
+    if group in ("method", "task"):
+        known = set(registry.available(group + "s"))
+        known |= {option for option in _options(group) if "/" in option}
+    else:
+        known = set(_options(group))
+    if value not in known and not (group == "experiment" and value == "null"):
+        raise UserError(f"{group}: unknown name, got {group}={value}{suggest(value, known)}")
+
+
+def _options(group: str) -> list[str]:
+    """Returns every choice of a config group, nested ones as `folder/name`."""
+    loader = GlobalHydra.instance().config_loader()
+    names = list(loader.get_group_options(group, ObjectType.CONFIG))
+    for folder in loader.get_group_options(group, ObjectType.GROUP):
+        names += [f"{folder}/{name}" for name in loader.get_group_options(f"{group}/{folder}", ObjectType.CONFIG)]
+    return sorted(set(names))
+
+
+def register_configs() -> None:
+    """Makes the core keys and the names of all plugins known to Hydra; imports no plugin."""
+
+    store = functools.partial(ConfigStore.instance().store, **STORE_AGAIN)
+    store(name="highrank", node=RunConfig)
+    for name in registry.available("methods"):
+        store(group="method", name=name, node={"name": name})
+    for name in registry.available("tasks"):
+        store(group="task", name=name, node={"name": name})
+    for name in TINY:
+        store(group="model", name=f"tiny_{name}", node={"name": f"tiny_{name}", "dtype": "float32"})
+    store(group="model", name="hf", node={"name": "hf", "hub": None, "dtype": "bfloat16"})

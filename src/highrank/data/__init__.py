@@ -1,0 +1,1 @@
+"""Tasks and their sources, protocols, from examples to batches, from outputs to scores: imports `base`."""

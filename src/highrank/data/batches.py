@@ -1,0 +1,254 @@
+"""From encoded examples to padded batches: length buckets, collation, what is held out."""
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from highrank.base.errors import UserError
+from highrank.base.processes import WHOLE, Share
+from highrank.data import leak
+from highrank.data.encoding import IGNORED, Encoded, encode, encode_prompt, encode_text, supervised
+from highrank.data.protocol import Protocol
+from highrank.data.task import Example, Task
+from highrank.data.token_cache import cached_encoding
+
+
+class LengthBuckets(Sampler[list[int]]):
+    """Batches of similar length in random order, a function of (seed, epoch) alone.
+
+    The order is shuffled, cut into chunks of 20 batches, sorted by length inside a chunk and cut into batches, which are
+    shuffled again: padding stays small and no batch depends on where an interruption fell. Of several processes each
+    takes every N-th batch; where the last round is not full, the others repeat a batch that does not count.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: Share = WHOLE):
+        self.lengths, self.batch_size, self.seed, self.epoch, self.first = lengths, batch_size, seed, 0, 0
+        self.share = share
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Lets the next pass be what is left of an epoch from its `batch`-th round on."""
+        self.epoch, self.first = epoch, batch
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch, over all processes."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __len__(self) -> int:
+        return -(-self.num_batches // self.share.of)
+
+    def counts(self, position: int) -> bool:
+        """Whether this process's batch at `position` is one of the epoch's, and not a repeated one."""
+        return self.share.number(position) < self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(len(self.lengths)))
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        rng.shuffle(order)
+        size = 20 * self.batch_size
+        for start in range(0, len(order), size):
+            order[start : start + size] = sorted(order[start : start + size], key=lambda i: self.lengths[i])
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        rng.shuffle(batches)
+        rounds = range(self.first * self.share.of, len(batches), self.share.of)
+        self.first = 0
+        return iter([batches[(start + self.share.rank) % len(batches)] for start in rounds])
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """Returns the rows as one (B, T) tensor, T the longest row."""
+    width = max(map(len, rows))
+    filled = [[value] * (width - len(r)) + [*r] if left else [*r] + [value] * (width - len(r)) for r in rows]
+    return torch.tensor(filled)
+
+
+def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """Returns input_ids, attention_mask and labels, padded on the right to the longest row."""
+    ids = [row.input_ids for row in batch]
+    out = {"input_ids": pad(ids, pad_id), "attention_mask": pad([[1] * len(r) for r in ids], 0)}
+    if batch[0].token_type_ids is not None:
+        out["token_type_ids"] = pad([row.token_type_ids or [] for row in batch], 0)
+    labels: Any = [row.labels for row in batch]
+    if isinstance(labels[0], list):
+        out["labels"] = pad(labels, IGNORED)
+    else:
+        out["labels"] = torch.tensor(labels)
+    return out
+
+
+class TaskData:
+    """A task's training set as length-bucketed batches, what is held out of it, and its test sets as sorted batches.
+
+    `cut_off` counts what max_length did to the training examples: left_out, cut, marker_lost (the end
+    of the prompt is gone, the target is there), answer_lost (the target was cut away; such an example stays only if its
+    prompt is trained on).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        protocol: Protocol,
+        tokenizer: Any,
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+        share: Share = WHOLE,
+        eval_share: Share = WHOLE,
+    ):
+        self.task, self.protocol, self.tokenizer, self.eval_share = task, protocol, tokenizer, eval_share
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.test_batch_size = eval_batch_size
+        """Examples per batch of a test set; fewer than of the held-out ones once they did not fit into memory."""
+        self.train_records, self.validation = hold_out(task.train(), protocol)
+        encoded = cached_encoding(
+            self.train_records,
+            protocol,
+            tokenizer,
+            lambda: [encode(record, protocol, tokenizer) for record in self.train_records],
+        )
+        kept = [row for row in encoded if row is not None and supervised(row)]
+        self.cut_off = Counter(row.cut for row in encoded if row is not None and row.cut)
+        self.cut_off["left_out"] = len(encoded) - len(kept)
+        self.examples = kept
+        if not kept:
+            raise UserError(
+                f"task {task.name}: the training set must hold an example within the protocol's cut-off, got "
+                f"{len(encoded)} examples, all too long for max_length={protocol.max_length}"
+            )
+        self.buckets = LengthBuckets([len(row.input_ids) for row in kept], batch_size, seed, share)
+
+    @property
+    def num_skipped(self) -> int:
+        """Training examples left out because they exceed the protocol's max_length."""
+        return self.cut_off["left_out"]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.examples,  # type: ignore[arg-type]
+            batch_sampler=self.buckets,
+            collate_fn=lambda batch: collate(batch, self.tokenizer.pad_token_id),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """Returns the held-out examples, encoded as in training."""
+        encoded = [encode(record, self.protocol, self.tokenizer) for record in self.validation]
+        return DataLoader(
+            [row for row in encoded if row is not None and supervised(row)],  # type: ignore[arg-type]
+            batch_size=self.eval_batch_size,
+            collate_fn=lambda batch: collate(batch, self.tokenizer.pad_token_id),
+        )
+
+    @cached_property
+    def _trained_on(self) -> set[str]:
+        return leak.questions(self.train_records)
+
+    def leaked(self, records: Sequence[Any]) -> list[bool]:
+        """Returns per record whether its question occurs in the training data."""
+        return leak.found(records, self._trained_on)
+
+    def eval_dataloader(self, records: Sequence[Any], places: Iterable[int] | None = None) -> DataLoader:
+        """Returns batches of `records`, or of those at `places`, longest first; each carries `index`, its places.
+
+        For generation the prompts are padded on the left, so that every row's answer starts at the same column. For
+        likelihood ranking a record's prompt is one row and each of its options a `tail`, whose `owner` is that row.
+        """
+        pad_id = self.tokenizer.pad_token_id
+        places = range(len(records)) if places is None else places
+        if self.task.kind != "generate":
+            rows = [encode_text(r, self.protocol, self.tokenizer) for r in records]
+            return self._sorted(places, rows, lambda index: collate([rows[i] for i in index], pad_id))
+        if ranks(records, self.protocol):
+            return self._option_dataloader(records, places)
+        prompts = [Encoded(encode_prompt(r, self.protocol, self.tokenizer), []) for r in records]
+
+        def build(index: Sequence[int]) -> dict[str, Tensor]:
+            ids = [prompts[i].input_ids for i in index]
+            mask = pad([[1] * len(r) for r in ids], 0, left=True)
+            return {"input_ids": pad(ids, pad_id, left=True), "attention_mask": mask}
+
+        return self._sorted(places, prompts, build)
+
+    def _sorted(self, places: Iterable[int], rows: Sequence[Encoded], build: Any) -> DataLoader:
+        order = sorted(places, key=lambda i: -len(rows[i].input_ids))
+        return DataLoader(
+            self.eval_share.of_examples(order, self.test_batch_size),  # type: ignore[arg-type]
+            batch_size=self.test_batch_size,
+            collate_fn=lambda index: {**build(index), "index": torch.tensor(index)},
+        )
+
+    def _option_dataloader(self, records: Sequence[Example], places: Iterable[int]) -> DataLoader:
+        """Returns batches of records with all their options: the tokens that a record's options share come once."""
+        whole = replace(self.protocol, mask_prompt=True, max_target_length=None, max_length=10**9)
+        rows = [[self._option(record, text, whole) for text in record.options] for record in records]
+        shared = [shared_prefix(options) for options in rows]
+        prefixes = [Encoded(options[0].input_ids[:n], []) for options, n in zip(rows, shared, strict=True)]
+        pad_id = self.tokenizer.pad_token_id
+
+        def build(index: Sequence[int]) -> dict[str, Tensor]:
+            ids = [prefixes[i].input_ids for i in index]
+            owners = [at for at, i in enumerate(index) for _ in rows[i]]
+            tails = [row.input_ids[shared[i] :] for i in index for row in rows[i]]
+            labels: Any = [row.labels[shared[i] :] for i in index for row in rows[i]]  # type: ignore[index]
+            return {
+                "input_ids": pad(ids, pad_id, left=True),
+                "attention_mask": pad([[1] * len(r) for r in ids], 0, left=True),
+                "owner": torch.tensor(owners),
+                "tail_ids": pad(tails, pad_id),
+                "tail_mask": pad([[1] * len(r) for r in tails], 0),
+                "tail_labels": pad(labels, IGNORED),
+            }
+
+        return self._sorted(places, prefixes, build)
+
+    def _option(self, record: Example, text: str, protocol: Protocol) -> Encoded:
+        row = encode(replace(record, output=text), protocol, self.tokenizer, evaluation=True)
+        assert row is not None
+        return row
+
+
+def shared_prefix(options: Sequence[Encoded]) -> int:
+    """Returns how many leading tokens all options share, all before the first that is scored."""
+    columns = zip(*(row.input_ids for row in options), strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    scored = min(next(i for i, label in enumerate(row.labels) if label != IGNORED) for row in options)  # type: ignore[arg-type]
+    return min(same, scored)
+
+
+def ranks(records: Sequence[Any], protocol: Protocol) -> bool:
+    """Whether these questions are answered by likelihood ranking: the protocol says so and all have options."""
+    return protocol.choose == "likelihood" and all(record.options for record in records)
+
+
+def hold_out(records: Sequence[Any], protocol: Protocol) -> tuple[list[Any], list[Any]]:
+    """Returns the training and the validation examples.
+
+    A question that occurs several times is held out with all its copies, so that validation is not trained on.
+
+    Raises:
+        UserError: if nothing would be left to train on.
+    """
+    n = protocol.num_validation
+    if n == 0:
+        return list(records), []
+    if n >= len(records):
+        raise UserError(
+            f"protocol {protocol.name}: num_validation must leave examples to train on, got num_validation={n} of "
+            f"{len(records)}"
+        )
+    chosen = random.Random(protocol.validation_seed).sample(range(len(records)), n)
+    asked = leak.questions([records[i] for i in chosen])
+    train = [record for record, known in zip(records, leak.found(records, asked), strict=True) if not known]
+    if not train:
+        raise UserError(f"protocol {protocol.name}: every training question is held out, got num_validation={n}")
+    return train, [records[i] for i in sorted(chosen)]

@@ -1,0 +1,100 @@
+"""From an example to tokens and labels, under a protocol."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from highrank.base.errors import UserError
+from highrank.data.protocol import Protocol
+from highrank.data.task import Example, LabelledText, Record
+
+IGNORED = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of one example; `labels` holds a target per token (IGNORED elsewhere), or the one class or value."""
+
+    input_ids: list[int]
+    labels: list[int] | float
+    token_type_ids: list[int] | None = None
+    cut: str = ""
+    """What the cut-off took: "" nothing, "cut" some tokens, "marker_lost" the end of the prompt, which asks for the answer,
+    "answer_lost" the whole target."""
+
+
+def prompt_text(example: Example, protocol: Protocol, evaluation: bool = False) -> str:
+    """Returns the text that a model is given before it answers."""
+    plain, with_input = protocol.template, protocol.template_with_input
+    if evaluation:
+        plain = protocol.eval_template or plain
+        with_input = protocol.eval_template_with_input or (None if protocol.eval_template else with_input)
+    if example.input and with_input is not None:
+        return with_input.format(instruction=example.instruction, input=example.input)
+    instruction = f"{example.instruction}\n{example.input}" if example.input else example.instruction
+    return plain.format(instruction=instruction)
+
+
+def encode_prompt(example: Example, protocol: Protocol, tokenizer: Any, evaluation: bool = True) -> list[int]:
+    """Returns the tokens that a model is given before it answers."""
+    bos = protocol.eval_bos if evaluation and protocol.eval_bos is not None else protocol.bos
+    return _opened(tokenizer, prompt_text(example, protocol, evaluation), bos)
+
+
+def _opened(tokenizer: Any, text: str, bos: bool) -> list[int]:
+    """Returns a text's tokens, opened by the tokenizer's own special tokens if `bos`, and never closed by them: some
+    tokenizers end every text, but what follows a prompt is its answer, and a target's end is the protocol's matter."""
+    ids, end = tokenizer(text, add_special_tokens=bos).input_ids, [tokenizer.eos_token_id]
+    closed = bos and ids[-1:] == end and tokenizer(text, add_special_tokens=False).input_ids[-1:] != end
+    return ids[:-1] if closed else ids
+
+
+def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool = False) -> Encoded | None:
+    """Returns the tokens of prompt and target, or None if the protocol drops the example for its length.
+
+    Unless the protocol tokenises them as one text, prompt and target are tokenised apart, so that the border is where
+    it will be when the model answers.
+
+    Raises:
+        UserError: if the protocol ends targets with an end-of-text token that the tokenizer lacks.
+    """
+    if isinstance(record, LabelledText):
+        return encode_text(record, protocol, tokenizer)
+    if protocol.eos and tokenizer.eos_token_id is None:
+        raise UserError(f"protocol {protocol.name}: eos=true needs a tokenizer with an end-of-text token, got none")
+    prompt = encode_prompt(record, protocol, tokenizer, evaluation)
+    if protocol.joint:
+        text = prompt_text(record, protocol, evaluation) + record.output
+        target = _opened(tokenizer, text, protocol.bos)
+        prompt, target = target[: len(prompt)], target[len(prompt) :]
+    else:
+        target = tokenizer(record.output, add_special_tokens=False).input_ids
+    target = target + [tokenizer.eos_token_id] * protocol.eos
+    whole_prompt, whole_target = len(prompt), len(target)
+    if protocol.max_target_length is not None:
+        prompt, target = prompt[: protocol.max_length], target[: protocol.max_target_length]
+    else:
+        prompt = prompt[: protocol.max_length]
+        target = target[: protocol.max_length - len(prompt)]
+    cut = ""
+    if len(prompt) + len(target) < whole_prompt + whole_target:
+        if protocol.too_long == "drop":
+            return None
+        cut = "answer_lost" if whole_target and not target else "marker_lost" if len(prompt) < whole_prompt else "cut"
+    ids = prompt + target
+    return Encoded(ids, [IGNORED] * len(prompt) + target if protocol.mask_prompt else list(ids), cut=cut)
+
+
+def encode_text(record: LabelledText, protocol: Protocol, tokenizer: Any) -> Encoded:
+    """Returns an encoder's input; texts too long for the protocol or the tokenizer's model are cut, as encoders'
+    tokenizers do, the longer one first."""
+    texts = (record.text,) if record.text_pair is None else (record.text, record.text_pair)
+    limit = min(protocol.max_length, tokenizer.model_max_length)
+    tokens = tokenizer(*texts, truncation=True, max_length=limit)
+    cut = len(tokens.input_ids) == limit and len(tokenizer(*texts, verbose=False).input_ids) > limit
+    return Encoded(tokens.input_ids, record.label, tokens.get("token_type_ids"), "cut" if cut else "")
+
+
+def supervised(row: Encoded) -> bool:
+    """Whether any loss falls on the example."""
+    return not isinstance(row.labels, list) or any(label != IGNORED for label in row.labels[1:])

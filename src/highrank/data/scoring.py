@@ -1,0 +1,145 @@
+"""From a model's outputs to prediction rows and metrics, in percent."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torchmetrics.functional import matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.classification import binary_f1_score
+
+from highrank.data import leak
+from highrank.data.answers import RULES, reported
+from highrank.data.batches import TaskData, ranks
+from highrank.data.dialogue import dialogue_metrics
+from highrank.data.encoding import encode_text, prompt_text
+from highrank.data.protocol import Protocol
+from highrank.data.task import Example, Task
+
+
+def prediction_rows(data: TaskData, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns one row per record: what was asked, what came, what it was read as, and whether that is right.
+
+    `correct_<rule>` and `parsed_<rule>` are the other answer rules'; `leaked` marks questions seen in training; `cut`
+    marks an encoder's texts that the cut-off shortened. `text` is the output up to the protocol's stop texts, where it
+    differs.
+    """
+    rows: list[dict[str, Any]] = []
+    for record, output, leaked in zip(records, outputs, data.leaked(records), strict=True):
+        if data.task.kind == "generate":
+            row = {"id": record.id, "prompt": prompt_text(record, data.protocol, evaluation=True)}
+            row |= _read(record, output, data.protocol, ranked=ranks(records, data.protocol))
+        else:
+            cut = bool(encode_text(record, data.protocol, data.tokenizer).cut)
+            row = {"id": record.id, "output": output, "gold": record.label, "cut": cut}
+            if data.task.kind == "classify":
+                row["correct"] = output == record.label
+        rows.append({**row, "leaked": leaked})
+    return rows
+
+
+def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dict[str, Any]:
+    if ranked:
+        best = max(sorted(output), key=output.__getitem__)
+        answer = record.choices[best]
+        return {"output": output, "parsed": answer, "gold": record.answer, "correct": answer == record.answer}
+    text = output
+    for stop in protocol.stop:
+        text = text.partition(stop)[0]
+    row: dict[str, Any] = {"output": output, "gold": list(record.references) or record.answer}
+    if text != output:
+        row["text"] = text
+    for rule in reported(protocol.answer_rule, bool(record.choices)):
+        end = "" if rule == protocol.answer_rule else f"_{rule}"
+        row[f"parsed{end}"], row[f"correct{end}"] = RULES[rule].judge(text, record.answer, record.choices)
+    return row
+
+
+def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns n, the task's metrics and, for generated text, the percentage without a readable answer, per rule.
+
+    `leaked` counts the questions seen in training; if there are some, `<metric>_clean` is that of the others. `cut`
+    counts an encoder's shortened texts, if there are some.
+    """
+    found = _metrics(task, rows)
+    if any(row.get("cut") for row in rows):
+        found["cut"] = sum(row["cut"] for row in rows)
+    seen = [row["leaked"] for row in rows]
+    found["leaked"] = sum(seen)
+    if any(seen) and not all(seen):
+        clean = _metrics(task, [row for row in rows if not row["leaked"]])
+        found |= {f"{name}_clean": value for name, value in clean.items()}
+    return found
+
+
+def _metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"n": len(rows)}
+    for name in task.metrics:
+        measured = MEASURES[name](task, rows)
+        found |= measured if isinstance(measured, dict) else {name: measured}
+    for key in rows[0]:
+        kind, _, rule = key.partition("_")
+        if kind == "correct" and rule and "accuracy" in task.metrics:
+            found[f"accuracy_{rule}"] = _share(rows, key)
+        if kind == "parsed" and "accuracy" in task.metrics:
+            found["unparsed" + (f"_{rule}" if rule else "")] = 100 * sum(row[key] is None for row in rows) / len(rows)
+    return found
+
+
+def _share(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return 100 * sum(row[key] for row in rows) / len(rows)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    preds, gold = (torch.tensor([float(row[key]) for row in rows], dtype=torch.float64) for key in ("output", "gold"))
+    return preds, gold
+
+
+def _matthews(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Matthews correlation; 0 where predictions or gold labels are all one class (torchmetrics gives 2.6 % there)."""
+    preds, gold = _columns(rows)
+    if min(preds.unique().numel(), gold.unique().numel()) < 2:
+        return 0.0
+    return 100 * float(matthews_corrcoef(preds.long(), gold.long(), "multiclass", num_classes=task.num_labels))
+
+
+def _f1(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
+    """F1 of class 1."""
+    preds, gold = _columns(rows)
+    return 100 * float(binary_f1_score(preds.long(), gold.long()))
+
+
+def _correlation(measure: Any) -> Any:
+    def correlation(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
+        """Correlation; 0 where predictions or gold values are all equal, and none is defined."""
+        preds, gold = _columns(rows)
+        return 100 * float(measure(preds, gold)) if preds.unique().numel() > 1 < gold.unique().numel() else 0.0
+
+    return correlation
+
+
+def _dialogue(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    texts = [row.get("text", row["output"]).strip() for row in rows]
+    golds = [row["gold"] if isinstance(row["gold"], list) else [row["gold"]] for row in rows]
+    return dialogue_metrics(texts, golds, task.cfg.bert)
+
+
+MEASURES = {
+    "dialogue": _dialogue,
+    "accuracy": lambda task, rows: _share(rows, "correct"),
+    "matthews": _matthews,
+    "f1": _f1,
+    "pearson": _correlation(pearson_corrcoef),
+    "spearman": _correlation(spearman_corrcoef),
+}
+
+
+def evaluate_rows(data: TaskData, name: str, records: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, Any]:
+    """Returns the prediction rows and the metrics of one set."""
+    rows = prediction_rows(data, records, outputs)
+    leak.warn_if_trained_on(name, [row["leaked"] for row in rows])
+    return rows, metrics(data.task, rows)
+
+
+def macro_average(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> float:
+    """Returns the unweighted mean of the headline metric over the sets."""
+    return sum(found[task.metric] for found in by_set.values()) / len(by_set)

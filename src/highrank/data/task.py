@@ -1,0 +1,274 @@
+"""The contract of a task: data, and how a model's output is scored."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+from highrank.base.errors import UserError, suggest
+from highrank.data.sources import MissingData, Source, Table, data_folder, find, read
+
+FAMILIES = ("glue", "commonsense", "math", "dialogue", "instruction")
+"""What a protocol can tell tasks apart by."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instruction with its worked target and its answer, for tasks that generate text."""
+
+    id: str
+    instruction: str
+    output: str
+    """What the model learns to write."""
+    answer: str
+    """What scoring compares with: one of `choices`, a number, or a text."""
+    input: str = ""
+    """Context of the instruction, for templates with a place for it."""
+    choices: tuple[str, ...] = ()
+    """The words that an answer is looked for among."""
+    options: tuple[str, ...] = ()
+    """The targets that likelihood ranking compares, one per answer in `choices`; fewer if the question has fewer."""
+    references: tuple[str, ...] = ()
+    """Every accepted output, where there are several."""
+
+    @property
+    def question(self) -> str:
+        return f"{self.instruction} {self.input}"
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One text, or pair of texts, with a class index or a real-valued label."""
+
+    id: str
+    text: str
+    label: float
+    text_pair: str | None = None
+
+    @property
+    def question(self) -> str:
+        return f"{self.text} {self.text_pair or ''}"
+
+
+Record = Example | LabelledText
+
+
+class Task:
+    """One data set family with its scorer; subclasses live in `tasks/` under `@register_task`."""
+
+    name: ClassVar[str]
+    config: ClassVar[type]
+    kind: Literal["generate", "classify", "regress"]
+    family: ClassVar[str]
+    """One of `FAMILIES`: under which heading a protocol treats it."""
+    version: ClassVar[int]
+    """Raised whenever the data or the scoring change."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """What is measured, in percent, higher is better; the first is the headline."""
+    num_labels: int = 1
+    """Classes to tell apart, for kind "classify"."""
+    max_new_tokens: int = 64
+    """Longest output in tokens where the protocol does not say, for kind "generate"."""
+    num_train: int | None = None
+    """Training examples, known without the data."""
+
+    def __init__(self, cfg: Any, seed: int):
+        self.cfg, self.seed = cfg, seed
+
+    @property
+    def metric(self) -> str:
+        return self.metrics[0]
+
+    @property
+    def has_data(self) -> bool:
+        """Whether `train()` can be answered from this machine."""
+        return True
+
+    def train(self) -> Sequence[Any]:
+        """Returns the training examples."""
+        raise NotImplementedError
+
+    def test(self) -> Mapping[str, Sequence[Any]]:
+        """Returns the held-out sets by name."""
+        raise NotImplementedError
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Returns, per file or generator read: name, sha256 and rows."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Fields that every task with files has."""
+
+    data: str | None = None
+    """Folder with the files; default: $HIGHRANK_DATA, else the Hugging Face Hub."""
+    revision: str | None = None
+    """Commit, tag or branch on the Hub."""
+    sets: list[str] | None = None
+    """Which test sets are evaluated; default: all."""
+    n_train: int | None = None
+    """Training examples, drawn at random; default: all."""
+    n_test: int | None = None
+    """Examples per test set, drawn at random; default: all."""
+    data_seed: int = 0
+    """Seeds what n_train and n_test draw."""
+    allow_partial: bool = False
+    """Whether missing files, or row counts other than the published ones, are recorded instead of refused."""
+
+    def __post_init__(self) -> None:
+        for key in ("n_train", "n_test"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise UserError(f"task: {key} must be >= 1, got {key}={getattr(self, key)}")
+
+
+def one_of(owner: str, key: str, value: str, known: Sequence[str]) -> None:
+    """Raises UserError unless `value` is known."""
+    if value not in known:
+        raise UserError(f"{owner}: unknown {key}, got {key}={value}{suggest(value, known)}")
+
+
+class FileTask(Task):
+    """A task whose sets are files. A subclass names them; reading, checking, sampling and recording are done here."""
+
+    def train_parts(self) -> Mapping[str, Source]:
+        """Returns the training set's parts by name; each record knows the part that it came from."""
+        raise NotImplementedError
+
+    def test_parts(self) -> Mapping[str, Source]:
+        """Returns the test sets by name."""
+        raise NotImplementedError
+
+    def record(self, row: Any, part: str, id: str) -> Record:
+        """Returns one example of `part`. A KeyError or ValueError is reported with file, row and field."""
+        raise NotImplementedError
+
+    def records(self, rows: Sequence[Any], part: str) -> list[Any]:
+        """Returns the examples of one part; override where rows and examples are not one to one."""
+        return [self._record(row, part, i) for i, row in enumerate(rows, start=1)]
+
+    def _record(self, row: Any, part: str, i: int) -> Record:
+        try:
+            return self.record(row, part, f"{part}-{i}")
+        except KeyError as error:
+            raise UserError(f"row {i} must have the field {error}, got {', '.join(row)}") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"row {i}: {error}") from error
+
+    @cached_property
+    def _root(self) -> Any:
+        return data_folder(self.cfg.data)
+
+    @cached_property
+    def _read(self) -> dict[Source, tuple[Table, list[Any]]]:
+        return {}
+
+    @cached_property
+    def _noted(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def load(self, source: Source, part: str) -> list[Any]:
+        """Returns the examples of one source, its count checked and noted; with allow_partial a missing one is empty."""
+        key = f"{part}: {source.paths[0]}"
+        try:
+            table = read(source, self._root, self.cfg.revision)
+        except MissingData:
+            if not self.cfg.allow_partial:
+                raise
+            self._noted[key] = {"name": source.paths[0], "sha256": None, "rows": 0, "expected": source.rows}
+            return []
+        try:
+            found = self.records(table.rows, part)
+        except ValueError as error:
+            raise UserError(f"task {self.name}: {error} in {table.location}; {source.get}") from error
+        if not found:
+            raise UserError(
+                f"task {self.name}: {part} must hold an example, got none in {table.location}; {source.get}"
+            )
+        if source.rows is not None and len(found) != source.rows and not self.cfg.allow_partial:
+            raise UserError(
+                f"task {self.name}: {part} must have its published {source.rows} rows, got {len(found)} in "
+                f"{table.location}; {source.get}, or go on without: task.allow_partial=true"
+            )
+        noted = {"name": table.name, "sha256": table.sha256, "rows": len(found)}
+        self._noted[key] = noted | ({} if source.rows in (None, len(found)) else {"expected": source.rows})
+        return self._unique(found, table)
+
+    def _unique(self, examples: list[Any], table: Table) -> list[Any]:
+        seen: set[str] = set()
+        for example in examples:
+            if example.id in seen:
+                raise UserError(f"task {self.name}: ids must be distinct, got {example.id!r} twice in {table.location}")
+            seen.add(example.id)
+        return examples
+
+    def _sample(self, examples: list[Any], n: int | None, name: str) -> list[Any]:
+        if n is None or n >= len(examples):
+            return examples
+        places = random.Random(f"{self.cfg.data_seed}/{name}").sample(range(len(examples)), n)
+        return [examples[i] for i in sorted(places)]
+
+    def wanted(self, example: Any) -> bool:
+        """Whether an example of the training files is trained on; override to leave some out."""
+        return True
+
+    @cached_property
+    def _train(self) -> list[Any]:
+        found = [example for part, source in self.train_parts().items() for example in self.load(source, part)]
+        wanted = [example for example in found if self.wanted(example)]
+        if not wanted:
+            raise MissingData(f"task {self.name}: a training set is needed, got none of {len(found)} examples")
+        return self._sample(wanted, self.cfg.n_train, "train")
+
+    @cached_property
+    def _test(self) -> dict[str, list[Any]]:
+        parts = self.test_parts()
+        for name in self.cfg.sets or ():
+            one_of(f"task {self.name}", "sets", name, list(parts))
+        wanted = {name: parts[name] for name in self.cfg.sets or parts}
+        loaded = {name: self._sample(self.load(source, name), self.cfg.n_test, name) for name, source in wanted.items()}
+        found = {name: examples for name, examples in loaded.items() if examples}
+        if not found:
+            raise MissingData(f"task {self.name}: a test set is needed, got none of {', '.join(wanted)}")
+        return found
+
+    @property
+    def has_data(self) -> bool:
+        return self._root is not None and all(find(s, self._root) for s in self.train_parts().values())
+
+    @property
+    def published(self) -> int | None:
+        """Published number of training examples."""
+        counts = [source.rows for source in self.train_parts().values()]
+        return None if None in counts else sum(counts)  # type: ignore[arg-type]
+
+    @property
+    def num_train(self) -> int | None:  # type: ignore[override]
+        known = [n for n in (self.published, self.cfg.n_train) if n is not None]
+        return min(known) if known else None
+
+    def train(self) -> Sequence[Any]:
+        return self._train
+
+    def test(self) -> Mapping[str, Sequence[Any]]:
+        return self._test
+
+    def sources(self) -> list[dict[str, Any]]:
+        self.train()
+        self.test()
+        return list(self._noted.values())
+
+
+def label_of(value: Any, names: Sequence[str]) -> int:
+    """Returns the class index of a label given as a name or an index.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    text = str(value)
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    raise ValueError(f"label must be one of {', '.join(names)} or an index below {len(names)}, got label={value!r}")

@@ -1,0 +1,97 @@
+"""Encoded training examples on disk, under a hash of everything they depend on, with a checksum of their own.
+
+A file is what safetensors writes, followed by the sha256 of that.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from highrank.base.console import console
+from highrank.base.files import cache_dir, digest, write_atomic
+from highrank.data.encoding import IGNORED, Encoded
+from highrank.data.protocol import Protocol
+
+MIN_EXAMPLES = 5_000
+"""Below this, encoding takes less than a second or two and is not worth a file."""
+DIGEST_BYTES = hashlib.sha256().digest_size
+CUTS = ("", "cut", "answer_lost", "marker_lost")
+
+
+def cached_encoding(
+    records: Sequence[Any], protocol: Protocol, tokenizer: Any, encode: Callable[[], list[Encoded | None]]
+) -> list[Encoded | None]:
+    """Returns what `encode` returns, read from the cache if the same records were encoded before.
+
+    The key covers records, protocol, and the tokenizer's whole definition, and the checksum is compared on each use:
+    nothing stale or damaged can be read. A cache that cannot be written costs time alone.
+    """
+    if len(records) < MIN_EXAMPLES:
+        return encode()
+    file = cache_dir() / "tokens" / f"{_key(records, protocol, tokenizer)}.tokens"
+    if file.is_file():
+        content = file.read_bytes()
+        packed, checksum = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        if hashlib.sha256(packed).digest() == checksum:
+            return _unpack(load(packed))
+
+        console.print(f"the token cache {file} is damaged; encoding again", markup=False, highlight=False)
+    rows = encode()
+    packed = save(_pack(rows))
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, packed + hashlib.sha256(packed).digest())
+    return rows
+
+
+def _key(records: Sequence[Any], protocol: Protocol, tokenizer: Any) -> str:
+    content = hashlib.sha256(protocol.hash.encode())
+    content.update(tokenizer.backend_tokenizer.to_str().encode())
+    for record in records:
+        content.update(digest(asdict(record)).encode())
+    return content.hexdigest()
+
+
+def _pack(rows: Sequence[Encoded | None]) -> dict[str, Tensor]:
+    """Lays the rows end to end. A row left out has length -1; a row whose label is a number has -1 ignored tokens."""
+    kept = [row for row in rows if row is not None]
+    flat = [token for row in kept for token in row.input_ids]
+    types = [token for row in kept for token in row.token_type_ids or ()]
+    return {
+        "input_ids": torch.tensor(flat, dtype=torch.int32),
+        "token_type_ids": torch.tensor(types, dtype=torch.int32),
+        "lengths": torch.tensor([-1 if row is None else len(row.input_ids) for row in rows]),
+        "ignored": torch.tensor([_ignored(row) for row in kept]),
+        "labels": torch.tensor([0.0 if isinstance(r.labels, list) else r.labels for r in kept], dtype=torch.float64),
+        "cuts": torch.tensor([CUTS.index(row.cut) for row in kept]),
+    }
+
+
+def _ignored(row: Encoded) -> int:
+    if not isinstance(row.labels, list):
+        return -1
+    return sum(label == IGNORED for label in row.labels)
+
+
+def _unpack(stored: dict[str, Tensor]) -> list[Encoded | None]:
+    flat, types = stored["input_ids"].tolist(), stored["token_type_ids"].tolist()
+    rows: list[Encoded | None] = []
+    at = kept = 0
+    for length in stored["lengths"].tolist():
+        if length < 0:
+            rows.append(None)
+            continue
+        ids, ignored = flat[at : at + length], int(stored["ignored"][kept])
+        labels: Any = float(stored["labels"][kept])
+        if ignored >= 0:
+            labels = [IGNORED] * ignored + ids[ignored:]
+        token_types = types[at : at + length] if types else None
+        rows.append(Encoded(ids, labels, token_types, CUTS[int(stored["cuts"][kept])]))
+        at, kept = at + length, kept + 1
+    return rows

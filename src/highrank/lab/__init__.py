@@ -1,1 +1,0 @@
-"""The ablation lab: sweeps, learning-rate searches, reports, the TensorBoard dashboard."""

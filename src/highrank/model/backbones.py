@@ -1,0 +1,210 @@
+"""Backbones: from a model's config entry to a model and a tokenizer."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from highrank.base.errors import UserError
+from highrank.model import quantised
+from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
+from highrank.model.transformers_internals import tied_weights
+from highrank.model.weights import Source, find_source, reading
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Backbone:
+    """A model with its tokenizer and where they came from."""
+
+    model: Any
+    tokenizer: Any
+    source: Source
+
+
+def model_config(spec: Mapping[str, Any], path: str | None) -> Any:
+    """Returns the model's Hugging Face config without its weights: from `path`, the shipped shape, or the Hub.
+
+    Raises:
+        UserError: if none of them gives it.
+    """
+    from transformers import AutoConfig
+
+    if path is not None:
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"model: a local path is a folder with config.json, got path={path}")
+        return _read_config(path)
+    if spec["name"].startswith("tiny_"):
+        tiny = spec["name"].removeprefix("tiny_")
+        if tiny not in TINY:
+            names = ", ".join(f"tiny_{name}" for name in TINY)
+            raise UserError(f"model: unknown tiny model, got model.name={spec['name']}; it is one of: {names}")
+        return AutoConfig.for_model(**tiny_config(tiny))
+    if spec.get("shape"):
+        with reading(f"model: shape must be a config that transformers knows, got model.shape={spec['shape']}"):
+            return AutoConfig.for_model(**spec["shape"])
+    try:
+        if not spec.get("hub"):
+            raise ValueError("no hub name")
+        return AutoConfig.from_pretrained(spec["hub"], revision=spec.get("revision"), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: its config.json is needed, got model={spec['name']} and no answer from cache or Hub "
+            f"({type(error).__name__}); give a folder with path=<folder>"
+        ) from error
+
+
+def _reading_part(part: str, folder: Path | str) -> Any:
+    return reading(
+        f"model: a folder must hold a readable {part}, got path={folder}", "; give a whole copy of the model"
+    )
+
+
+def _read_config(folder: Path | str) -> Any:
+    from transformers import AutoConfig
+
+    with _reading_part("config.json", folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _auto_class(kind: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if kind == "generate" else AutoModelForSequenceClassification
+
+
+def _for_task(config: Any, kind: str, num_labels: int) -> Any:
+    if kind == "generate":
+        if config.model_type in ENCODERS:
+            raise UserError(
+                f"model: a text-generating task needs a causal language model, got {config.model_type}; "
+                "try model=smollm2_135m, or a classification task"
+            )
+        return config
+    config.num_labels = num_labels
+    config.problem_type = "regression" if kind == "regress" else "single_label_classification"
+    return config
+
+
+def empty_model(config: Any, kind: str = "generate", num_labels: int = 2) -> Any:
+    """Returns the model on the meta device: shapes and names, no weights."""
+    model_type = getattr(config, "model_type", None)
+    with (
+        reading(f"model: the config must describe a model for a {kind} task, got model_type={model_type}"),
+        torch.device("meta"),
+    ):
+        return _auto_class(kind).from_config(_for_task(config, kind, num_labels))
+
+
+def load_backbone(
+    spec: Mapping[str, Any], path: str | None, kind: str = "generate", num_labels: int = 2, seed: int = 0
+) -> Backbone:
+    """Returns model (in `spec.dtype`, evaluation mode) and tokenizer from the first source that has them.
+
+    With `spec.shuffled` the entries of every weight matrix are permuted: same numbers, no knowledge, a control. With
+    `spec.quantize` the linear layers below the head are quantised, whatever the weights' source.
+    `seed` draws what the source does not hold: a new classification head.
+    """
+    from transformers import AutoTokenizer
+
+    if spec.get("quantize"):
+        quantised.check(spec["quantize"])
+    source = find_source(spec, path)
+    dtype = DTYPES[spec["dtype"]]
+    with torch.random.fork_rng(devices=[]):
+        if source.kind == "random":
+            torch.manual_seed(0)
+            config = _for_task(model_config(spec, path), kind, num_labels)
+            model = _auto_class(kind).from_config(config).to(dtype)
+            tokenizer = tiny_tokenizer(config.model_type in ENCODERS)
+        else:
+            torch.manual_seed(seed)
+            config = _for_task(_read_config(source.location), kind, num_labels)
+            with _reading_part("model", source.location):
+                model, found = _auto_class(kind).from_pretrained(
+                    source.location,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation=spec.get("attention"),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported and refused below, by name
+                )
+            _check_loaded(model, found, kind, source.location)
+            with _reading_part("tokenizer", source.location):
+                tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+        if spec.get("shuffled"):
+            shuffle_weights(model)
+    if spec.get("quantize"):
+        quantised.quantise(model, spec["quantize"])
+    prepare_tokenizer(tokenizer, model)
+    return Backbone(model.eval(), tokenizer, source)
+
+
+def _check_loaded(model: Any, found: Mapping[str, Any], kind: str, folder: str) -> None:
+    """Refuses weights that the folder lacks or holds in another shape, since transformers draws those at random.
+
+    A classification model may lack its head, which is trained in full; tied weights are stored once.
+    """
+    heads = tuple(f"{name}." for name in head_modules(model)) if kind != "generate" else ()
+    tied = tied_weights(model)
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(heads) and key not in tied)
+    if missing:
+        raise UserError(
+            f"model: the folder must hold every weight of the model, got path={folder} without {_first(missing)}; "
+            "give a whole copy, or one whose config.json fits its weights"
+        )
+    wrong = sorted(f"{key} {list(got)} for {list(wanted)}" for key, got, wanted in found["mismatched_keys"])
+    if wrong:
+        raise UserError(
+            f"model: weights must have the shapes that config.json gives, got path={folder} with {_first(wrong)}; "
+            "give a copy whose config.json and number of labels fit its weights"
+        )
+
+
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def prepare_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Makes sure that there is a pad token: the tokenizer's own, else its unknown, else its end-of-text token.
+
+    Raises:
+        UserError: if it has none of them.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"model: a tokenizer needs a pad, unknown or end-of-text token, got none in {type(tokenizer).__name__}; "
+            "name one in its tokenizer_config.json"
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@torch.no_grad()
+def shuffle_weights(model: nn.Module) -> None:
+    """Permutes the entries within every weight matrix of `model`, seeded."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            order = torch.randperm(parameter.numel(), generator=generator)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+def head_modules(model: Any) -> list[str]:
+    """Returns the names of a classification model's own modules on top of its encoder, which train in full."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]

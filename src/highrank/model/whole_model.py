@@ -1,0 +1,147 @@
+"""The contract of methods whose update is no weight: one module for the whole model, plugged into its forward pass.
+
+Virtual tokens go in front of the input embeddings, a prefix goes into the key-value cache, a bias update is added to
+what a module returns. The model is called as ever: tokens, masks, labels and logits keep their places, and `generate`
+counts positions from behind the virtual tokens.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from highrank.base.errors import UserError
+from highrank.model.transformers_internals import by_name, cache_of
+
+
+class WholeModelMethod(nn.Module):
+    """A method that adapts the model as one; placement, layers and fused do not apply to it.
+
+    A subclass sets its parameters in `__init__` from the model's shape alone (fp32, whatever the base's dtype), gives
+    their start in `reset_parameters`, and acts through `hooks`.
+    """
+
+    name: ClassVar[str]
+    config: ClassVar[type]
+    site: ClassVar[str]
+    """bias, input or prefix."""
+    default_lr: ClassVar[float] = 1e-3
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    replaces_base: ClassVar[bool] = False
+
+    def __init__(self, model: Any, cfg: Any):
+        super().__init__()
+        self.cfg = cfg
+        self.merged = False
+        self._handles: list[RemovableHandle] = []
+
+    def reset_parameters(self, model: Any, tokenizer: Any) -> None:
+        """Sets the trainable start; called under the adapter's seed. `tokenizer` may be None."""
+        raise NotImplementedError
+
+    def hooks(self, model: Any) -> list[RemovableHandle]:
+        """Registers what makes the method act on `model`, and returns the handles that take it off."""
+        raise NotImplementedError
+
+    def plug(self, model: Any) -> None:
+        self._handles = self.hooks(model)
+
+    def unplug(self) -> None:
+        """Lets the model compute as the base does."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def merge(self, model: Any) -> None:
+        """Writes the update into the model's own parameters.
+
+        Raises:
+            UserError: if the update is not of that kind.
+        """
+        raise UserError(
+            f"merge: {self.name} has no merged weight, it adds to the model's input; keep its adapter folder"
+        )
+
+    def unmerge(self, model: Any) -> None:
+        """Undoes `merge`, bit for bit."""
+        raise NotImplementedError
+
+    @classmethod
+    def validate(cls, model: Any, cfg: Any) -> None:
+        """Raises UserError if `cfg` does not fit the model, which may be on the meta device."""
+
+    @classmethod
+    def sites(cls, model: Any, cfg: Any) -> dict[str, int]:
+        """Returns what is adapted, for the plan: a name and how many."""
+        raise NotImplementedError
+
+    @classmethod
+    def num_trainable(cls, model: Any, cfg: Any) -> int:
+        """Trainable parameters, from the paper's formula; `model` may be on the meta device."""
+        raise NotImplementedError
+
+
+class VirtualTokens(WholeModelMethod):
+    """Base of methods that put `cfg.num_virtual_tokens` positions in front of every sequence of a decoder.
+
+    A subclass defines `embeddings`, (p, d). Subclasses that fill the cache instead override `hooks`.
+    """
+
+    site = "input"
+    _added = 0
+    """Positions put in front of the sequence that is being computed: p at its start, 0 once they are in the cache."""
+
+    def embeddings(self) -> Tensor:
+        raise NotImplementedError
+
+    def hooks(self, model: Any) -> list[RemovableHandle]:
+        body = model.base_model
+        return [
+            body.register_forward_pre_hook(self._prepend, with_kwargs=True),
+            body.register_forward_hook(self._drop),
+        ]
+
+    def _prepend(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        kwargs = by_name(body, args, kwargs)
+        self._added = self.cfg.num_virtual_tokens if is_start(kwargs) else 0
+        if self._added:
+            embedded = body.get_input_embeddings()(kwargs.pop("input_ids"))
+            prompt = self.embeddings().to(embedded.dtype).expand(len(embedded), -1, -1)
+            kwargs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
+        return (), make_room(kwargs, self.cfg.num_virtual_tokens, self._added)
+
+    def _drop(self, body: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """Takes the virtual positions off the hidden states, so that logits match the tokens given."""
+        output.last_hidden_state = output.last_hidden_state[:, self._added :]
+        return output
+
+    @classmethod
+    def validate(cls, model: Any, cfg: Any) -> None:
+        if not model.can_generate():
+            raise UserError(
+                f"{cls.name}: virtual tokens need a causal language model, got {type(model).__name__}; "
+                "try model=smollm2_135m and a text-generating task"
+            )
+
+    @classmethod
+    def sites(cls, model: Any, cfg: Any) -> dict[str, int]:
+        return {"virtual tokens": cfg.num_virtual_tokens}
+
+
+def is_start(kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a decoder computes a sequence from its first token on."""
+    cache = cache_of(kwargs)
+    return cache is None or cache.get_seq_length() == 0
+
+
+def make_room(kwargs: dict[str, Any], p: int, added: int) -> dict[str, Any]:
+    """Returns a decoder's arguments with p more positions to attend to, `added` of them in the present call."""
+    if kwargs.get("attention_mask") is not None:
+        kwargs["attention_mask"] = F.pad(kwargs["attention_mask"], (p, 0), value=1)
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        first = torch.arange(added, device=positions.device).expand(len(positions), -1)
+        kwargs["position_ids"] = torch.cat([first, positions + p], dim=1)
+    return kwargs

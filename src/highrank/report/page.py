@@ -1,0 +1,237 @@
+"""`highrank report`: a folder with one page that stands alone, and every table as CSV, Markdown and LaTeX.
+
+highrank report SWEEP_OR_RUN... [--out DIR] [--mix protocols|data] [--rows KEY,... --columns KEY,...] [--baseline KEY=VALUE,...]
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from highrank.base.errors import UserError
+from highrank.base.files import write_atomic
+from highrank.base.options import Words
+from highrank.report import figures, tables
+from highrank.report.runs import Record, flat, read_runs, read_sweep
+from highrank.report.scores import MIXES, Item, Results, collect, compare, items, label, pivot, settings
+from highrank.report.statistics import ALPHA
+
+WIDE = ("pareto", "transfer", "rank-maps", "spectra")
+"""Figures of several panels, which take the page's width."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a report is about."""
+
+    title: str
+    out: Path
+    records: list[Record]
+    absent: list[tuple[str, str, str]]
+    """Runs that are not in the tables: name, status, reason."""
+    command: str | None = None
+
+
+def report(
+    source: Source,
+    mix: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    baseline: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a report's folder, and returns its index.html.
+
+    Raises:
+        UserError: for no finished run, for runs whose protocol or data differ and may not be mixed, and for rows,
+            columns or a baseline that the runs do not have.
+    """
+    results = collect(source.records, mix)
+    shape = pivot(results, rows, columns)
+    found = items(results, shape)
+    compare(found, shape, baseline)
+    against = ", ".join(f"{key}={value}" for key, value in baseline.items()) if baseline else None
+    scores = tables.score_tables(results, found, shape, against)
+    costs = [t for t in (tables.cost_table(results), tables.search_table(results)) if t]
+    details = [
+        tables.comparison_table(found, shape, against),
+        tables.measures_table(results),
+        tables.pattern_table(results),
+    ]
+    kept = [t for t in details if t]
+    page = _template().render(
+        title=source.title,
+        lead=_lead(source, results),
+        finding=finding(found, shape.compared, against),
+        notes=results.notes,
+        scores=scores,
+        costs=costs,
+        details=kept,
+        drawings=figures.draw(results),
+        wide=WIDE,
+        formats=tables.FORMATS,
+        absent=source.absent,
+        provenance=_provenance(source, results),
+    )
+    source.out.mkdir(parents=True, exist_ok=True)
+    for table in (*scores, *costs, *kept):
+        for suffix, write in tables.FORMATS.items():
+            write_atomic(source.out / f"{table.name}.{suffix}", write(table).encode())
+    write_atomic(source.out / "index.html", page.encode())
+    return source.out / "index.html"
+
+
+def read(folders: Sequence[Path], out: Path | None = None) -> Source:
+    """Returns the runs of one sweep, or of several folders, and what is missing of them.
+
+    Raises:
+        UserError: if a folder is not there.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"report: give sweeps or run directories, got {folder}, which is no folder")
+    if len(folders) == 1 and (folders[0] / "sweep.json").is_file():
+        sweep = read_sweep(folders[0])
+        absent = _absent(sweep.records, sweep.skipped)
+        absent += [(path.name, "missing", "it has not started; run the sweep again") for path in sweep.missing]
+        for arm in (sweep.search or {}).get("arms", []):
+            if arm.get("lr") is None:
+                name = ", ".join(f"{k}={v}" for k, v in arm["axes"].items()) or "all runs"
+                absent.append((name, "no rate", "no trial of its learning-rate search ended with a finite loss"))
+        return Source(sweep.name, out or folders[0] / "report", sweep.records, absent, sweep.command)
+    records, skipped = read_runs(folders)
+    title = folders[0].name if len(folders) == 1 else f"{len(records)} runs"
+    return Source(title, out or folders[0] / "report", records, _absent(records, skipped))
+
+
+def _absent(records: Sequence[Record], skipped: Sequence[tuple[Path, str]]) -> list[tuple[str, str, str]]:
+    found = [(r.name, r.status, str(r.results.get("error") or "")) for r in records if r.status != "done"]
+    return found + [(path.name, "damaged", reason) for path, reason in skipped]
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string((files("highrank.report") / "page.html").read_text(encoding="utf-8"))
+
+
+def finding(found: Sequence[Item], compared: Sequence[str], baseline: str | None) -> str:
+    """Returns the report's answer in a sentence: what is best, and whether that is more than chance."""
+    last = found[-1].at
+    group = [item for item in found if all(item.at[key] == last[key] for key in last if key not in compared)]
+    best = max(group, key=lambda item: item.score.mean)
+    score, name = best.score, str(last["set"])
+    where = {"average": "on average"}.get(name, f"on {name}")
+    text = f"Best {where}: {best.arm.label}, {score.mean:.1f} %"
+    if score.low is not None:
+        text += f" [{score.low:.1f}, {score.high:.1f}]"
+    others = [item for item in group if item is not best]
+    if not others:
+        return text + ". It is the only arm."
+    if len(score.seeds) < 2:
+        return text + ". One seed: whether it is really better cannot be said."
+    if baseline:
+        better = [item.arm.label for item in group if item.score.bold]
+        return text + f". Really better than {baseline}: {'; '.join(better) if better else 'none'}."
+    if score.bold:
+        p = f"p = {score.p:.3f}" if score.p and score.p >= 0.001 else "p < 0.001"
+        return f"{text}, better than every other arm ({p})."
+    close = [item.arm.label for item in others if item.score.p is not None and item.score.p >= ALPHA]
+    if not close:
+        return text + ". Not every arm could be tested against it."
+    shown = "; ".join(close[:4]) + (f" and {len(close) - 4} more" if len(close) > 4 else "")
+    return text + f". Not distinguishable from it: {shown}."
+
+
+def _lead(source: Source, results: Results) -> str:
+    done = sum(len(arm.records) for arm in results.arms)
+    of = f" of {done + len(source.absent)}" if source.absent else ""
+    seeds = sorted({r.seed for arm in results.arms for r in arm.records}, key=str)
+    rows = [settings(record) for arm in results.arms for record in arm.records]
+    fixed = {k: v for k, v in rows[0].items() if k not in ("model", "task") and all(row.get(k) == v for row in rows)}
+    fixed = {k: v for k, v in fixed.items() if k not in results.keys}
+    where = [", ".join(_values(results, "model")), "on", ", ".join(_values(results, "task"))]
+    same = f" All with {label(fixed)}." if fixed else ""
+    return (
+        f"{done}{of} runs, {len(results.arms)} arm{'s' if len(results.arms) > 1 else ''}, "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. {' '.join(where)}.{same}"
+    )
+
+
+def _values(results: Results, key: str) -> list[str]:
+    return list(dict.fromkeys(str(flat(r.config).get(key)) for arm in results.arms for r in arm.records))
+
+
+def _provenance(source: Source, results: Results) -> list[tuple[str, str]]:
+    records = [record for arm in results.arms for record in arm.records]
+
+    def distinct(of: Any) -> str:
+        return "; ".join(dict.fromkeys(str(value) for value in map(of, records) if value))
+
+    def protocol(record: Record) -> str:
+        own = record.results["protocol"]
+        return f"{own.get('name')}, version {own.get('version')}, hash {own['hash'][:12]}"
+
+    def model(record: Record) -> str:
+        own = record.results.get("model", {})
+        return ", ".join(str(own[key])[:60] for key in ("name", "kind", "sha") if own.get(key))
+
+    def git(record: Record) -> str:
+        own = record.results.get("git") or {}
+        return own.get("commit", "")[:12] + (" with changes" if own.get("dirty") else "")
+
+    data = dict.fromkeys(
+        f"{file['name']} ({file.get('rows')} rows, sha256 {str(file.get('sha256'))[:12]})"
+        for record in records
+        for file in record.results["data"]
+    )
+    packages = ("highrank", "torch", "transformers", "python", "device")
+
+    def versions(record: Record) -> str:
+        own = record.results.get("versions", {})
+        return ", ".join(f"{name} {own[name]}" for name in packages if own.get(name))
+
+    found = [
+        ("Command", source.command or ""),
+        ("Protocol", distinct(protocol)),
+        ("Model", distinct(model)),
+        ("Data", "; ".join(data)),
+        ("Code", distinct(git)),
+        ("Versions", distinct(versions)),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def command(words: list[str]) -> int:
+    """`highrank report`: prints what is not in the tables, the finding, and last the page."""
+    parser = Words(
+        "report",
+        "SWEEP_OR_RUN... [--out DIR] [--mix protocols|data] [--rows KEY,...] [--columns KEY,...] [--baseline KEY=VALUE,...]",
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--mix", type=_listed, default=[])
+    parser.add_argument("--rows", type=_listed, default=[])
+    parser.add_argument("--columns", type=_listed, default=[])
+    parser.add_argument("--baseline", type=_pairs)
+    given = parser.options(words, "folders")
+    for part in given.mix:
+        if part not in MIXES:
+            raise UserError(f"report: --mix takes {' or '.join(MIXES)}, got --mix {part}")
+    source = read(given.folders, given.out)
+    for name, status, reason in source.absent:
+        print(f"not in the tables: {name}: {status}{f' ({reason})' if reason else ''}")
+    print(report(source, given.mix, given.rows, given.columns, given.baseline))
+    return 0
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = dict(word.partition("=")[::2] for word in _listed(text))
+    if not pairs or not all(pairs.values()):
+        raise argparse.ArgumentTypeError(f"a baseline is key=value, got {text}")
+    return pairs

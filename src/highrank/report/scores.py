@@ -1,0 +1,441 @@
+"""From records to scores: arms by test sets, with intervals, paired tests and what they stand beside."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from highrank.base.errors import UserError
+from highrank.report.published import Published, beside
+from highrank.report.runs import Record, flat, follows, hashable, without_followed_rate
+from highrank.report.statistics import (
+    ALPHA,
+    Test,
+    deviation,
+    example_values,
+    holm,
+    interval,
+    paired_test,
+    seed_means,
+    seed_variance,
+)
+
+AVERAGE = "average"
+"""The column of the unweighted mean over test sets."""
+MIXES = ("protocols", "data")
+CLASSES = 10
+"""Most different gold answers for which a majority class is worth a row."""
+
+
+@dataclass
+class Score:
+    """One arm on one test set, or on the average of all."""
+
+    mean: float
+    sd: float | None
+    """Over seeds; None for one seed."""
+    seeds: list[Any]
+    n: int
+    """Test examples, of all sets for the average."""
+    low: float | None = None
+    high: float | None = None
+    examples: list[NDArray[np.float64]] | None = None
+    """Per set (seeds, examples), in percent; None where predictions are missing or the metric is no mean over them."""
+    ids: list[list[str]] | None = None
+    """Per set, the examples' ids."""
+    difference: float | None = None
+    """To the reference, in points, positive where the reference is worse."""
+    p: float | None = None
+    """Of no difference to the reference, after Holm; for the reference itself the largest of the others'."""
+    reference: bool = False
+    bold: bool = False
+    """Really better: than the named baseline, or than every other arm."""
+    as_good: bool = False
+    """The best arm or not distinguishable from it, where there are several such."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs that differ in seed, and in task where tasks are columns."""
+
+    axes: dict[str, Any]
+    records: list[Record]
+    scores: dict[str, Score]
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        return tuple(hashable(value) for value in self.axes.values())
+
+    @property
+    def label(self) -> str:
+        return label(self.axes)
+
+    def mean(self, of: Callable[[Record], Any]) -> float | None:
+        """Returns the mean over the arm's runs of a number that a record may lack."""
+        found = [value for value in map(of, self.records) if value is not None]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def published(self) -> list[Published]:
+        return list({id(row): row for record in self.records for row in beside(record.config)}.values())
+
+
+@dataclass
+class Results:
+    """Everything that tables and figures are made of."""
+
+    arms: list[Arm]
+    keys: list[str]
+    """What distinguishes arms, in order."""
+    sets: list[str]
+    """Test sets, in order; more than one have an average."""
+    metrics: dict[str, str]
+    """Headline metric per set."""
+    untuned: list[tuple[str, dict[str, float]]] = field(default_factory=list)
+    """Per model: its name, and its score before training per set."""
+    majority: dict[str, float] = field(default_factory=dict)
+    """The score of always giving the most common gold answer, per set."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know about these numbers."""
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.sets, *([AVERAGE] if len(self.sets) > 1 else [])]
+
+    @property
+    def headline(self) -> str:
+        return self.columns[-1]
+
+
+def shown(value: Any) -> str:
+    """Returns a config value as a person writes it."""
+    if isinstance(value, list):
+        return "+".join(map(shown, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def label(axes: Mapping[str, Any]) -> str:
+    """Returns an arm's name: hira, r=16."""
+    plain = ("method", "model", "task", "protocol", "placement")
+    return ", ".join(shown(v) if k in plain else f"{k}={shown(v)}" for k, v in axes.items()) or "all runs"
+
+
+def collect(records: Sequence[Record], mix: Iterable[str] = ()) -> Results:
+    """Returns the scores of finished runs.
+
+    Raises:
+        UserError: if there are none, or if runs of one test set differ in protocol or data and `mix` does not allow it.
+    """
+    done = list({r.results["config_hash"]: r for r in reversed(records) if r.status == "done"}.values())[::-1]
+    if not done:
+        raise UserError(
+            f"report: a finished run is needed, got none among {len(records)}; finish the sweep, or name its folder"
+        )
+    notes = _check_mix(done, set(mix))
+    rows = [settings(record) for record in done]
+    swept = dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in swept if len({hashable(row.get(key)) for row in rows}) > 1] or ["method"]
+    keys = without_followed_rate(rows, keys)
+    by_task: dict[Any, set[str]] = {}
+    for record in done:
+        by_task.setdefault(flat(record.config).get("task"), set()).update(record.final)
+    disjoint = len(by_task) > 1 and all(not a & b for a, b in itertools.combinations(by_task.values(), 2))
+    if disjoint:  # columns then; so is what goes with a task, as its number of steps
+        groups = {"method", "model", "protocol"}
+        keys = [key for key in keys if key in groups or not follows(rows, key, ["task"])]
+    grouped: dict[tuple[Hashable, ...], list[Record]] = {}
+    for record in done:
+        grouped.setdefault(tuple(hashable(_axes(record, keys).get(key)) for key in keys), []).append(record)
+    sets = list(dict.fromkeys(name for record in done for name in record.final))
+    metrics = {name: record.metric for record in done for name in record.final}
+    unusable: dict[str, list[str]] = {}
+    arms = [Arm(_axes(own[0], keys), own, _scores(own, sets, unusable)) for own in grouped.values()]
+    if any(len(score.seeds) == 1 for arm in arms for score in arm.scores.values()):
+        notes.append("Arms with one seed: no deviation, interval or test over seeds is claimed.")
+    for reason, names in unusable.items():
+        of = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        notes.append(f"{reason}: no interval or test for the arms of {of}.")
+    return Results(arms, keys, sets, metrics, _untuned(done, sets), _majority(done), notes)
+
+
+def settings(record: Record) -> dict[str, Any]:
+    """Returns what was swept as the config has it: 1e-3 given as a text is a number, task.member is part of task."""
+    config = flat(record.config)
+    keys = {key: "task" if key == "task.member" else key.removeprefix("method.") for key in record.arm}
+    return {own: config.get(own, record.arm[key]) for key, own in keys.items()}
+
+
+def _axes(record: Record, keys: Sequence[str]) -> dict[str, Any]:
+    """Returns what names a record's arm; the method, where only seeds differ."""
+    values = {"method": flat(record.config).get("method"), **settings(record)}
+    return {key: values[key] for key in keys if key in values}
+
+
+def _check_mix(records: Sequence[Record], mix: set[str]) -> list[str]:
+    """Refuses runs that cannot be compared on a test set; returns notes for those that are compared all the same."""
+    notes = []
+    for name in dict.fromkeys(name for record in records for name in record.final):
+        own = [record for record in records if name in record.final]
+        protocols = _by(own, lambda r: f"{r.results['protocol'].get('name')} {r.results['protocol']['hash'][:8]}")
+        files: dict[str, dict[Hashable, Record]] = {}
+        for record in own:
+            for file in record.results["data"]:
+                value = f"{file['name']} {str(file.get('sha256'))[:8]}, {file.get('rows')} rows"
+                files.setdefault(file["name"], {}).setdefault(value, record)
+        data = next((found for found in files.values() if len(found) > 1), None)
+        data = data or _by(own, lambda r, name=name: _examples(r, name))  # type: ignore[misc]
+        for part, found in (("protocols", protocols), ("data", data)):
+            if len(found) < 2:
+                continue
+            listed = "; ".join(f"{value} ({record.name})" for value, record in found.items())
+            if part not in mix:
+                raise UserError(
+                    f"report: one table has one {part.removesuffix('s')}, got {listed}; compare them anyway with --mix {part}"
+                )
+            notes.append(f"Mixed {part} in one table, as asked: {listed}. Differences may come from them.")
+    return notes
+
+
+def _by(records: Sequence[Record], of: Callable[[Record], Hashable]) -> dict[Hashable, Record]:
+    found: dict[Hashable, Record] = {}
+    for record in records:
+        found.setdefault(of(record), record)
+    return found
+
+
+def _examples(record: Record, name: str) -> Hashable:
+    task = record.config.get("task", {})
+    return f"{name}: n={record.final[name]['n']}, data_seed={task.get('data_seed')}"
+
+
+def _scores(records: Sequence[Record], sets: Sequence[str], unusable: dict[str, list[str]]) -> dict[str, Score]:
+    """Returns an arm's score per set, and of the average where it has all sets."""
+    found: dict[str, Score] = {}
+    values: dict[str, dict[Any, float]] = {}
+    rows: dict[str, dict[Any, dict[str, float]]] = {}
+    for name in sets:
+        own = {record.seed: record for record in records if name in record.final}
+        if not own:
+            continue
+        values[name] = {seed: float(record.final[name][record.metric]) for seed, record in own.items()}
+        rows[name] = {seed: _read(record, name, unusable) for seed, record in own.items()}
+        found[name] = _score([name], list(own), values, rows, next(iter(own.values())).final[name]["n"])
+    common = [s for s in values.get(sets[0], {}) if all(s in values.get(name, {}) for name in sets)]
+    if len(sets) > 1 and common:
+        found[AVERAGE] = _score(list(sets), common, values, rows, sum(found[name].n for name in sets))
+    return found
+
+
+def _score(
+    names: Sequence[str],
+    seeds: Sequence[Any],
+    values: Mapping[str, Mapping[Any, float]],
+    rows: Mapping[str, Mapping[Any, Mapping[str, float]]],
+    n: int,
+) -> Score:
+    seeds = sorted(seeds, key=str)
+    by_seed = [sum(values[name][seed] for name in names) / len(names) for seed in seeds]
+    examples, all_ids = [], []
+    for name in names:
+        ids = sorted(set.intersection(*(set(rows[name][seed]) for seed in seeds)))
+        if any(
+            len(rows[name][seed]) != len(ids) or not ids for seed in seeds
+        ):  # missing, or not the same under all seeds
+            return Score(float(np.mean(by_seed)), deviation(by_seed), list(seeds), n)
+        examples.append(np.array([[rows[name][seed][i] for i in ids] for seed in seeds]))
+        all_ids.append(ids)
+    low, high = interval(examples) or (None, None)
+    return Score(float(np.mean(by_seed)), deviation(by_seed), list(seeds), n, low, high, examples, all_ids)
+
+
+def _read(record: Record, name: str, unusable: dict[str, list[str]]) -> dict[str, float]:
+    """Returns what each example adds to the metric, by id; notes why and returns nothing where that is not known."""
+    rows = record.predictions(name)
+    try:
+        found = example_values(record.metric, rows or [])
+    except (KeyError, TypeError, ValueError):
+        found = None
+    if rows is None:
+        reason = f"predictions/{name}.jsonl is missing or damaged"
+    elif found is None:
+        reason = f"{record.metric} of {name} is no mean over examples"
+    elif abs(found.mean() - record.final[name][record.metric]) > 0.01:
+        reason = f"predictions/{name}.jsonl is not what results.json counts"
+    else:
+        return {str(row["id"]): float(value) for row, value in zip(rows, found, strict=True)}
+    unusable.setdefault(reason, []).append(record.name)
+    return {}
+
+
+def _untuned(records: Sequence[Record], sets: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
+    """Returns the base models' scores: the median over runs before training, since adapters that start off it differ."""
+    before: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        model = str(flat(record.config).get("model"))
+        for name, found in record.results["metrics"].get("before", {}).get("sets", {}).items():
+            if record.metric in found:
+                before.setdefault(model, {}).setdefault(name, []).append(found[record.metric])
+    return [(m, {name: median(own[name]) for name in sets if name in own}) for m, own in before.items()]
+
+
+def _majority(records: Sequence[Record]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for record in records:
+        for name in record.final:
+            if record.metric == "matthews":
+                found[name] = 0.0
+            if record.metric != "accuracy" or name in found:
+                continue
+            golds = Counter(hashable(row.get("gold")) for row in record.predictions(name) or ())
+            if 1 < len(golds) <= CLASSES and golds.total() >= 4 * len(golds):
+                found[name] = 100 * max(golds.values()) / golds.total()
+    return found
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """Which keys name the rows and columns of a table; every other key has one table per value."""
+
+    rows: list[str]
+    columns: list[str]
+
+    @property
+    def compared(self) -> list[str]:
+        """The keys whose values compete: the rows', unless test sets are the rows."""
+        rows = [key for key in self.rows if key != "set"]
+        return rows or [key for key in self.columns if key != "set"]
+
+
+@dataclass
+class Item:
+    """An arm's score with its coordinates."""
+
+    at: dict[str, Any]
+    arm: Arm
+    score: Score
+
+
+def pivot(results: Results, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> Pivot:
+    """Returns the table's shape, by default arms x test sets.
+
+    Raises:
+        UserError: for a key that is not swept, or given twice.
+    """
+    known = [*results.keys, "set"]
+    for key in (*rows, *columns):
+        if key not in known:
+            raise UserError(
+                f"report: rows and columns are swept keys or set, got {key}; the keys are {', '.join(known)}"
+            )
+    if len({*rows, *columns}) < len([*rows, *columns]):
+        raise UserError(
+            f"report: a key is a row or a column, got --rows {','.join(rows)} --columns {','.join(columns)}"
+        )
+    if not rows:
+        rows = [key for key in results.keys if key not in columns] or ["set"]
+    if not columns:
+        columns = ["set"] if "set" not in rows else [key for key in results.keys if key not in rows]
+    return Pivot(list(rows), list(columns))
+
+
+def items(results: Results, shape: Pivot) -> list[Item]:
+    """Returns every score of a table: per test set, or the average alone where sets are neither rows nor columns.
+
+    Raises:
+        UserError: if that is asked for and no arm has all test sets.
+    """
+    names = results.columns if "set" in (*shape.rows, *shape.columns) else [results.headline]
+    found = [
+        Item({**{key: arm.axes.get(key) for key in results.keys}, "set": name}, arm, arm.scores[name])
+        for arm in results.arms
+        for name in names
+        if name in arm.scores
+    ]
+    if not found:
+        raise UserError(
+            f"report: an average needs all test sets in one arm, got none with {', '.join(results.sets)}; add set to --columns"
+        )
+    return found
+
+
+def compare(found: Sequence[Item], shape: Pivot, baseline: Mapping[str, str] | None = None) -> None:
+    """Marks what is really better, within every group of scores that compete; see `Score`.
+
+    Without a baseline the best score is compared with each other one, and is bold if it beats all of them. With one,
+    each other score is compared with the baseline's, and is bold if it beats it. p < 0.05 after Holm over the group.
+
+    Raises:
+        UserError: if no arm, or in one group several arms, are the baseline.
+    """
+    groups: dict[tuple[Hashable, ...], list[Item]] = {}
+    for item in found:
+        groups.setdefault(tuple(hashable(v) for k, v in item.at.items() if k not in shape.compared), []).append(item)
+    if baseline:
+        _check_baseline(found, baseline)
+    for group in groups.values():
+        best = max(group, key=lambda item: item.score.mean)
+        base = _baseline(group, baseline) if baseline else [best]
+        if baseline and not base:
+            continue
+        known = [item.score for item in group if item.score.examples]
+        pooled = seed_variance([dict(zip(s.seeds, seed_means(s.examples or []), strict=True)) for s in known])
+        tested: list[tuple[Item, Test]] = []
+        for item in group:
+            partner = base[0] if len(base) == 1 else _nearest(item, base)
+            if item is partner or item in base:
+                item.score.reference = True
+                continue
+            test = _test(item.score, partner.score, pooled)
+            item.score.difference = test.difference if test else item.score.mean - partner.score.mean
+            if test:
+                tested.append((item, test))
+        for (item, _), p in zip(tested, holm([test.p for _, test in tested]), strict=True):
+            item.score.p = p
+            if baseline:
+                item.score.bold = p < ALPHA and (item.score.difference or 0) > 0
+            else:
+                item.score.as_good = p >= ALPHA
+        if not baseline and tested and len(tested) == len(group) - 1:
+            best.score.p = max(item.score.p or 0.0 for item, _ in tested)
+            best.score.bold = best.score.p < ALPHA
+        best.score.as_good = any(item.score.as_good for item in group)
+
+
+def _test(ours: Score, theirs: Score, pooled: tuple[float, int]) -> Test | None:
+    """Returns the paired test over the seeds that both have; None where that cannot be."""
+    common = [seed for seed in ours.seeds if seed in theirs.seeds]
+    if ours.examples is None or theirs.examples is None or len(common) < 2 or ours.ids != theirs.ids:
+        return None
+    pick = [[score.seeds.index(seed) for seed in common] for score in (ours, theirs)]
+    return paired_test([x[pick[0]] for x in ours.examples], [x[pick[1]] for x in theirs.examples], pooled)
+
+
+def _is(item: Item, baseline: Mapping[str, str]) -> bool:
+    return all(key in item.at and shown(item.at[key]) == value for key, value in baseline.items())
+
+
+def _check_baseline(found: Sequence[Item], baseline: Mapping[str, str]) -> None:
+    if not any(_is(item, baseline) for item in found):
+        words = ",".join(f"{key}={value}" for key, value in baseline.items())
+        arms = "; ".join(dict.fromkeys(item.arm.label for item in found))
+        raise UserError(f"report: the baseline is an arm of the sweep, got --baseline {words}; the arms are {arms}")
+
+
+def _baseline(group: Sequence[Item], baseline: Mapping[str, str]) -> list[Item]:
+    return [item for item in group if _is(item, baseline)]
+
+
+def _nearest(item: Item, base: Sequence[Item]) -> Item:
+    """Returns the baseline's score with which one competes: that of the arm which agrees in most of the other keys."""
+    agree = [sum(other.at[key] == item.at[key] for key in item.at) for other in base]
+    if agree.count(max(agree)) > 1:
+        near = " and ".join(other.arm.label for other, n in zip(base, agree, strict=True) if n == max(agree))
+        raise UserError(f"report: {item.arm.label} needs one baseline, got {near}; add a key to --baseline")
+    return base[agree.index(max(agree))]

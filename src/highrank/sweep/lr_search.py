@@ -1,0 +1,129 @@
+"""A learning rate for every arm of a sweep by the same rule: the lowest loss on held-out training examples.
+
+    python run.py -m method=hira,lora seed=0,1,2 lr_search=[1e-3,3e-3,1e-2]
+    python run.py -m method=hira,lora seed=0,1,2 lr_search=5     # five per arm, a factor 10^0.5 apart around its default
+
+Every arm (a cell without its seed) gets the same number of trials, each a run as long as the real one with the sweep's
+first seed, trained on all but the held-out examples and not evaluated on a test set.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from highrank.base.errors import UserError
+from highrank.base.files import digest
+from highrank.sweep.grid import Cell, Grid, typed
+from highrank.train.plan import make_plan
+from highrank.train.results import read_results
+
+STEP = math.sqrt(10)
+"""Factor between neighbouring rates, where only their number is given."""
+MOST_HELD_OUT = 256
+"""Examples held out for a trial where the protocol holds out none: a tenth of the training set, at most so many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The record of a search."""
+
+    given: tuple[float, ...] | int
+    """The rates that every arm tried, or how many around its method's default."""
+    seed: int
+    arms: list[dict[str, Any]]
+    cells: list[Cell | None]
+    """The sweep's cells with their arm's rate, or None where no trial of the arm ended."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"values": self.given, "seed": self.seed, "arms": self.arms}
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Which rates every arm tries."""
+
+    given: tuple[float, ...] | int
+    """The rates themselves, or how many around the method's default."""
+
+    def rates(self, cell: Cell) -> list[float]:
+        """Returns the rates for a cell's arm, in ascending order."""
+        if isinstance(self.given, tuple):
+            return sorted(self.given)
+        middle = (self.given - 1) / 2
+        return [float(f"{cell.run.method.default_lr * STEP ** (i - middle):.2g}") for i in range(self.given)]
+
+    @property
+    def trials(self) -> int:
+        return self.given if isinstance(self.given, int) else len(self.given)
+
+    def run(self, cells: Sequence[Cell], folder: Path, execute: Callable[[Sequence[Cell]], None]) -> Found:
+        """Executes every arm's trials in `folder`, and returns what was found."""
+        seed = cells[0].run.core.seed
+        arms = {digest(cell.arm): cell for cell in cells}
+        trials = {
+            key: [(rate, base.with_words(f"lr={rate:g}")) for rate in self.rates(base)]
+            for key, base in ((key, trial(cell, seed)) for key, cell in arms.items())
+        }
+        execute([own for arm in trials.values() for _, own in arm])
+        records = {key: record(arms[key], own, folder) for key, own in trials.items()}
+        chosen = [
+            cell.with_words(f"lr={lr:g}") if (lr := records[digest(cell.arm)]["lr"]) is not None else None
+            for cell in cells
+        ]
+        return Found(self.given, seed, list(records.values()), chosen)
+
+
+def parse(word: str | None, grid: Grid) -> Search | None:
+    """Returns the search that `lr_search=word` asks for, or None without one.
+
+    Raises:
+        UserError: if the word is neither a list of positive rates nor a whole number from 2 to 20, or lr is given too.
+    """
+    if word is None:
+        return None
+    given = typed(word)
+    if isinstance(given, list):
+        try:
+            given = tuple(float(rate) for rate in given)
+        except (TypeError, ValueError):
+            given = ()
+    good = len(given) >= 2 and min(given) > 0 if isinstance(given, tuple) else type(given) is int and 2 <= given <= 20
+    if not good:
+        raise UserError(
+            f"sweep: lr_search is a list of two or more positive rates, or their number from 2 to 20, got lr_search={word}"
+        )
+    if any(word.startswith("lr=") for cell in grid.cells for word in cell.words):
+        raise UserError(f"sweep: the rate is either searched or given, got lr_search={word} and lr; leave one out")
+    return Search(given)
+
+
+def trial(cell: Cell, seed: int) -> Cell:
+    """Returns the run that tries a rate for a cell's arm, at the method's own."""
+    words = [f"seed={seed}", "eval_before=false", "eval_test=false", "general_text=null"]
+    if cell.run.protocol.num_validation == 0:
+        held_out = max(1, min(MOST_HELD_OUT, make_plan(cell.run).num_train // 10))
+        words.append(f"protocol.num_validation={held_out}")
+    return cell.with_words(*words)
+
+
+def record(cell: Cell, trials: Sequence[tuple[float, Cell]], folder: Path) -> dict[str, Any]:
+    """Returns an arm's trials with their losses, and the rate with the lowest; at_edge says that it is the first or
+    the last of them, so that a better one may lie outside."""
+    rows = []
+    for rate, own in trials:
+        try:
+            found = read_results(folder / own.folder)
+        except UserError:
+            found = {"status": "missing"}
+        loss = found.get("validation", {}).get("loss") if found["status"] == "done" else None
+        rows.append({"lr": rate, "loss": loss, "run": own.folder, "status": found["status"]})
+    usable = [row for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]
+    best = min(usable, key=lambda row: row["loss"], default=None)
+    return {
+        "axes": cell.arm,
+        "trials": rows,
+        "lr": best and best["lr"],
+        "at_edge": best is not None and best in (rows[0], rows[-1]),
+    }

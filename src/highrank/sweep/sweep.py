@@ -1,0 +1,297 @@
+"""A sweep: many runs of one grid, each in a process of its own, recorded in one folder that can be started again.
+
+<output>/<name>_<hash>/sweep.json      the command, the axes, the cells, the learning-rate search
+<output>/<name>_<hash>/<run>/          a run directory per cell
+<output>/<name>_<hash>/search/<run>/   the runs of a learning-rate search
+<output>/<name>_<hash>/table.csv       one row per cell: its axes, status and metrics
+<output>/<name>_<hash>/logs/<run>.txt  what a run printed
+"""
+
+import csv
+import fcntl
+import io
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from highrank.base.errors import UserError
+from highrank.base.files import digest, write_atomic
+from highrank.config.words import key_of, scaled
+from highrank.report import dashboard
+from highrank.sweep import lr_search
+from highrank.sweep.grid import Cell, Grid, expand, preset_of, refuse
+from highrank.sweep.launch import Job, launcher
+from highrank.train.plan import Plan, make_plan
+from highrank.train.results import read_results
+
+console = Console()
+SWEEP_KEYS = ("sweep_dir", "lr_search", "launcher", "jobs")
+"""Keys of a sweep as a whole: its folder, the rates or number of rates to try per arm, local, ray or slurm, how many
+runs at once."""
+
+
+class Sweep:
+    """One sweep and its folder."""
+
+    def __init__(self, words: Sequence[str], main: Callable[[Sequence[str]], int]):
+        """Checks every cell. `main` is the command line, which executes one run.
+
+        Raises:
+            UserError: naming everything that is wrong, before anything starts.
+        """
+        own, words = _take(scaled(words), (*SWEEP_KEYS, "output", "dry_run"))
+        if any(key_of(word) == "run_dir" for word in words):
+            raise UserError("sweep: every run has a folder of its own in the sweep's, got run_dir; use sweep_dir")
+        self.words, self.main = words, main
+        self.grid: Grid = expand(words)
+        self.search = lr_search.parse(own.get("lr_search"), self.grid)
+        self.launcher = launcher(own.get("launcher", "local"), own.get("jobs", "1"))
+        self.dry_run = own.get("dry_run", "false").lower() == "true"
+        preset = preset_of(words)
+        self.name = preset.replace("/", "-") if preset else "sweep"
+        key = digest([sorted(cell.run.hash for cell in self.grid.cells), own.get("lr_search")])
+        self.folder = Path(own.get("sweep_dir") or Path(own.get("output", "outputs")) / f"{self.name}_{key[:8]}")
+
+    def plan(self) -> tuple[list[Cell], list[Plan]]:
+        """Returns the cells that are not done yet, with their plans.
+
+        Raises:
+            UserError: naming every cell that cannot run.
+        """
+        todo = [cell for cell in self.grid.cells if not self._done(cell)]
+        plans: dict[str, Plan] = {}  # by arm: its seeds cost the same
+        problems = []
+        for cell in todo:
+            try:
+                if digest(cell.arm) not in plans:
+                    plans[digest(cell.arm)] = make_plan(cell.run)
+            except UserError as error:
+                problems.append((cell.axes, error))
+        refuse(problems)
+        return todo, [plans[digest(cell.arm)] for cell in todo]
+
+    def execute(self) -> int:
+        """Runs what is not done yet; returns 0, 1 if a run failed, or 128 + the signal that stopped the sweep."""
+        todo, plans = self.plan()
+        show_grid(self, todo, plans)
+        if self.dry_run:
+            return 0
+        self._check_folder()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with alone(self.folder), interruptible(self.launcher) as stopped:
+            asked, found = self.grid.cells, None
+            cells: list[Cell | None] = list(asked)
+            if self.search:
+                trials = self.folder / "search"
+                found = self.search.run(asked, trials, lambda trial_cells: self._run(trial_cells, trials))
+                cells = found.cells
+            known = [(cell, own.run.hash) for cell, own in zip(cells, asked, strict=True) if cell is not None]
+            if not stopped:
+                self._write(known, found)
+                self._run([cell for cell, _ in known], self.folder)
+            rows = [(cell, _read(self.folder / cell.folder)) for cell, _ in known]
+            write_atomic(self.folder / "table.csv", table(self.grid, rows).encode())
+            if (self.folder / "sweep.json").is_file():  # not before the learning-rate search is over
+                dashboard.write(self.folder)
+        show_rows(self.grid, rows)
+        unfinished = len(self.grid.cells) - sum(found.get("status") == "done" for _, found in rows)
+        return 128 + stopped[0] if stopped else int(unfinished > 0)
+
+    def _run(self, cells: Sequence[Cell], folder: Path) -> None:
+        """Runs the cells that are not done; a run that fails is recorded and the rest goes on."""
+        jobs = [
+            Job(
+                cell.words,
+                str(folder / cell.folder),
+                str(self.folder / "logs" / f"{cell.folder}.txt"),
+                cell.run.hash,
+                self.main,
+            )
+            for cell in cells
+            if _read(folder / cell.folder).get("status") != "done"
+        ]
+        for number, (job, note) in enumerate(self.launcher.run(jobs), 1):
+            found = _read(Path(job.run_dir))
+            if found.get("status") not in ("done", "failed", "oom", "interrupted"):
+                found = {**found, "status": "failed", "error": note, "config_hash": job.config_hash}
+                Path(job.run_dir).mkdir(parents=True, exist_ok=True)
+                write_atomic(Path(job.run_dir) / "results.json", json.dumps(found, indent=1).encode())
+            reason = f": {found.get('error')}; see {job.log}" if found["status"] in ("failed", "oom") else ""
+            console.print(f"{number}/{len(jobs)} {Path(job.run_dir).name}: {found['status']}{reason}", highlight=False)
+
+    def _done(self, cell: Cell) -> bool:
+        return _read(self.folder / cell.folder).get("status") == "done"
+
+    def _check_folder(self) -> None:
+        """Refuses the folder of another sweep; a grid that holds all of the old one's cells extends it."""
+        file = self.folder / "sweep.json"
+        if not file.is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "sweep.lock").exists():
+                raise UserError(
+                    f"sweep: a sweep folder is empty or holds a sweep, got sweep_dir={self.folder}; choose another"
+                )
+            return
+        try:
+            old = json.loads(file.read_text())
+            rates = (old["lr_search"] or {}).get("values")
+            asked = {cell["asked"]: cell["axes"] for cell in old["cells"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"sweep: sweep.json must be whole, as a sweep wrote it, got {type(error).__name__} {error} in {file}; bring "
+                "it back, or choose another sweep_dir"
+            ) from error
+        if rates != (self.search and json.loads(json.dumps(self.search.given))):
+            raise UserError(
+                f"sweep: a folder keeps its learning-rate search, got sweep_dir={self.folder}; choose another"
+            )
+        known = {cell.run.hash for cell in self.grid.cells}
+        lost = [axes for config_hash, axes in asked.items() if config_hash not in known]
+        if lost:
+            raise UserError(
+                f"sweep: a sweep folder keeps its cells, got sweep_dir={self.folder} with a grid that lacks {lost[0]}; "
+                "choose another sweep_dir, or extend the grid"
+            )
+
+    def _write(self, cells: Sequence[tuple[Cell, str]], search: lr_search.Found | None) -> None:
+        listed = [
+            {"run": c.folder, "config_hash": c.run.hash, "asked": asked, "words": list(c.words), "axes": c.axes}
+            for c, asked in cells
+        ]
+        content = {
+            "name": self.name,
+            "words": self.words,
+            "axes": self.grid.axes,
+            "cells": listed,
+            "lr_search": search.as_dict() if search else None,
+        }
+        write_atomic(self.folder / "sweep.json", json.dumps(content, indent=1).encode())
+
+
+def _take(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the words of `keys` as a mapping, and the other words."""
+    own = {key_of(word): word.partition("=")[2] for word in words if key_of(word) in keys}
+    return own, [word for word in words if key_of(word) not in keys]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process.
+
+    Raises:
+        UserError: if another sweep runs in it.
+    """
+    with (folder / "sweep.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"sweep: one sweep at a time in a folder, got sweep_dir={folder}; wait for the other one"
+            ) from error
+        yield
+
+
+@contextmanager
+def interruptible(running: Any) -> Iterator[list[int]]:
+    """Passes SIGINT and SIGTERM on to the runs, which save and stop; yields the list of signals received."""
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        running.stop()
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Returns a run's results; of none or a damaged one, nothing."""
+    try:
+        return read_results(folder)
+    except UserError:
+        return {}
+
+
+def metrics(found: dict[str, Any]) -> dict[str, float]:
+    """Returns the final metrics of a run as {set/metric: value}, {metric: value} of the macro average, and the loss on
+    held-out training examples as validation/loss."""
+    final = found.get("metrics", {}).get("final", {})
+    values = {key: value for key, value in final.items() if key != "sets"}
+    if "validation" in found:
+        values["validation/loss"] = found["validation"]["loss"]
+    for name, own in final.get("sets", {}).items():
+        values |= {f"{name}/{key}": value for key, value in own.items() if isinstance(value, int | float)}
+    return values
+
+
+def table(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
+    """Returns the sweep's table as CSV: one row per cell, in the grid's order."""
+    columns = list(dict.fromkeys(key for _, found in rows for key in metrics(found)))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*grid.axes, "run", "status", "lr", "trainable", *columns])
+    for cell, found in rows:
+        values = metrics(found)
+        writer.writerow(
+            [
+                *(cell.axes.get(key, "") for key in grid.axes),
+                cell.folder,
+                found.get("status", "missing"),
+                cell.run.core.lr,
+                found.get("params", {}).get("trainable", ""),
+                *(values.get(column, "") for column in columns),
+            ]
+        )
+    return out.getvalue()
+
+
+def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan]) -> None:
+    """Prints the cells to run with their counts and cost."""
+    grid = sweep.grid
+    shown = Table(
+        *grid.axes, "trainable", "percent", "steps", "tokens", "memory", title=sweep.name, title_justify="left"
+    )
+    for cell, plan in zip(todo, plans, strict=True):
+        shown.add_row(
+            *(str(cell.axes.get(key, "")) for key in grid.axes),
+            f"{plan.params.trainable:,}",
+            f"{plan.params.percent:.4f}",
+            f"{plan.steps:,}",
+            f"{plan.tokens:,}",
+            f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB",
+        )
+    console.print(shown)
+    trials = sweep.search.trials * len({digest(cell.arm) for cell in grid.cells}) if sweep.search else 0
+    tokens = sum(plan.tokens for plan in plans)
+    searched = f", and at most {trials} runs to search the learning rate" if trials else ""
+    console.print(
+        f"{len(grid.cells)} runs, {len(grid.cells) - len(todo)} done before{searched}; about {tokens:,} training tokens",
+        highlight=False,
+    )
+
+
+def show_rows(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
+    """Prints the sweep's final table: per cell its axes, status, learning rate, main metric and time."""
+    shown = Table(*grid.axes, "status", "lr", "metric", "time")
+    for cell, found in rows:
+        values = metrics(found)
+        final = {key: value for key, value in values.items() if "/" not in key or len(values) == 1}
+        seconds = found.get("time", {}).get("total_s")
+        shown.add_row(
+            *(str(cell.axes.get(key, "")) for key in grid.axes),
+            found.get("status", "missing"),
+            f"{cell.run.core.lr:g}",
+            ", ".join(f"{key} {value:.2f}" for key, value in final.items()),
+            f"{seconds:.0f} s" if seconds else "",
+        )
+    console.print(shown)

@@ -1,0 +1,31 @@
+"""A run's model: the backbone with the run's adapters on it."""
+
+from typing import Any
+
+from highrank.config.run_config import Run
+from highrank.data.task import Task
+from highrank.model.adapters import Adapters, attach
+from highrank.model.backbones import Backbone, head_modules, load_backbone
+from highrank.model.placement import WeightView, resolve
+
+
+def build_model(run: Run, task: Task) -> tuple[Backbone, Adapters]:
+    """Loads the backbone and attaches the run's adapters to it."""
+    core = run.core
+    backbone = load_backbone(run.model, core.path, task.kind, task.num_labels, core.seed)
+    views = adapted_views(run, backbone.model)
+    heads = head_modules(backbone.model) if task.kind != "generate" else []
+    return backbone, attach(
+        backbone.model, views, run.method, run.method_cfg, core.seed, heads, tokenizer=backbone.tokenizer
+    )
+
+
+def adapted_views(run: Run, model: Any) -> list[WeightView]:
+    """Returns the weights that the run adapts; none for a method whose update is no weight, every one for full
+    fine-tuning, which trains all there is."""
+    core = run.core
+    if run.method.site != "weight":
+        return []
+    if run.method.replaces_base:
+        return resolve(model, "all", "all", "auto", core.architecture)
+    return resolve(model, core.placement, core.layers, core.fused, core.architecture)

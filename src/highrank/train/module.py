@@ -1,0 +1,171 @@
+"""The one LightningModule: any backbone, any method, language modelling, classification or regression."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import get_scheduler
+
+from highrank.base.errors import described
+from highrank.base.processes import WHOLE, Share
+from highrank.config.run_config import RunConfig
+from highrank.data.protocol import Protocol
+from highrank.data.task import Task
+from highrank.model.adapters import Adapters
+from highrank.model.sharding import is_sharded, shard
+from highrank.model.torch_internals import leave_out_of_ddp
+from highrank.train.loss import language_model_loss
+from highrank.train.memory import DoesNotFit, halving, out_of_memory
+from highrank.train.optimizer import SCHEDULERS, make_optimizer
+from highrank.train.outputs import decoding, generate, rank_options
+
+
+class FineTuner(lightning.LightningModule):
+    """Trains the adapters of a model on a task, and predicts with them.
+
+    Only what trains is in `state_dict`; the frozen backbone is re-read from its source.
+    """
+
+    strict_loading = False
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        task: Task,
+        tokenizer: Any,
+        core: RunConfig,
+        total_steps: int,
+        protocol: Protocol | None = None,
+        eval_share: Share = WHOLE,
+    ):
+        super().__init__()
+        self.model: Any = adapters.model
+        self.adapters, self.task, self.tokenizer = adapters, task, tokenizer
+        self.core, self.total_steps, self.protocol = core, total_steps, protocol
+        self.eval_share = eval_share
+        self.num_tokens = 0
+        """Tokens that this process saw in training, padding not counted."""
+        self.parts = 1
+        """Into how many parts a training batch is cut where it does not fit into memory whole."""
+        self.validation_rows = core.eval_batch_size
+        """How many held-out examples are computed at a time; fewer where they do not fit."""
+        self.lacking: str | None = None
+        """How memory ran out in an evaluation, whose further batches are then left out."""
+        if core.checkpoint_activations:
+            self.model.activation_checkpointing_enable()
+            self.model.disable_input_require_grads()  # which that turned on: frozen blocks below would be in the graph
+        body = self.model.base_model
+        self._compiled = torch.compile(body.forward, dynamic=True) if core.compile else None
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss, num_targets = self.loss_by_rows(batch, math.ceil(len(batch["labels"]) / self.parts))
+        if not self.trainer.train_dataloader.batch_sampler.counts(index):  # type: ignore[union-attr]
+            return 0 * loss  # this process has no batch in the epoch's last round
+        self.num_tokens += int(batch["attention_mask"].sum())
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=num_targets)
+        return loss
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Within it the model below its head runs compiled, if the run asks for it; generation never does."""
+        body = self.model.base_model
+        if self._compiled is not None:
+            body.forward = self._compiled
+        try:
+            yield
+        finally:
+            body.__dict__.pop("forward", None)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Returns the batch's mean loss and over how many targets it is taken.
+
+        Cross-entropy in nats for language models and classes, squared error for regression.
+        """
+        with self.compiled():
+            return self._loss(batch)
+
+    def loss_by_rows(self, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, int]:
+        """As `loss`, with the activations of `rows` rows in memory at a time: backward computes each part again."""
+        if rows >= len(batch["labels"]):
+            return self.loss(batch)
+        parts = zip(*(tensor.split(rows) for tensor in batch.values()), strict=True)
+        found = [checkpoint(self.loss, dict(zip(batch, part, strict=True)), use_reentrant=False) for part in parts]
+        num_targets = sum(n for _, n in found)
+        return sum(loss * (n / num_targets) for loss, n in found), num_targets
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        if self.task.kind == "generate":
+            return language_model_loss(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        labels, logits = batch["labels"], self._logits(batch)
+        if self.task.kind == "regress":
+            return F.mse_loss(logits.squeeze(-1), labels.float()), len(labels)
+        return F.cross_entropy(logits, labels.long()), len(labels)
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns a classification model's logits (B, num_labels) in fp32."""
+        return self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        rows = min(self.validation_rows, len(batch["labels"]))
+        (loss, num_targets), fitting = halving(lambda rows: self.loss_by_rows(batch, rows), rows, self.model)
+        if fitting < rows:
+            self.validation_rows = fitting
+        self.log("validation/loss", loss, batch_size=num_targets, sync_dist=True)
+
+    def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
+        """Returns `outputs`, or none from where memory ran out on: `lacking` then says how, and nothing is raised,
+        because other processes go on."""
+        if self.lacking is not None:
+            return []
+        try:
+            return self.outputs(batch, index)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self.lacking = described(error)
+            if is_sharded(self.model):  # the other processes wait within their step
+                raise DoesNotFit(self.lacking, len(batch["index"])) from error
+        return []
+
+    def outputs(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
+        """Returns (place, output) per row: a generated text, a class index, a value, or {option: log-probability}."""
+        if "owner" in batch:
+            return rank_options(self.model, batch)
+        places = batch["index"].tolist()
+        if self.task.kind != "generate":
+            logits = self._logits(batch)
+            outputs = logits.argmax(-1) if self.task.kind == "classify" else logits.squeeze(-1)
+            return list(zip(places, outputs.tolist(), strict=True))
+        seed = 1_000_003 * self.core.seed + self.eval_share.number(index)
+        texts = generate(self.model, self.tokenizer, batch, decoding(self.task, self.protocol), seed)
+        return list(zip(places, texts, strict=True))
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.model, self.device_mesh["data_parallel"])  # type: ignore[index]
+            return
+        # Every process has read the same frozen base: DDP need not send it, and could not send a quantised one.
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in self.named_buffers()]
+        leave_out_of_ddp(self, frozen)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.adapters, self.core)
+        warmup = self.core.warmup_steps or round(self.core.warmup_ratio * self.total_steps)
+        scheduler = get_scheduler(SCHEDULERS[self.core.schedule], optimizer, warmup, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.adapters.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.adapters.load_state_dict(checkpoint.pop("state_dict"))
+        checkpoint["state_dict"] = {}

@@ -1,0 +1,83 @@
+"""How a model answers: what it writes after a prompt, or which of a question's options it finds likeliest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig
+
+from highrank.data.encoding import IGNORED
+from highrank.data.protocol import Protocol
+from highrank.data.task import Task
+from highrank.model.transformers_internals import cache_name, cache_of
+from highrank.train.loss import head_sees_only
+
+
+def decoding(task: Task, p: Protocol | None) -> dict[str, Any]:
+    """The protocol's decoding as arguments of `generate`; sampling is seeded per batch."""
+    if p is None:
+        return {"max_new_tokens": task.max_new_tokens, "do_sample": False}
+    found: dict[str, Any] = {
+        "max_new_tokens": p.max_new_tokens or task.max_new_tokens,
+        "do_sample": p.do_sample,
+        "num_beams": p.num_beams,
+        "no_repeat_ngram_size": p.no_repeat_ngram,
+    }
+    if p.num_beams > 1:
+        found["length_penalty"] = p.length_penalty
+    if p.do_sample:
+        found |= {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k}
+    return found
+
+
+def generate(
+    model: Any, tokenizer: Any, batch: Mapping[str, Tensor], decoding: Mapping[str, Any], seed: int
+) -> list[str]:
+    """Returns the text that the model writes after each prompt; `seed` is for decoding that samples."""
+    with torch.random.fork_rng(enabled=decoding["do_sample"]):
+        if decoding["do_sample"]:
+            torch.manual_seed(seed)
+        # In place of the checkpoint's own defaults (penalties, sampling), which would mix into the protocol's.
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **decoding
+        )
+        tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def rank_options(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
+    """Returns (place, {option: sum of the target tokens' log-probabilities in nats}) per row.
+
+    The prompt is computed once per row; its keys and values then serve every option.
+    """
+    owner, labels, mask = batch["owner"], batch["tail_labels"], batch["attention_mask"]
+    prompt = model(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache = cache_of(prompt)
+    cache.batch_select_indices(owner)
+    lengths = mask.sum(1)[owner]
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    predicts = following != IGNORED
+    with head_sees_only(model, predicts):
+        logits = model(
+            input_ids=batch["tail_ids"],
+            attention_mask=torch.cat([mask[owner], batch["tail_mask"]], dim=1),
+            position_ids=lengths[:, None] + torch.arange(labels.shape[1], device=lengths.device),
+            use_cache=True,
+            **{cache_name(model): cache},
+        ).logits
+    losses = torch.zeros(labels.shape, device=logits.device)
+    losses[predicts] = F.cross_entropy(logits.float(), following[predicts], reduction="none")
+    first = F.cross_entropy(prompt.logits[:, -1].float()[owner], labels[:, 0], ignore_index=IGNORED, reduction="none")
+    scores = (-losses.sum(1) - first).tolist()
+    found: dict[int, dict[int, float]] = {place: {} for place in range(len(mask))}
+    for row, score in zip(owner.tolist(), scores, strict=True):
+        found[row][len(found[row])] = score
+    return [(place, found[row]) for row, place in enumerate(batch["index"].tolist())]

@@ -1,0 +1,152 @@
+"""What a run will adapt and train, known before any weight loads."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from highrank.base.errors import UserError
+from highrank.config.run_config import Run
+from highrank.data.batches import hold_out
+from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
+from highrank.model.placement import WeightView
+from highrank.model.quantised import BITS, linears
+from highrank.train.build import adapted_views
+from highrank.train.devices import num_processes
+
+
+@dataclass(frozen=True)
+class Params:
+    """Exact parameter counts."""
+
+    trainable: int
+    """In the adapters; for full fine-tuning, in the whole model without a new head."""
+    total: int
+    """In the backbone, without a classification head."""
+    percent: float
+    """100 trainable / (total + trainable), the convention of both papers; for full fine-tuning 100 trainable / total."""
+    frozen_extra: int
+    """Frozen numbers that the method holds beside the backbone."""
+    head: int
+    """In the classification head, which trains in full and is counted apart."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of a dry run."""
+
+    method: str
+    model: str
+    placement: Any
+    """None for a method to which it does not apply."""
+    matched: dict[str, int]
+    """Adapted weights per placement part; virtual tokens or biases for a method whose update is no weight."""
+    params: Params
+    num_train: int
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Training tokens, estimated at four characters per token."""
+    memory_bytes: dict[str, int]
+    """Estimated bytes: weights, adapters (fp32 value, gradient, two moments), activations kept for backward."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def count(model: Any, views: Sequence[WeightView], method: Any, cfg: Any, kind: str = "generate") -> Params:
+    """Returns the parameter counts of a method on a model, which may be on the meta device.
+
+    Raises:
+        UserError: if the method's fields do not fit one of the weights, or the model.
+    """
+    heads = head_modules(model) if kind != "generate" else []
+    head = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+    total = sum(p.numel() for p in model.parameters()) - head
+    if method.site != "weight":
+        method.validate(model, cfg)
+        trainable = method.num_trainable(model, cfg)
+        return Params(trainable, total, 100 * trainable / (total + trainable), 0, head)
+    for view in views:
+        method.validate(view.in_features, view.out_features, cfg)
+    frozen = sum(method.num_frozen_extra(v.in_features, v.out_features, cfg) for v in views)
+    frozen += method.num_frozen_shared([v.shape for v in views], cfg)
+    if method.replaces_base:
+        return Params(total, total, 100.0, 0, head)
+    trainable = sum(method.num_trainable(v.in_features, v.out_features, cfg) for v in views)
+    return Params(trainable, total, 100 * trainable / (total + trainable), frozen, head)
+
+
+def optimizer_steps(run: Run, num_train: int) -> int:
+    """Returns the number of optimizer steps: max_steps, or as many as the epochs hold."""
+    if run.core.max_steps is not None:
+        return run.core.max_steps
+    batches = math.ceil(math.ceil(num_train / run.core.batch_size) / num_processes(run.trainer))
+    return max(1, math.ceil(run.core.epochs * math.ceil(batches / run.core.accumulate)))
+
+
+def make_plan(run: Run) -> Plan:
+    """Returns the plan of a run; loads the task's data and the model's shape, but no weights.
+
+    Raises:
+        UserError: for every rule that the run breaks.
+    """
+    task = run.task(run.task_cfg, run.core.seed)
+    config = model_config(run.model, run.core.path)
+    model = empty_model(config, task.kind, task.num_labels)
+    core = run.core
+    views = adapted_views(run, model)
+    params = count(model, views, run.method, run.method_cfg, task.kind)
+    if core.head_lr is not None and not params.head:
+        raise UserError(
+            f"run: head_lr is the rate of a new head, which this model does not get, got head_lr={core.head_lr} with "
+            f"task={run.task.name}; leave it out"
+        )
+    num_train, tokens_each = _training_size(task, run)
+    steps = optimizer_steps(run, num_train)
+    width = 2 if run.model["dtype"] != "float32" else 4
+    hidden = max((view.in_features for view in views), default=config.hidden_size)
+    num_layers = len({view.layer for view in views}) or config.num_hidden_layers
+    trained = params.trainable + params.head
+    memory = {
+        "weights": weight_bytes(model, run.model) + 4 * params.frozen_extra,
+        "adapters": trained * 16,
+        "activations": int(core.batch_size * tokens_each * num_layers * hidden * 8 * width),
+    }
+    return Plan(
+        method=run.method.name,
+        model=run.model["name"],
+        placement=core.placement if views else None,
+        matched=dict(Counter(view.part for view in views)) if views else run.method.sites(model, run.method_cfg),
+        params=params,
+        num_train=num_train,
+        steps=steps,
+        tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * tokens_each),
+        memory_bytes=memory,
+    )
+
+
+def weight_bytes(model: Any, spec: Mapping[str, Any]) -> int:
+    """Returns the bytes of a backbone's weights, quantised layers in their own bits."""
+    quantised = sum(m.weight.numel() for _, m in linears(model)) if spec.get("quantize") else 0
+    plain = sum(p.numel() for p in model.parameters()) - quantised
+    return plain * DTYPES[spec["dtype"]].itemsize + int(quantised * BITS.get(spec.get("quantize", ""), 0) / 8)
+
+
+def _training_size(task: Any, run: Run) -> tuple[int, float]:
+    """Returns the number of training examples and their mean tokens, at four characters per token.
+
+    A dry run without the data takes the published number, each as long as the cut-off allows.
+    """
+    if run.core.dry_run and not task.has_data and task.num_train is not None:
+        return task.num_train - run.protocol.num_validation, run.protocol.max_length
+    records, _ = hold_out(task.train(), run.protocol)
+    chars = sum(_length(record, run) for record in records) / len(records)
+    return len(records), min(run.protocol.max_length, chars / 4)
+
+
+def _length(record: Any, run: Run) -> int:
+    if hasattr(record, "instruction"):
+        return len(run.protocol.template) + len(record.instruction) + len(record.output)
+    return len(record.text) + len(record.text_pair or "")

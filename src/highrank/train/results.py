@@ -1,0 +1,232 @@
+"""The run directory and what is written into it."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from highrank.base.errors import UserError
+from highrank.base.files import write_atomic
+from highrank.config.run_config import UNHASHED, Run
+from highrank.train.devices import share_of
+
+
+class RunDirectory:
+    """One run's folder: config.yaml, results.json, predictions/, adapter/, checkpoints/, TensorBoard events."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.path = Path(run.core.run_dir) if run.core.run_dir else _default_path(run)
+        self.results: dict[str, Any] = {}
+        self.opened = False
+        """Whether this run writes into the folder."""
+        self.writes = share_of(run.trainer).rank == 0
+        """Whether this process does: of several, the first."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds this very run, done.
+
+        Raises:
+            UserError: if it holds another run, or files that no run wrote.
+        """
+        for folder in (self.path, *self.path.parents):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"run: a run directory must be a folder, got the file {folder}; choose another run_dir")
+        file = self.path / "results.json"
+        if not file.is_file():
+            names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            foreign = [name for name in names if name != "plan.json" and not name.endswith(".partial")]
+            if foreign:
+                raise UserError(
+                    f"run: a run directory is empty or holds a run, got run_dir={self.path} with {foreign[:3]}; "
+                    "choose another run_dir"
+                )
+            return False
+        found = read_results(self.path)
+        if found["config_hash"] != self.run.hash:
+            raise UserError(
+                f"run: an existing run directory keeps its config, got run_dir={self.path} with {self._differences()}; "
+                "choose another run_dir"
+            )
+        self.results = found
+        return found["status"] == "done"
+
+    def _differences(self) -> str:
+        """Returns which values of the folder's config are others than this run's."""
+        try:
+            saved = _flat(OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml")))
+        except (OSError, YAMLError, OmegaConfBaseException):
+            return "a config.yaml that is missing or damaged"
+        own = _flat(OmegaConf.to_container(OmegaConf.create(self.run.resolved)))
+        keys = [key for key in {**saved, **own} if key not in UNHASHED and saved.get(key) != own.get(key)]
+        return (
+            ", ".join(f"{key}={saved.get(key)} instead of {own.get(key)}" for key in keys) or "another version's config"
+        )
+
+    def earlier(self, model: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns what an unfinished try of this run has found, for `open`; with resume=never its checkpoints go.
+
+        Raises:
+            UserError: if it had another model or other data.
+        """
+        found, checkpoints = self.results, self.path / "checkpoints"
+        if self.run.core.resume == "never":
+            if self.writes and checkpoints.exists():
+                shutil.rmtree(checkpoints)
+            return {}
+        kept: dict[str, Any] = {
+            key: found[key] for key in ("model", "data", "metrics", "time", "resumed", "parts") if key in found
+        }
+        if "metrics" in kept or checkpoints.exists():
+            _compare("model", *model_files(model, found["model"]))
+            _compare("data", *({row["name"]: row["sha256"] for row in rows} for rows in (data, found["data"])))
+        return kept
+
+    def open(self, earlier: Mapping[str, Any] = {}) -> None:
+        """Creates the folder and starts results.json with what stays of an earlier try.
+
+        The file marks the folder as this run's, so it comes first.
+        """
+        if not self.writes:
+            return
+        self.opened = True
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.results = {}
+        self.write(
+            **earlier,
+            status="running",
+            config_hash=self.run.hash,
+            git=git_state(),
+            versions=versions(),
+            seed=self.run.core.seed,
+            protocol={
+                "name": self.run.protocol.name,
+                "hash": self.run.protocol.hash,
+                "version": self.run.protocol.version,
+            },
+        )
+        write_atomic(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.run.resolved)).encode())
+
+    def write(self, **values: Any) -> None:
+        """Merges `values` into results.json, in one rename."""
+        self.results.update(values)
+        if self.writes:
+            write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
+
+    def fail(self, status: str, error: str, **values: Any) -> None:
+        """Writes down what ended the run. Where another process ran out of memory, that is what stands."""
+        if not self.opened and (self.writes or status != "oom"):
+            return
+        self.results = read_results(self.path)
+        if status == "oom" or self.results["status"] != "oom":
+            self.results |= {"status": status, "error": error, **values}
+            write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
+
+    def write_predictions(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes predictions/<name>.jsonl, one JSON object per example in the data's order."""
+        if not self.writes:
+            return
+        file = self.path / "predictions" / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _compare(what: str, new: Mapping[str, str], old: Mapping[str, str]) -> None:
+    if new != old:
+        raise UserError(
+            f"run: an unfinished run goes on with the {what} it had, got {changed(new, old)}; bring it back, or start "
+            "afresh with resume=never"
+        )
+
+
+def changed(new: Mapping[str, str], old: Mapping[str, str]) -> str:
+    """Returns which files are not the same, given the sha256 of each by name."""
+    lists = [
+        ", ".join(f"{name} {own[:12]}…" for name, own in one.items() if other.get(name) != own) or "none"
+        for one, other in ((new, old), (old, new))
+    ]
+    return f"sha256 of {lists[0]} instead of {lists[1]}"
+
+
+def model_files(*models: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns the sha256 of each model's files by name; of all of them the one recorded `sha`, where one has no more.
+
+    A random model has no files, and before they were recorded a run held `sha` alone.
+    """
+    if all(model.get("files") for model in models):
+        return [dict(model["files"]) for model in models]
+    return [{model["name"]: model["sha"]} for model in models]
+
+
+def _flat(values: Any, start: str = "") -> dict[str, Any]:
+    """Returns nested mappings as {dotted key: value}."""
+    if not isinstance(values, Mapping):
+        return {start: values}
+    return {k: v for key, own in values.items() for k, v in _flat(own, f"{start}.{key}" if start else str(key)).items()}
+
+
+def _default_path(run: Run) -> Path:
+    """Returns <output>/<date>/<name>_<hash>: of the day on which this run was first started, else today."""
+    name = f"{run.name}_{run.hash[:8]}"
+    started = sorted(Path(run.core.output).glob(f"*/{name}/results.json"))
+    return started[-1].parent if started else Path(run.core.output) / datetime.date.today().isoformat() / name
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Returns what results.json in a run directory holds.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_text())
+        if not isinstance(found, dict) or not {"status", "config_hash"} <= found.keys():
+            raise ValueError("no status and config_hash")
+    except (OSError, ValueError) as error:
+        raise UserError(f"run: results.json is damaged, got {error} in {folder}; choose another run_dir") from error
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Returns commit and whether the tree has changes, of the repository that holds this package, or None."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if not (Path(git("rev-parse", "--show-toplevel")) / "src" / "highrank").is_dir():
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    packages = ("highrank", "torch", "lightning", "transformers", "tokenizers", "safetensors", "hydra-core", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {**found, "python": platform.python_version(), "platform": platform.platform(), "device": device}
+
+
+def peak_memory() -> dict[str, int]:
+    """Returns the process's peak resident bytes, and the peak bytes allocated on a CUDA device if there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        memory["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return memory

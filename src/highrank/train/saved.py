@@ -1,0 +1,176 @@
+"""What a finished run can be turned back into: its config, the words that make it, its model."""
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from highrank.base.errors import UserError, refused_by_disk, suggest
+from highrank.config.build import build
+from highrank.config.run_config import CORE_KEYS, UNHASHED, Run, config_hash
+from highrank.config.words import compose_run, register_configs, spelled
+from highrank.model.adapters import Adapters
+from highrank.model.backbones import Backbone
+from highrank.train.build import build_model
+from highrank.train.results import changed, model_files, read_results
+
+GIVEN_ANEW = (
+    "task",
+    "protocol",
+    "trainer",
+    "path",
+    "model.dtype",
+    "model.attention",
+    "model.quantize",
+    "eval_batch_size",
+)
+"""What may be given anew for a trained adapter; everything else is what it was trained with."""
+
+
+def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
+    """Returns the checked run whose directory this is, with the keys in `words` given anew.
+
+    Raises:
+        UserError: if the folder holds no config, or no saved adapter; or for a word that would change the adapter.
+    """
+    folder = Path(folder)
+    for needed in ("config.yaml", "adapter/adapter.json"):
+        if not (folder / needed).is_file():
+            raise UserError(f"run: a run directory holds {needed}, got {folder}; has the run finished training?")
+    results = read_results(folder)
+    if results["status"] != "done" and results.get("steps", 0) < results.get("steps_planned", 0):
+        raise UserError(
+            f"run: an adapter is used when its training is over, got status={results['status']} at step "
+            f"{results['steps']} of {results['steps_planned']} in {folder}; give the run's command again: it goes on"
+        )
+    register_configs()
+    try:
+        config = OmegaConf.load(folder / "config.yaml")
+        values: Any = OmegaConf.to_container(config)
+        stated = config_hash(values)
+    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise UserError(f"run: config.yaml is damaged, got {str(error).splitlines()[0]} in {folder}") from error
+    if stated != results["config_hash"]:
+        raise UserError(
+            f"run: config.yaml must be the one trained with, got hash {stated[:12]}… instead of "
+            f"{results['config_hash'][:12]}… in {folder}; bring it back, or train again under another run_dir"
+        )
+    run = build(config)
+    return _with(run, words) if words else run
+
+
+def _with(run: Run, words: Sequence[str]) -> Run:
+    keys = [word.partition("=")[0] for word in words]
+    for key, word in zip(keys, words, strict=True):
+        if key not in GIVEN_ANEW and not key.startswith(("task.", "protocol.", "trainer.")):
+            raise UserError(
+                f"run: a saved adapter is used as it was trained, got {word}{suggest(key, GIVEN_ANEW)}; only these can be "
+                f"given anew: {', '.join(GIVEN_ANEW)}"
+            )
+    kept = [word for word in words_of(run) if not any(_replaces(key, word.partition("=")[0]) for key in keys)]
+    return compose_run([*kept, *words])
+
+
+def _replaces(key: str, old: str) -> bool:
+    return old == key or old.startswith(f"{key}.")
+
+
+def words_of(run: Run) -> list[str]:
+    """Returns the command-line words that make this run: the chosen names, then every value that is not their default."""
+    chosen = _choices(run)
+    found, usual = run.resolved, _usual(tuple(chosen))
+    words = list(chosen)
+    for group in ("method", "task", "model", "protocol", "trainer"):
+        prefix = "" if group == "method" else f"{group}."
+        words += [
+            f"{prefix}{key}={spelled(value)}"
+            for key, value in found[group].items()
+            if (group, key) != ("task", "version") and (key not in usual[group] or value != usual[group][key])
+        ]
+    words += [f"{key}={spelled(found[key])}" for key in CORE_KEYS if key not in UNHASHED and found[key] != usual[key]]
+    return words
+
+
+@functools.cache
+def _usual(chosen: tuple[str, ...]) -> dict[str, Any]:
+    return compose_run(chosen).resolved
+
+
+def _choices(run: Run) -> list[str]:
+    member, name, hub = getattr(run.task_cfg, "member", None), run.model["name"], run.model.get("hub") or ""
+    return [
+        f"method={run.method.name}",
+        f"task={run.task.name}" + (f"/{member}" if member else ""),
+        f"model=hf:{hub}" if hub.split("/")[-1] == name else f"model={name}",
+        f"protocol={run.protocol.name}",
+    ]
+
+
+def load_run(folder: Path | str, words: Sequence[str] = ()) -> tuple[Run, Backbone, Adapters]:
+    """Returns the run, its backbone and its adapters with their trained values."""
+    run = read_run(folder, words)
+    backbone, adapters = build_model(run, run.task(run.task_cfg, run.core.seed))
+    check_base(folder, backbone)
+    adapters.load(Path(folder) / "adapter")
+    return run, backbone, adapters
+
+
+def check_base(folder: Path | str, backbone: Backbone) -> None:
+    """Raises UserError unless the backbone is the one that the run was trained on."""
+    recorded = read_results(Path(folder))["model"]
+    new, old = model_files({"name": recorded["name"], **vars(backbone.source)}, recorded)
+    if new != old:
+        raise UserError(
+            f"run: the base must be the one trained on, got {changed(new, old)} in {backbone.source.location} for "
+            f"{folder}; give the right folder with path=<folder>"
+        )
+
+
+def check_new(part: str, out: Path | str) -> Path:
+    """Returns the output folder of a command.
+
+    Raises:
+        UserError: if it exists and is not empty, or nothing can be written where it would be.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{part}: the output folder must be new or empty, got --out {out}; choose another")
+    existing = next(folder for folder in out.absolute().parents if folder.exists())
+    with _writing(part, out), tempfile.TemporaryDirectory(dir=existing):
+        return out
+
+
+@contextmanager
+def _writing(part: str, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not refused_by_disk(error):
+            raise
+        raise UserError(
+            f"{part}: the output folder must be writable, got --out {out} ({type(error).__name__}: {error}); make room, "
+            "or choose another"
+        ) from error
+
+
+@contextmanager
+def written_whole(part: str, out: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `out` in one rename if nothing goes wrong inside.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    with _writing(part, out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            ready = Path(scratch) / "ready"
+            ready.mkdir()
+            yield ready
+            os.replace(ready, out)

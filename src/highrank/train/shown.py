@@ -1,0 +1,80 @@
+"""What a person sees on the terminal: the plan and the result of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from highrank.base.console import console
+from highrank.base.files import write_atomic
+from highrank.config.run_config import Run
+from highrank.data.answers import SECONDARY
+from highrank.train.plan import Plan, make_plan
+from highrank.train.results import RunDirectory
+
+
+def show_plan(plan: Plan) -> None:
+    """Prints what will be adapted and trained."""
+    params = plan.params
+    table = Table("", "", show_header=False, title=f"{plan.method} on {plan.model}", title_justify="left")
+    table.add_row("adapted weights", ", ".join(f"{part} × {n}" for part, n in plan.matched.items()))
+    table.add_row("trainable", f"{params.trainable:,}")
+    table.add_row("total", f"{params.total:,}")
+    table.add_row("percent", f"{params.percent:.4f} %")
+    table.add_row("frozen extra", f"{params.frozen_extra:,}")
+    table.add_row("head", f"{params.head:,}")
+    table.add_row("training", f"{plan.num_train:,} examples, {plan.steps:,} steps, about {plan.tokens:,} tokens")
+    memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory_bytes.items())
+    table.add_row("memory, estimated", f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB ({memory})")
+    console.print(table)
+
+
+def dry_run(run: Run) -> Path:
+    """Prints a run's plan and writes it as plan.json; returns the folder. Loads no weights.
+
+    Raises:
+        UserError: for bad input, or a run directory that holds another run.
+    """
+    plan, directory = make_plan(run), RunDirectory(run)
+    _ = directory.finished  # refuses a folder that holds another run
+    show_plan(plan)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory.path / "plan.json", json.dumps(plan.as_dict(), indent=1).encode())
+    return directory.path
+
+
+def _shown(found: dict[str, Any]) -> str:
+    """Returns the headline rule's metrics; results.json has the other rules' and the clean subset's."""
+    skipped = ("n", "leaked", "cut")
+    values = [f"{k} {v:.1f} %" for k, v in found.items() if k not in skipped and not k.endswith(SECONDARY)]
+    seen = f", {found['leaked']} seen in training" if found["leaked"] else ""
+    cut = f", {found['cut']} cut to the longest length" if found.get("cut") else ""
+    return f"{', '.join(values)} (n = {found['n']}{seen}{cut})"
+
+
+def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
+    """Prints the small table at the end of a run."""
+    title = f"{plan.method} on {plan.model}: {results['status']}" + (f" ({note})" if note else "")
+    table = Table("", "", show_header=False, title=title, title_justify="left")
+    params = plan.params
+    table.add_row("trainable / total", f"{params.trainable:,} / {params.total:,} ({params.percent:.4f} %)")
+    for when, label in (("before", "before"), ("final", "after")):
+        for name, found in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
+            table.add_row(f"{name} {label}", _shown(found))
+    cut_off = results.get("tokens", {}).get("cut_off", {})
+    lengths = [f"{n} {key.replace('_', ' ')}" for key, n in cut_off.items() if n]
+    if lengths:
+        table.add_row("too long to train on whole", ", ".join(lengths))
+    times = results.get("time", {})
+    if times:
+        table.add_row(
+            "time", ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {s:.0f} s" for name, s in times.items())
+        )
+    memory = results.get("memory", {})
+    if memory:
+        shown = ", ".join(
+            f"{k.removesuffix('_bytes').replace('_', ' ')} {v / 2**30:.2f} GiB" for k, v in memory.items()
+        )
+        table.add_row("memory", shown)
+    console.print(table)

@@ -1,0 +1,93 @@
+"""The Lightning Trainer of a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from highrank.base.errors import UserError
+from highrank.config.run_config import Run
+from highrank.train import devices
+from highrank.train.checkpoint import CheckpointFiles, Checkpoints
+from highrank.train.devices import num_processes, quiet
+from highrank.train.fsdp import Sharded
+from highrank.train.lightning_internals import leave_signals_alone
+from highrank.train.results import RunDirectory
+from highrank.train.selection import KeepBest
+from highrank.train.stopping import StopOnSignal
+
+
+def lightning_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the Trainer arguments as Lightning takes them: `strategy=fsdp` as an object."""
+    given = dict(trainer)
+    if given.get("strategy") == "fsdp":
+        given["strategy"] = Sharded(
+            data_parallel_size=num_processes(trainer),
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+        )
+    return given
+
+
+def check_trainer(run: Run) -> devices.Processes:
+    """Makes a Trainer of the run's arguments and throws it away; returns the processes that it would have.
+
+    Raises:
+        UserError: if Lightning refuses them on this machine, or there are more processes than devices.
+    """
+    arguments = {**lightning_arguments(run.trainer), "logger": False, "enable_checkpointing": False}
+    try:
+        with quiet():
+            trainer = lightning.Trainer(**arguments, enable_model_summary=False)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        given = ", ".join(f"trainer.{key}={value}" for key, value in run.trainer.items())
+        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}, got {given}") from error
+    devices.check(trainer)
+    return devices.Processes(trainer)
+
+
+def make_trainer(
+    run: Run,
+    directory: RunDirectory,
+    stop: StopOnSignal,
+    steps: int,
+    epochs: int,
+    checkpoints: Checkpoints | None = None,
+) -> lightning.Trainer:
+    """Returns the Lightning Trainer of a run: TensorBoard events, progress bars, and our checkpoints alone."""
+    callbacks: list[Callback] = [stop, RichProgressBar(), EpochOrder(), *([checkpoints] if checkpoints else [])]
+    start = checkpoints.found.step if checkpoints and checkpoints.found else 0
+    validation: dict[str, Any] = {}
+    if run.protocol.num_validation:
+        interval = min(run.protocol.validate_every, steps) * run.core.accumulate
+        validation = {"val_check_interval": interval, "check_val_every_n_epoch": None}
+    if run.protocol.selection == "best":
+        callbacks.append(KeepBest(directory.path / "checkpoints"))
+    trainer = lightning.Trainer(
+        **lightning_arguments(run.trainer),
+        **validation,
+        use_distributed_sampler=False,
+        max_steps=steps,
+        max_epochs=epochs,
+        accumulate_grad_batches=run.core.accumulate,
+        gradient_clip_val=run.core.max_grad_norm or None,
+        logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False, purge_step=start),
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
+    trainer.strategy.checkpoint_io = CheckpointFiles()
+    leave_signals_alone(trainer)
+    return trainer
+
+
+class EpochOrder(Callback):
+    """Gives each epoch its own batch order."""
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        trainer.train_dataloader.batch_sampler.set_epoch(trainer.current_epoch)  # type: ignore[union-attr]

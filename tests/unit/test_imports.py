@@ -1,0 +1,59 @@
+"""Imports go down the stairs alone: a package knows those below it, a plugin knows the door, and no circle is left."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CORE = ("base", "model", "data", "config", "train")
+KNOWS = {
+    **{"base": (), "model": ("base",), "data": ("base",), "config": CORE[:3], "train": CORE[:4], "plugin": CORE[:3]},
+    **{"report": CORE, "interop": CORE, "analysis": (*CORE, "report"), "run": (*CORE, "report", "analysis")},
+    **dict.fromkeys(("sweep", "worker"), (*CORE, "report", "analysis", "run")),
+    "methods": ("plugin", "model.kernels", "model.backbones", "model.placement"),
+    "tasks": ("plugin", "data.answers", "data.sources"),
+}
+"""What each package or module may import of ours, beside itself and the folder `configs`; `cli` may import anything."""
+LATE = {
+    **dict.fromkeys(("cli", "interop.commands"), ("highrank", "ast", "inspect", "itertools", "dataclasses", "rich")),
+    **dict.fromkeys(
+        ("model.backbones", "model.tiny", "model.weights"), ("transformers", "tokenizers", "huggingface_hub")
+    ),
+    **{"train.devices": ("lightning",), "model.sharding": ("torch",), "methods.prefix": ("transformers",)},
+    **{"data.sources": ("datasets", "pyarrow"), "data.dialogue": ("nltk",), "interop.lm_eval": ("lm_eval",)},
+    **{"model.quantised": ("torchao", "bitsandbytes"), "sweep.launch": ("ray", "submitit")},
+}
+"""What is imported inside functions: for commands that start at once, a dry run without Lightning, and the extras."""
+
+
+def files():
+    for top, start in (("src/highrank", ""), ("methods", "methods."), ("tasks", "tasks.")):
+        for file in (ROOT / top).rglob("*.py"):
+            yield start + ".".join(file.relative_to(ROOT / top).with_suffix("").parts), ast.parse(file.read_text())
+
+
+def imports(tree):
+    """Yields every module or name that a file imports, and whether it does so inside a function."""
+    late = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            yield from ((start + alias.name, id(node) in late) for alias in node.names)
+
+
+def test_imports_go_down_the_stairs():
+    modules = dict(files())
+    wrong, graph = [], {}
+    for module, tree in modules.items():
+        own = module.split(".")[0]
+        for name, late in imports(tree):
+            root, _, rest = name.partition(".")
+            if late and root not in LATE.get(module, ()):
+                wrong.append(f"{module} imports {name} inside a function")
+            if root == "highrank" and own != "cli":
+                if not any(f"{rest}.".startswith(f"{known}.") for known in (own, "configs", *KNOWS[own])):
+                    wrong.append(f"{module} may not import {name}")
+                met = rest if rest in modules else rest.rpartition(".")[0]
+                graph.setdefault(module, set()).add(met)
+    assert wrong == []
+    TopologicalSorter(graph).prepare()  # raises CycleError

@@ -1,4 +1,4 @@
-.PHONY: check test real
+.PHONY: check test real constraints
 
 check:  ## format, lint, types, fast tests: what a commit needs
 	ruff format --check .
@@ -11,3 +11,11 @@ test:  ## everything but the minutes-long runs on real models
 
 real:  ## the main command and its control on the real default model
 	pytest -m real_model
+
+TORCH = 2.13.0
+constraints:  ## pins of the newest versions that the ranges allow, for all extras; commit them once the suite has passed
+	rm -rf build/constraints && python3 -m venv build/constraints
+	build/constraints/bin/pip install --quiet torch==$(TORCH) -e ".[test,bench,dialogue,eval,quant,ray,slurm]"
+	{ echo "# What the test suite last passed with; made by: make constraints"; \
+	  build/constraints/bin/pip freeze --exclude-editable | grep -v '^#' | sed 's/+cpu$$//'; } > constraints.txt
+	rm -rf build/constraints

@@ -170,7 +170,7 @@ class TaskData:
             return self._sorted(places, rows, lambda index: collate([rows[i] for i in index], pad_id))
         if ranks(records, self.protocol):
             return self._option_dataloader(records, places)
-        prompts = [Encoded(encode_prompt(r, self.protocol, self.tokenizer), []) for r in records]
+        prompts = [self.prompt(record) for record in records]
 
         def build(index: Sequence[int]) -> dict[str, Tensor]:
             ids = [prompts[i].input_ids for i in index]
@@ -178,6 +178,10 @@ class TaskData:
             return {"input_ids": pad(ids, pad_id, left=True), "attention_mask": mask}
 
         return self._sorted(places, prompts, build)
+
+    def prompt(self, record: Example) -> Encoded:
+        """Returns the tokens from which a record's answer is generated."""
+        return Encoded(encode_prompt(record, self.protocol, self.tokenizer), [])
 
     def _sorted(self, places: Iterable[int], rows: Sequence[Encoded], build: Any) -> DataLoader:
         order = sorted(places, key=lambda i: -len(rows[i].input_ids))

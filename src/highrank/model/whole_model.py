@@ -30,6 +30,8 @@ class WholeModelMethod(nn.Module):
     default_lr: ClassVar[float] = 1e-3
     no_decay: ClassVar[tuple[str, ...]] = ()
     replaces_base: ClassVar[bool] = False
+    adds_positions: ClassVar[bool] = False
+    """Whether the model attends to more positions than it is given tokens."""
 
     def __init__(self, model: Any, cfg: Any):
         super().__init__()
@@ -90,6 +92,7 @@ class VirtualTokens(WholeModelMethod):
     """
 
     site = "input"
+    adds_positions = True
     _added = 0
     """Positions put in front of the sequence that is being computed: p at its start, 0 once they are in the cache."""
 

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from highrank.base.processes import gather
 from highrank.data.batches import TaskData
 from highrank.data.scoring import evaluate_rows, macro_average
+from highrank.train.effect import check_decoding
 from highrank.train.memory import DoesNotFit
 from highrank.train.module import FineTuner
 
@@ -39,9 +40,15 @@ def predict(trainer: lightning.Trainer, module: FineTuner, data: TaskData, recor
 def evaluate(
     trainer: lightning.Trainer, module: FineTuner, data: TaskData, save: Callable[..., None]
 ) -> dict[str, Any]:
-    """Evaluates every test set; returns metrics per set and their macro average, and saves the predictions."""
+    """Evaluates every test set; returns metrics per set and their macro average, and saves the predictions.
+
+    Raises:
+        UserError: if decoding with the cache is not what the method computes without it.
+    """
     by_set = {}
     for name, records in data.task.test().items():
+        if data.task.kind == "generate":
+            check_decoding(module.adapters, data.prompt(records[0]).input_ids)
         rows, by_set[name] = evaluate_rows(data, name, records, predict(trainer, module, data, records))
         save(name, rows)
     return {"sets": by_set, data.task.metric: macro_average(data.task, by_set)}

@@ -13,6 +13,7 @@ from highrank.config.run_config import Run
 from highrank.train import devices
 from highrank.train.checkpoint import CheckpointFiles, Checkpoints
 from highrank.train.devices import num_processes, quiet
+from highrank.train.effect import EveryAdapterLearns
 from highrank.train.fsdp import Sharded
 from highrank.train.lightning_internals import leave_signals_alone
 from highrank.train.results import RunDirectory
@@ -58,7 +59,13 @@ def make_trainer(
     checkpoints: Checkpoints | None = None,
 ) -> lightning.Trainer:
     """Returns the Lightning Trainer of a run: TensorBoard events, progress bars, and our checkpoints alone."""
-    callbacks: list[Callback] = [stop, RichProgressBar(), EpochOrder(), *([checkpoints] if checkpoints else [])]
+    callbacks: list[Callback] = [
+        stop,
+        RichProgressBar(),
+        EpochOrder(),
+        EveryAdapterLearns(),
+        *([checkpoints] if checkpoints else []),
+    ]
     start = checkpoints.found.step if checkpoints and checkpoints.found else 0
     validation: dict[str, Any] = {}
     if run.protocol.num_validation:

@@ -1,0 +1,99 @@
+"""Whether an adapter acts on the model: what would otherwise leave a run going with wrong numbers is an error.
+
+A new version of a library can leave an adapter out of the computation, or put virtual tokens where none belong, and say
+nothing. So the first step looks for each adapter's gradient, and evaluation decodes one prompt with the cache and without.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from transformers import GenerationConfig
+
+from highrank.base.errors import UserError
+from highrank.model.adapters import Adapters
+from highrank.model.sharding import whole
+
+NEW_TOKENS = 4
+"""How many tokens are decoded to see whether the cache serves them right."""
+
+
+class EveryAdapterLearns(Callback):
+    """Looks at the first gradient of a fit: it must not be zero for any adapter."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def on_before_backward(self, trainer: lightning.Trainer, module: Any, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise _no_effect(module.adapters, list(module.adapters.by_view))
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, module: Any, optimizer: Any) -> None:
+        if self.seen:
+            return
+        self.seen = True
+        if idle := [name for name, adapter in module.adapters.by_view.items() if not _has_gradient(adapter)]:
+            raise _no_effect(module.adapters, idle)
+
+
+def _has_gradient(adapter: Any) -> bool:
+    gradients = [whole(p.grad) for p in adapter.parameters() if p.grad is not None]
+    return any(bool(gradient.any()) for gradient in gradients)
+
+
+def _no_effect(adapters: Adapters, idle: Sequence[str]) -> UserError:
+    return UserError(
+        f"{adapters.method.name}: every adapter must move the loss, got no gradient at {len(idle)} of "
+        f"{len(adapters.by_view)} (first: {idle[0]}) in {_about(adapters)}; the model computes without them: leave them "
+        "out with placement or layers, or use a version of transformers that this one was tested with"
+    )
+
+
+def _about(adapters: Adapters) -> str:
+    return f"{type(adapters.model).__name__} with transformers {transformers.__version__}"
+
+
+@torch.no_grad()
+def check_decoding(adapters: Adapters, prompt: Sequence[int]) -> None:
+    """Checks on one prompt that decoding with the cache and without it agree, for methods that add positions.
+
+    The base's own disagreement, which is rounding, is the yardstick.
+
+    Raises:
+        UserError: if they do not.
+    """
+    if adapters.whole is None or not adapters.whole.adds_positions:
+        return
+    ids = torch.tensor([list(prompt)], device=next(adapters.model.parameters()).device)
+    found = _disagreement(adapters.model, ids)
+    with adapters.disabled():
+        rounding = _disagreement(adapters.model, ids)
+    if not found <= 1e-3 + 10 * rounding:
+        raise UserError(
+            f"{adapters.method.name}: decoding with the cache must agree with decoding without it, got a difference of "
+            f"{found:.1%} of the logits' spread ({rounding:.1%} for the base) in {_about(adapters)}; use a version of "
+            "transformers that this one was tested with"
+        )
+
+
+def _disagreement(model: Any, ids: Tensor) -> float:
+    """Returns the mean |difference| of the logits of NEW_TOKENS greedy tokens, over their standard deviation."""
+    decoded = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=GenerationConfig(
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        ),
+    )
+    sequence = decoded.sequences[:, :-1]
+    logits = model(input_ids=sequence, attention_mask=torch.ones_like(sequence), use_cache=False).logits
+    cached, plain = torch.stack(decoded.logits, dim=1).float(), logits[:, ids.shape[1] - 1 :].float()
+    return float((cached - plain).abs().mean() / plain.std())

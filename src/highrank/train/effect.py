@@ -18,8 +18,12 @@ from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters
 from highrank.model.sharding import whole
 
-NEW_TOKENS = 4
+NEW_TOKENS = 6
 """How many tokens are decoded to see whether the cache serves them right."""
+ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}
+"""By how much of the logits' spread decoding with the cache may differ from that without it, by the base's dtype."""
+ROUNDING_16_BIT = 0.1
+"""On SmolLM2-135M in bf16 it is up to 0.03; virtual tokens in front of every step make 0.2 and more."""
 
 
 class EveryAdapterLearns(Callback):
@@ -61,8 +65,6 @@ def _about(adapters: Adapters) -> str:
 def check_decoding(adapters: Adapters, prompt: Sequence[int]) -> None:
     """Checks on one prompt that decoding with the cache and without it agree, for methods that add positions.
 
-    The base's own disagreement, which is rounding, is the yardstick.
-
     Raises:
         UserError: if they do not.
     """
@@ -70,23 +72,23 @@ def check_decoding(adapters: Adapters, prompt: Sequence[int]) -> None:
         return
     ids = torch.tensor([list(prompt)], device=next(adapters.model.parameters()).device)
     found = _disagreement(adapters.model, ids)
-    with adapters.disabled():
-        rounding = _disagreement(adapters.model, ids)
-    if not found <= 1e-3 + 10 * rounding:
+    allowed = ROUNDING.get(adapters.model.dtype, ROUNDING_16_BIT)
+    if not found <= allowed:
         raise UserError(
             f"{adapters.method.name}: decoding with the cache must agree with decoding without it, got a difference of "
-            f"{found:.1%} of the logits' spread ({rounding:.1%} for the base) in {_about(adapters)}; use a version of "
+            f"{found:.1%} of the logits' spread ({allowed:.1%} can be rounding) in {_about(adapters)}; use a version of "
             "transformers that this one was tested with"
         )
 
 
 def _disagreement(model: Any, ids: Tensor) -> float:
-    """Returns the mean |difference| of the logits of NEW_TOKENS greedy tokens, over their standard deviation."""
+    """Returns the mean |difference| of the logits behind each of NEW_TOKENS greedy tokens, over their standard deviation."""
     decoded = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS + 1,
+            min_new_tokens=NEW_TOKENS + 1,
             do_sample=False,
             pad_token_id=0,
             return_dict_in_generate=True,
@@ -95,5 +97,5 @@ def _disagreement(model: Any, ids: Tensor) -> float:
     )
     sequence = decoded.sequences[:, :-1]
     logits = model(input_ids=sequence, attention_mask=torch.ones_like(sequence), use_cache=False).logits
-    cached, plain = torch.stack(decoded.logits, dim=1).float(), logits[:, ids.shape[1] - 1 :].float()
+    cached, plain = torch.stack(decoded.logits[1:], dim=1).float(), logits[:, ids.shape[1] :].float()
     return float((cached - plain).abs().mean() / plain.std())

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from highrank.analysis.analyze import at_end_of
 from highrank.base.allocator import keep_freed_memory
-from highrank.base.console import console
+from highrank.base.console import say
 from highrank.base.errors import UserError, described, refused_by_disk
 from highrank.base.processes import total
 from highrank.config.run_config import Run
@@ -200,7 +200,7 @@ def told(directory: RunDirectory, checkpoints: Checkpoints) -> None:
     """Says, and writes down, which checkpoint training goes on from."""
     if checkpoints.found:
         directory.write(resumed=[*directory.results.get("resumed", []), checkpoints.found.told])
-        console.print(checkpoints.found.told, markup=False, highlight=False)
+        say(checkpoints.found.told)
 
 
 def fit(trainer: lightning.Trainer, module: FineTuner, data: TaskData, checkpoints: Checkpoints) -> bool:

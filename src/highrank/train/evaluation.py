@@ -42,6 +42,7 @@ def evaluate(
     """Evaluates every test set; returns metrics per set and their macro average, and saves the predictions."""
     by_set = {}
     for name, records in data.task.test().items():
+        module.test_set = name
         rows, by_set[name] = evaluate_rows(data, name, records, predict(trainer, module, data, records))
         save(name, rows)
     return {"sets": by_set, data.task.metric: macro_average(data.task, by_set)}

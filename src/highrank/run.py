@@ -54,6 +54,7 @@ def execute(run: Run) -> tuple[Path, int]:
         shown.show_results(plan, directory.results, note="finished before; nothing was run again")
         if run.core.analyze and directory.writes and not (directory.path / "analysis" / "statistics.json").is_file():
             analyze(directory)
+        shown.show_next(run, directory.path)
         return directory.path, 0
     shown.show_plan(plan)
     processes = check_trainer(run)
@@ -73,6 +74,7 @@ def execute(run: Run) -> tuple[Path, int]:
         with contextlib.suppress(OSError):
             write_session(directory)
     shown.show_results(plan, directory.results)
+    shown.show_next(run, directory.path)
     return directory.path, 0
 
 

@@ -49,12 +49,12 @@ class Progress(Callback):
         self.done = 0
 
     def on_predict_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         of = len(trainer.predict_dataloaders.dataset)  # type: ignore[union-attr]
         before, self.done = self.done, self.done + len(batch["index"])
         if self.lines and 4 * self.done // of > 4 * before // of:
-            say(f"{module.test_set}: {self.done} of {of} evaluated")
+            say(f"{pl_module.test_set}: {self.done} of {of} evaluated")
 
 
 def shown(done: int, steps: int) -> bool:

@@ -1,11 +1,13 @@
 """What a log says of a run that is under way."""
 
 import re
+import threading
 
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 
-from highrank.base.console import console
+from highrank.base import console as console_module
+from highrank.base.console import arriving, console
 from highrank.train.progress import Progress, duration, progress, shown
 
 TINY = ["model=tiny_llama", "batch_size=2", "task.n_train=8", "task.n_test=8", "eval_batch_size=2", "r=2"]
@@ -42,3 +44,18 @@ def test_lines_are_few_however_many_steps_there_are():
 )
 def test_a_time_is_told_in_its_two_largest_units(seconds, said):
     assert duration(seconds) == said
+
+
+def test_a_download_is_told_of_by_tenths(monkeypatch, capsys):
+    monkeypatch.setattr(console_module, "LOOK_S", 0.001)
+    sizes, over = iter([0, 9, 10, 19, 20, 55, 100, 130]), threading.Event()
+
+    def arrived():
+        size = next(sizes, None)
+        if size is None:
+            over.set()
+        return size or 0
+
+    with arriving("model", 100_000_000, lambda: 1_000_000 * arrived()):
+        assert over.wait(60)
+    assert re.findall(r"^model: (\d+) % of 100 MB$", capsys.readouterr().out, re.M) == ["10", "20", "50", "100"]

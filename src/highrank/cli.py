@@ -38,6 +38,11 @@ COMMANDS = {
     "report": "highrank.report.page:command",
 }
 """The function of each command, imported when it is called: help stays instant."""
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    **dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1"),
+}
+"""What a run tells other libraries, before they are imported and unless set: their bars would break up its own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +85,8 @@ def show_help() -> int:
 
 
 def run(words: list[str]) -> int:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
     if any(word in ("-m", "--multirun") for word in words):
         from highrank.sweep.sweep import Sweep
 

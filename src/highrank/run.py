@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from highrank.analysis.analyze import at_end_of
 from highrank.base.allocator import keep_freed_memory
-from highrank.base.console import console
+from highrank.base.console import say
 from highrank.base.errors import UserError, described, refused_by_disk
 from highrank.base.processes import total
 from highrank.config.run_config import Run
@@ -54,6 +54,7 @@ def execute(run: Run) -> tuple[Path, int]:
         shown.show_results(plan, directory.results, note="finished before; nothing was run again")
         if run.core.analyze and directory.writes and not (directory.path / "analysis" / "statistics.json").is_file():
             analyze(directory)
+        shown.show_next(run, directory.path)
         return directory.path, 0
     shown.show_plan(plan)
     processes = check_trainer(run)
@@ -73,6 +74,7 @@ def execute(run: Run) -> tuple[Path, int]:
         with contextlib.suppress(OSError):
             write_session(directory)
     shown.show_results(plan, directory.results)
+    shown.show_next(run, directory.path)
     return directory.path, 0
 
 
@@ -200,7 +202,7 @@ def told(directory: RunDirectory, checkpoints: Checkpoints) -> None:
     """Says, and writes down, which checkpoint training goes on from."""
     if checkpoints.found:
         directory.write(resumed=[*directory.results.get("resumed", []), checkpoints.found.told])
-        console.print(checkpoints.found.told, markup=False, highlight=False)
+        say(checkpoints.found.told)
 
 
 def fit(trainer: lightning.Trainer, module: FineTuner, data: TaskData, checkpoints: Checkpoints) -> bool:

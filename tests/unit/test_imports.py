@@ -18,7 +18,8 @@ KNOWS = {
 LATE = {
     **dict.fromkeys(("cli", "interop.commands"), ("highrank", "ast", "inspect", "itertools", "dataclasses", "rich")),
     **dict.fromkeys(
-        ("model.backbones", "model.tiny", "model.weights"), ("transformers", "tokenizers", "huggingface_hub")
+        ("base.hub", "model.backbones", "model.tiny", "model.weights"),
+        ("transformers", "tokenizers", "huggingface_hub"),
     ),
     **{"train.devices": ("lightning",), "model.sharding": ("torch",), "methods.prefix": ("transformers",)},
     **{"data.sources": ("datasets", "pyarrow"), "data.dialogue": ("nltk",), "interop.lm_eval": ("lm_eval",)},

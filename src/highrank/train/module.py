@@ -57,6 +57,8 @@ class FineTuner(lightning.LightningModule):
         """Into how many parts a training batch is cut where it does not fit into memory whole."""
         self.validation_rows = core.eval_batch_size
         """How many held-out examples are computed at a time; fewer where they do not fit."""
+        self.test_set = ""
+        """What is evaluated, as its progress names it."""
         self.lacking: str | None = None
         """How memory ran out in an evaluation, whose further batches are then left out."""
         if core.checkpoint_activations:

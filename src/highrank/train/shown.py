@@ -1,15 +1,17 @@
 """What a person sees on the terminal: the plan and the result of a run."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from highrank.base.console import console
+from highrank.base.console import console, say
 from highrank.base.files import write_atomic
 from highrank.config.run_config import Run
 from highrank.data.answers import SECONDARY
+from highrank.model.whole_model import WholeModelMethod
 from highrank.train.plan import Plan, make_plan
 from highrank.train.results import RunDirectory
 
@@ -78,3 +80,17 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
         )
         table.add_row("memory", shown)
     console.print(table)
+
+
+def show_next(run: Run, folder: Path) -> None:
+    """Prints up to three commands that a finished run can be given to next, as they are typed."""
+    place, method = shlex.quote(str(folder)), run.method
+    base = " model.quantize=null" if run.model.get("quantize") else ""
+    commands = [f"tensorboard --logdir {place}", f"highrank eval {place}"]
+    if getattr(method, "merge", None) is not WholeModelMethod.merge:
+        commands.insert(0, f"highrank merge {place} --out {shlex.quote(str(folder / 'merged'))}{base}")
+    if method.site == "weight":
+        commands.insert(0, f"highrank analyze {place}")
+    say("try next:")
+    for command in commands[:3]:
+        say(f"  {command}")

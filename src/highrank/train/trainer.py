@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from highrank.base.console import console
 from highrank.base.errors import UserError
 from highrank.config.run_config import Run
 from highrank.train import devices
@@ -16,6 +17,7 @@ from highrank.train.devices import num_processes, quiet
 from highrank.train.effect import EveryAdapterLearns
 from highrank.train.fsdp import Sharded
 from highrank.train.lightning_internals import leave_signals_alone
+from highrank.train.progress import progress
 from highrank.train.results import RunDirectory
 from highrank.train.selection import KeepBest
 from highrank.train.stopping import StopOnSignal
@@ -58,10 +60,10 @@ def make_trainer(
     epochs: int,
     checkpoints: Checkpoints | None = None,
 ) -> lightning.Trainer:
-    """Returns the Lightning Trainer of a run: TensorBoard events, progress bars, and our checkpoints alone."""
+    """Returns the Lightning Trainer of a run: TensorBoard events, progress, and our checkpoints alone."""
     callbacks: list[Callback] = [
         stop,
-        RichProgressBar(),
+        *progress(),
         EpochOrder(),
         EveryAdapterLearns(),
         *([checkpoints] if checkpoints else []),
@@ -84,6 +86,7 @@ def make_trainer(
         logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False, purge_step=start),
         callbacks=callbacks,
         enable_checkpointing=False,
+        enable_progress_bar=console.is_interactive,
         enable_model_summary=False,
         log_every_n_steps=1,
         num_sanity_val_steps=0,

@@ -1,0 +1,69 @@
+"""How far a run is: Lightning's bar on a terminal, plain lines in a log, and on both how long training will take."""
+
+import time
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+
+from highrank.base.console import console, say
+
+SETTLED = 10
+"""Steps after which the time that is left can be told."""
+
+
+def progress() -> list[Callback]:
+    """Returns the callbacks that show how far a run is."""
+    return [RichProgressBar(), Progress(lines=False)] if console.is_interactive else [Progress()]
+
+
+class Progress(Callback):
+    """Prints the steps `shown`, a test set by quarters, and from ten steps on the time that is left.
+
+    With `lines=False`, beside a bar, that time alone, once.
+    """
+
+    def __init__(self, lines: bool = True):
+        self.lines = lines
+        self.seen = self.done = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        self.first = self.seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        step, steps = trainer.global_step, trainer.max_steps
+        if step == self.seen:  # one of several batches that a step accumulates
+            return
+        self.seen, done = step, step - self.first
+        if done == 1:
+            self.started = time.perf_counter()  # the first step is slower than the others
+        if not (shown(done, steps) if self.lines else done == SETTLED):
+            return
+        said = f"step {step}/{steps}: loss {float(trainer.callback_metrics['train/loss']):.4g}"
+        if done >= SETTLED and step < steps:
+            each = (time.perf_counter() - self.started) / (done - 1)
+            said += f", about {duration(each * (steps - step))} left"
+        say(said)
+
+    def on_predict_start(self, *args: Any) -> None:
+        self.done = 0
+
+    def on_predict_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        of = len(trainer.predict_dataloaders.dataset)  # type: ignore[union-attr]
+        before, self.done = self.done, self.done + len(batch["index"])
+        if self.lines and 4 * self.done // of > 4 * before // of:
+            say(f"{pl_module.test_set}: {self.done} of {of} evaluated")
+
+
+def shown(done: int, steps: int) -> bool:
+    """Whether a line tells of this step: the first, the tenth, and from there every tenth of all steps."""
+    return done in (1, SETTLED) or (done > SETTLED and done % max(steps // 10, 1) == 0)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its two largest units: 1 h 5 min, 1 min 20 s, 4 s."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m} min" if hours else f"{m} min {s} s" if m else f"{s} s"

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),  # PEFT's BOFT, without nvcc
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # raised inside PEFT
+    pytest.mark.filterwarnings("ignore:.*past_key_values. is deprecated:FutureWarning"),  # so is this
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
 ]
 

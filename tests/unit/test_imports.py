@@ -1,6 +1,7 @@
 """Imports go down the stairs alone: a package knows those below it, a plugin knows the door, and no circle is left."""
 
 import ast
+import runpy
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -57,3 +58,8 @@ def test_imports_go_down_the_stairs():
                 graph.setdefault(module, set()).add(met)
     assert wrong == []
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_imports():
+    draw = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
+    assert (ROOT / "docs" / "architecture.md").read_text() == draw["page"](), "make it again: docs/architecture.py"

@@ -9,6 +9,7 @@ import lightning
 from highrank.base.errors import UserError
 from highrank.interop.loaded import on_shared_bases
 from highrank.train.devices import alone, quiet
+from highrank.train.effect import check_decoding
 
 
 def evaluate_runs(
@@ -24,7 +25,7 @@ def evaluate_runs(
     the number of examples per task, `include` a folder with task files of one's own.
 
     Raises:
-        UserError: without the extra, or for an unknown task.
+        UserError: without the extra, for an unknown task, or if an adapter's decoding with the cache is wrong.
     """
     try:
         from lm_eval import simple_evaluate
@@ -39,10 +40,11 @@ def evaluate_runs(
     if unknown:
         raise UserError(f"eval: unknown task of the harness, got {', '.join(unknown)}; its names: lm-eval ls tasks")
     found = {}
-    for folder, run, backbone, _ in on_shared_bases(folders, words):
+    for folder, run, backbone, adapters in on_shared_bases(folders, words):
         with quiet():
             trainer = lightning.Trainer(**alone(run.trainer), logger=False, enable_checkpointing=False)
         backbone.model.to(trainer.strategy.root_device)
+        check_decoding(adapters, backbone.tokenizer("One, two, three").input_ids)
         model = HFLM(pretrained=backbone.model, tokenizer=backbone.tokenizer, batch_size=run.core.eval_batch_size)
         results: Any = simple_evaluate(
             model=model,

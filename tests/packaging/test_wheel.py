@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,10 +11,10 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from build_wheel import ROOT, pip
 
 pytestmark = pytest.mark.packaging
 
-ROOT = Path(__file__).parents[2]
 FOLDERS = {"highrank": "src/highrank", "highrank/methods": "methods", "highrank/tasks": "tasks"}
 FOLDERS["highrank/configs"] = "configs"
 
@@ -33,22 +32,6 @@ plugins = {group: registry.available(group) for group in ("methods", "tasks")}
 files = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "highrank"]
 print(json.dumps({"files": files, "code": code, "groups": groups, "plugins": plugins}))
 """
-
-
-def pip(*words):
-    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the tree, which gets its build files instead of the checkout."""
-    tree, out = tmp_path_factory.mktemp("tree") / "highrank", tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "outputs", "__pycache__")
-    shutil.copytree(ROOT, tree, ignore=ignore)
-    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out), str(tree))
-    (file,) = out.iterdir()
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """Where weights come from: order of sources, what each refuses, and the tokenizer that comes with them."""
 
+import base64
 import hashlib
 import http.server
+import io
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -660,3 +663,33 @@ def test_an_encoder_writes_no_text(tmp_path, capsys):
     assert main(words) == 2
     assert "a text-generating task needs a causal language model, got bert" in capsys.readouterr().err
     assert not run_dir.exists()
+
+
+def without_tokenizer_json(folder, tmp_path):
+    """A copy of a model folder that has weights and config alone."""
+    tokenizers = shutil.ignore_patterns("tokenizer*", "special_tokens_map.json", "*.jinja")
+    return Path(shutil.copytree(folder, tmp_path / "bare", ignore=tokenizers))
+
+
+def test_a_folder_whose_only_tokenizer_is_a_sentencepiece_model(folder, tmp_path):
+    bare = without_tokenizer_json(folder, tmp_path)
+    raw = io.BytesIO()
+    lines = iter(["one plus two is three", " ".join("abcdefghijklmnopqrstuvwxyz")])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=raw, vocab_size=40, model_type="bpe", minloglevel=2
+    )
+    (bare / "tokenizer.model").write_bytes(raw.getvalue())
+    tokenizer = load_backbone(TINY | {"name": "hf:a/b"}, str(bare)).tokenizer
+    expected = sentencepiece.SentencePieceProcessor(model_proto=raw.getvalue()).encode("one plus three")
+    assert tokenizer("one plus three").input_ids == expected
+    assert tokenizer.decode(expected) == "one plus three"
+
+
+def test_a_folder_whose_only_tokenizer_is_a_tiktoken_file(folder, tmp_path):
+    bare = without_tokenizer_json(folder, tmp_path)
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
+    (bare / "tiktoken.model").write_text("".join(lines))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "!"}
+    (bare / "tokenizer_config.json").write_text(json.dumps(about))
+    tokenizer = load_backbone(TINY | {"name": "hf:a/b"}, str(bare)).tokenizer
+    assert tokenizer("one plus").input_ids == list(b"one plus")

@@ -23,6 +23,7 @@ from highrank.base.errors import UserError
 from highrank.base.files import cache_dir, sha256
 from highrank.cli import main
 from highrank.config.words import compose_run
+from highrank.data.batches import pad
 from highrank.model import weights as weights_module
 from highrank.model.backbones import load_backbone, model_config, prepare_tokenizer, shuffle_weights
 from highrank.model.tiny import tiny_tokenizer
@@ -605,10 +606,18 @@ def test_a_tokenizer_without_any_token_to_pad_with_is_refused():
         prepare_tokenizer(Words(), SimpleNamespace(config=SimpleNamespace(pad_token_id=None)))
 
 
-def test_a_models_own_pad_token_stays():
-    model = SimpleNamespace(config=SimpleNamespace(pad_token_id=7))
-    prepare_tokenizer(Words(pad="<pad>"), model)
-    assert model.config.pad_token_id == 7
+def test_a_model_pads_with_its_tokenizers_token():
+    """A decoder that classifies reads the last token that is no padding: with another id it read a padding position."""
+    backbone = load_backbone(TINY, None, "classify", 3)
+    model, tokenizer = backbone.model, backbone.tokenizer
+    model.config.pad_token_id = 7
+    prepare_tokenizer(tokenizer, model)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    rows = [tokenizer(text).input_ids for text in ("a", "bcd", "some words")]
+    batch = pad(rows, tokenizer.pad_token_id)
+    together = model(input_ids=batch, attention_mask=(batch != 0).long()).logits
+    alone = [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
+    torch.testing.assert_close(together, torch.stack(alone))
 
 
 def test_shuffled_weights_are_the_same_numbers_in_another_order():

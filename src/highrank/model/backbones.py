@@ -187,8 +187,7 @@ def prepare_tokenizer(tokenizer: Any, model: Any) -> None:
             f"model: a tokenizer needs a pad, unknown or end-of-text token, got none in {type(tokenizer).__name__}; "
             "name one in its tokenizer_config.json"
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder that classifies finds a row's last token by it
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 

@@ -46,15 +46,18 @@ ENVIRONMENT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Runs one command; returns 0, 2 for bad input, 130 after Ctrl-C, 141 if nobody reads on, 143 after SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not words or words[0] == "help" or any(word in ("-h", "--help") for word in words):
-            return show_help()
+            return _flushed(show_help())
         if words[0] not in COMMANDS:
             raise UserError(f"highrank: unknown command, got {words[0]}{suggest(words[0], COMMANDS)}")
         module, function = COMMANDS[words[0]].split(":")
-        return int(getattr(importlib.import_module(module), function)(words[1:]))
+        return _flushed(int(getattr(importlib.import_module(module), function)(words[1:])))
+    except BrokenPipeError:  # as in `highrank help | head`: nor shall Python write what is left when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,6 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _flushed(status: int) -> int:
+    sys.stdout.flush()
+    return status
 
 
 def show_help() -> int:

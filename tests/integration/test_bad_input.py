@@ -1,6 +1,9 @@
 """Bad input: one clear error, exit status 2, before any weight loads, and nothing written."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -213,3 +216,18 @@ def test_another_config_in_a_run_directory_is_refused_with_the_difference(run_cl
     assert "lr=0.005 instead of 0.25" in err
     assert "method.r=" in err
     assert "batch_size" not in err
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As in `highrank help | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from highrank.cli import main; sys.exit(main(['help']))"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

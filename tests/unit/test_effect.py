@@ -43,7 +43,7 @@ def test_virtual_tokens_in_front_of_every_step_are_an_error(method, fields, dtyp
 
 def test_a_prefix_that_no_call_sees_is_an_error(monkeypatch, run_cli):
     monkeypatch.setattr(load("methods", "prefix"), "hooks", lambda method, model: [])
-    status, _, err = run_cli("method=prefix", *WORDS)
+    status, _, err = run_cli("method=prefix", *WORDS, "eval_before=false")
     assert status == 2
     assert "prefix: every adapter must move the loss, got no gradient at 1 of 1 (first: prefix)" in err
 

@@ -30,8 +30,6 @@ class WholeModelMethod(nn.Module):
     default_lr: ClassVar[float] = 1e-3
     no_decay: ClassVar[tuple[str, ...]] = ()
     replaces_base: ClassVar[bool] = False
-    adds_positions: ClassVar[bool] = False
-    """Whether the model attends to more positions than it is given tokens."""
 
     def __init__(self, model: Any, cfg: Any):
         super().__init__()
@@ -46,6 +44,11 @@ class WholeModelMethod(nn.Module):
     def hooks(self, model: Any) -> list[RemovableHandle]:
         """Registers what makes the method act on `model`, and returns the handles that take it off."""
         raise NotImplementedError
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that the model attends to beyond the tokens it is given."""
+        return 0
 
     def plug(self, model: Any) -> None:
         self._handles = self.hooks(model)
@@ -92,9 +95,12 @@ class VirtualTokens(WholeModelMethod):
     """
 
     site = "input"
-    adds_positions = True
     _added = 0
     """Positions put in front of the sequence that is being computed: p at its start, 0 once they are in the cache."""
+
+    @property
+    def num_positions(self) -> int:
+        return int(self.cfg.num_virtual_tokens)
 
     def embeddings(self) -> Tensor:
         raise NotImplementedError

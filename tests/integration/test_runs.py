@@ -150,6 +150,25 @@ def test_a_run_ends_with_the_commands_to_try_next(run_cli, tmp_path, words, comm
         assert command != "highrank" or main(rest) == 0
 
 
+def test_a_run_needs_neither_a_home_nor_the_repositorys_folder(tmp_path):
+    (tmp_path / "home").write_text("a file")
+    kept = {key: value for key, value in os.environ.items() if key not in ("HIGHRANK_CACHE", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *TINY, "r=2", "output=here"],
+        env={**kept, "HOME": str(tmp_path / "home"), "MPLCONFIGDIR": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    folder = tmp_path / done.stdout.splitlines()[-1]
+    assert folder.is_relative_to(tmp_path / "here")
+    assert json.loads((folder / "results.json").read_text())["status"] == "done"
+
+
 def test_merge_of_a_run_that_has_no_merged_weight(run_cli, tmp_path, capsys):
     from highrank.cli import main
 

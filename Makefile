@@ -1,4 +1,4 @@
-.PHONY: check test real constraints
+.PHONY: check test real constraints compat
 
 check:  ## format, lint, types, fast tests: what a commit needs
 	ruff format --check .
@@ -19,3 +19,6 @@ constraints:  ## pins of the newest versions that the ranges allow, for all extr
 	{ echo "# What the test suite last passed with; made by: make constraints"; \
 	  build/constraints/bin/pip freeze --exclude-editable | grep -v '^#' | sed 's/+cpu$$//'; } > constraints.txt
 	rm -rf build/constraints
+
+compat:  ## the lowest and the newest versions that the ranges allow: tests in each, and docs/compatibility.md
+	python experiments/compat/compat.py lowest newest --write

@@ -718,7 +718,7 @@ def without_tokenizer_json(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "bare", ignore=tokenizers))
 
 
-def test_a_folder_whose_only_tokenizer_is_a_sentencepiece_model(folder, tmp_path):
+def test_a_folder_whose_only_vocabulary_is_a_sentencepiece_model(folder, tmp_path):
     bare = without_tokenizer_json(folder, tmp_path)
     raw = io.BytesIO()
     lines = iter(["one plus two is three", " ".join("abcdefghijklmnopqrstuvwxyz")])
@@ -726,13 +726,14 @@ def test_a_folder_whose_only_tokenizer_is_a_sentencepiece_model(folder, tmp_path
         sentence_iterator=lines, model_writer=raw, vocab_size=40, model_type="bpe", minloglevel=2
     )
     (bare / "tokenizer.model").write_bytes(raw.getvalue())
+    (bare / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     tokenizer = load_backbone(TINY | {"name": "hf:a/b"}, str(bare)).tokenizer
     expected = sentencepiece.SentencePieceProcessor(model_proto=raw.getvalue()).encode("one plus three")
     assert tokenizer("one plus three").input_ids == expected
     assert tokenizer.decode(expected) == "one plus three"
 
 
-def test_a_folder_whose_only_tokenizer_is_a_tiktoken_file(folder, tmp_path):
+def test_a_folder_whose_only_vocabulary_is_a_tiktoken_file(folder, tmp_path):
     bare = without_tokenizer_json(folder, tmp_path)
     lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
     (bare / "tiktoken.model").write_text("".join(lines))

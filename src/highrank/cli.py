@@ -40,9 +40,10 @@ COMMANDS = {
 """The function of each command, imported when it is called: help stays instant."""
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "passive",  # a thread that waits leaves its core to whoever else computes on this machine
     **dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1"),
 }
-"""What a run tells other libraries, before they are imported and unless set: their bars would break up its own."""
+"""What a run tells other libraries, before they are imported and unless it is set: their bars would break up its own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

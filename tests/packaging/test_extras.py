@@ -52,6 +52,11 @@ lines = iter(["one plus two is three", " ".join("abcdefghijklmnopqrstuvwxyz")])
 SentencePieceTrainer.train(sentence_iterator=lines, model_writer=raw, vocab_size=40, model_type="bpe", minloglevel=2)
 (Path(sys.argv[1]) / "tokenizer.model").write_bytes(raw.getvalue())
 """
+HPARAMS = """
+import sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+assert EventAccumulator(sys.argv[1]).Reload().PluginTagToContent("hparams")
+"""
 SWEEP_ON_SUBMITIT = """
 import sys
 from highrank.cli import main
@@ -76,6 +81,7 @@ class Environment:
         self.env = env | {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         wanted = f"{wheel}[{extra}]" if extra else str(wheel)
         self.run("-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), wanted)
+        self.env["PYTHONPATH"] = str(ROOT / "tests" / "offline")  # from here on without a network
 
     def run(self, *words, expect=0):
         done = subprocess.run(
@@ -118,6 +124,12 @@ def swept(folder):
         return [(row["r"], row["status"]) for row in csv.DictReader(file)]
 
 
+def test_base_holds_no_extra(base):
+    code = "import sys; from importlib.util import find_spec; print([n for n in sys.argv[1:] if find_spec(n)])"
+    modules = ["peft", "nltk", "lm_eval", "ray", "submitit", "torchao", "bitsandbytes"]
+    assert base.run("-c", code, *modules).stdout.strip() == "[]"
+
+
 def test_base_main_job(base):
     assert base.results("run")["status"] == "done"
     assert (base.folder / "run" / "adapter" / "adapter.safetensors").is_file()
@@ -144,6 +156,8 @@ def test_base_sweep_and_report(base):
     assert swept(base.folder / "sweep") == [("2", "done"), ("4", "done")]
     base.highrank("report", "sweep")
     assert list((base.folder / "sweep").rglob("*.html"))
+    for run in json.loads((base.folder / "sweep" / "sweep.json").read_text())["cells"]:
+        base.run("-c", HPARAMS, base.folder / "sweep" / run["run"])
 
 
 def test_base_tensorboard_reads_runs_and_images(base):
@@ -163,6 +177,7 @@ def test_base_reads_a_tokenizer_model(base):
     [
         (["run", *TINY, "model.quantize=int8"], "quant"),
         (["run", *TINY, "model.quantize=nf4"], "quant"),
+        (["run", *TINY, "model=smollm2_135m", "model.quantize=int8"], "quant"),  # before its weights are looked for
         (["run", "-m", *TINY, "seed=0,1", "launcher=ray"], "ray"),
         (["run", "-m", *TINY, "seed=0,1", "launcher=slurm"], "slurm"),
         (["eval", "run", "--engine", "lm_eval", "--tasks", "x"], "eval"),

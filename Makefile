@@ -20,5 +20,5 @@ constraints:  ## pins of the newest versions that the ranges allow, for all extr
 	  build/constraints/bin/pip freeze --exclude-editable | grep -v '^#' | sed 's/+cpu$$//'; } > constraints.txt
 	rm -rf build/constraints
 
-compat:  ## the lowest and the newest versions that the ranges allow: tests in each, and docs/compatibility.md
+compat:  ## the lowest and the newest versions that the ranges allow: tests in each, and their table
 	python experiments/compat/compat.py lowest newest --write

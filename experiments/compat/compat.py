@@ -1,4 +1,4 @@
-"""Which versions work: builds environments from pyproject.toml's ranges, runs tests in each, draws docs/compatibility.md.
+"""Which versions work: builds environments from pyproject.toml's ranges, runs tests in each, draws their table.
 
     python experiments/compat/compat.py lowest newest                every lower bound; the newest inside the upper ones
     python experiments/compat/compat.py newest --torch tested        with the PyTorch of constraints.txt, as CI does
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-PAGE = ROOT / "docs" / "compatibility.md"
+PAGE = Path(__file__).with_name("table.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "peft", "nltk")
 """Of the extra `test`, what the tests below need."""
@@ -121,7 +121,7 @@ def tried(kind: str, interpreter: str, torch: str | None) -> dict[str, Any]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Returns docs/compatibility.md."""
+    """Returns the table and what it stands for."""
     columns = list(results)
 
     def row(title: str, cells: list[str]) -> str:

@@ -1,9 +1,7 @@
 """What the code imports is what pyproject.toml declares: at the top of a file of the base alone."""
 
 import ast
-import json
 import re
-import runpy
 import sys
 import tomllib
 from pathlib import Path
@@ -72,19 +70,3 @@ def test_each_extra_is_known_to_pip_as_its_errors_name_it():
         for file in (ROOT / folder).rglob("*.py"):
             named |= set(re.findall(r"highrank\[(\w+)\]", file.read_text()))
     assert named == set(PROJECT["optional-dependencies"]) - {"test", "bench"}
-
-
-def test_the_lower_bounds_are_those_that_were_tried():
-    """Raise a bound, or lower it, with the table: make compat."""
-    results = json.loads((ROOT / "experiments" / "compat" / "results.json").read_text())
-    (tried,) = (result for name, result in results.items() if name.startswith("lowest"))
-    assert tried["holds"]
-    for line in PROJECT["dependencies"]:
-        (name,) = names([line])
-        floor = re.search(r">=([\d.]+)", line)[1]
-        assert re.fullmatch(rf"{re.escape(floor)}(\.0)*", tried["versions"][name]), line
-
-
-def test_the_page_shows_what_was_tried():
-    compat = runpy.run_path(str(ROOT / "experiments" / "compat" / "compat.py"))
-    assert compat["PAGE"].read_text() == compat["page"](json.loads(compat["RESULTS"].read_text()))

@@ -229,12 +229,10 @@ def fit(trainer: lightning.Trainer, module: FineTuner, data: TaskData, checkpoin
 
 def analyze(directory: RunDirectory, adapters: Adapters | None = None) -> None:
     """Analyses what training changed; its mean statistics, or why there are none, go into results.json."""
-
     directory.write(analysis=at_end_of(directory.path, adapters))
 
 
 def write_session(directory: RunDirectory) -> None:
     """Writes the run's values, status and final metrics for TensorBoard, if this process writes the run."""
-
     if directory.opened:
         write_run(directory.path)

@@ -45,10 +45,11 @@ def evaluate(
     Raises:
         UserError: if decoding with the cache is not what the method computes without it.
     """
-    by_set = {}
-    for name, records in data.task.test().items():
-        if data.task.kind == "generate":
-            check_decoding(module.adapters, data.prompt(records[0]).input_ids)
+    by_set, test_sets = {}, data.task.test()
+    if data.task.kind == "generate":
+        first = next(iter(test_sets.values()))[0]
+        check_decoding(module.adapters, data.prompt(first).input_ids)
+    for name, records in test_sets.items():
         module.test_set = name
         rows, by_set[name] = evaluate_rows(data, name, records, predict(trainer, module, data, records))
         save(name, rows)

@@ -35,7 +35,7 @@ class BitFitConfig:
 
 @register_method(config=BitFitConfig)
 class BitFit(WholeModelMethod):
-    site = "bias"
+    mergeable = True
 
     def __init__(self, model: Any, cfg: BitFitConfig):
         super().__init__(model, cfg)
@@ -85,7 +85,7 @@ class BitFit(WholeModelMethod):
 
 def _biased(model: Any) -> Iterator[tuple[str, Any]]:
     """Yields the modules whose bias is added to their output, outside the head that trains in full."""
-    heads = () if model.can_generate() else tuple(head_modules(model))
+    heads = head_modules(model)
     for name, module in model.named_modules():
         known = isinstance(module, nn.Linear | nn.LayerNorm) or is_transposed(module)
         if known and module.bias is not None and name.split(".")[0] not in heads:

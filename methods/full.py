@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from highrank.plugin import Method, Site, register_method
+from highrank.plugin import FullAdapters, Method, Site, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class FullConfig:
 @register_method(config=FullConfig)
 class Full(Method):
     default_lr = 5e-5
-    replaces_base = True
+    family = FullAdapters
 
     def __init__(self, in_features: int, out_features: int, cfg: FullConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

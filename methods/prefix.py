@@ -49,8 +49,6 @@ class PrefixConfig:
 
 @register_method(config=PrefixConfig)
 class Prefix(VirtualTokens):
-    site = "prefix"
-
     def __init__(self, model: Any, cfg: PrefixConfig):
         super().__init__(model, cfg)
         layers, heads, width = _shape(model.config)

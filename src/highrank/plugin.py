@@ -6,12 +6,14 @@ from highrank.data.sources import Source, find
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
 from highrank.model.method import Method, Site, kaiming_uniform_
 from highrank.model.transformers_internals import by_name, cache_of, with_cache
+from highrank.model.weight_adapters import FullAdapters
 from highrank.model.whole_model import VirtualTokens, WholeModelMethod, is_start, make_room
 
 __all__ = [
     "DataConfig",
     "Example",
     "FileTask",
+    "FullAdapters",
     "LabelledText",
     "Method",
     "Site",

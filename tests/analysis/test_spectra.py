@@ -14,7 +14,7 @@ from highrank.model.backbones import load_backbone
 from highrank.model.method import Site
 from highrank.model.placement import resolve
 
-METHODS = [name for name in sorted(available("methods")) if load("methods", name).site == "weight"]
+METHODS = [name for name in sorted(available("methods")) if load("methods", name).family.changes_weights]
 FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}} | {m: {"r": 2} for m in ("hira", "lora", "dora", "mora")}
 HIRA = [{"r": 2, "R": R} for R in ("random_uniform", "random_scaled", "w0_smooth", "ones")]
 HIRA += [{"r": 2, "R": "w0_trunc", "R_rank": 3}, {"r": 2, "official_numerics": True}]
@@ -54,7 +54,7 @@ def svd(M):
 @pytest.mark.parametrize(("method", "fields"), CASES)
 def test_values_are_those_of_what_merging_changes(method, fields, where):
     model, fused = where
-    if load("methods", method).replaces_base and fused == "split":
+    if not load("methods", method).family.keeps_base and fused == "split":
         pytest.skip("trains matrices whole")
     adapters = adapted(method, fields, model, fused=fused)
     before = {view.name: adapters.base_weight(view).double().numpy().copy() for view in adapters.views}

@@ -39,7 +39,7 @@ CONFIGS = {  # beyond a method's default configuration, or where the default is 
     ],
     "mora": [{"r": 1}, {"r": 3}, {}, {"r": 1, "type": 1}, {"r": 3, "type": 1}],
 }
-WEIGHT_METHODS = [name for name in available("methods") if load("methods", name).site == "weight"]
+WEIGHT_METHODS = [name for name in available("methods") if load("methods", name).family.changes_weights]
 CASES = [
     pytest.param(name, kwargs, id="-".join([name, *(f"{key}={value}" for key, value in kwargs.items())]))
     for name in WEIGHT_METHODS

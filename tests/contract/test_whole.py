@@ -16,7 +16,7 @@ from highrank.model.tiny import tiny_config
 from highrank.train.loss import language_model_loss
 from highrank.train.plan import count
 
-METHODS = [name for name in sorted(available("methods")) if load("methods", name).site != "weight"]
+METHODS = [name for name in sorted(available("methods")) if not load("methods", name).family.changes_weights]
 FIELDS = {  # the first is used where one is enough
     "prompt_tuning": [{"num_virtual_tokens": 3}, {"start": "sample_vocab"}, {"start": "text", "start_text": "Answer:"}],
     "p_tuning": [{"num_virtual_tokens": 3}, {"hidden_size": 5}],
@@ -233,8 +233,8 @@ def test_starts_of_a_prompt():
     table = backbone("llama").model.get_input_embeddings().weight
     text = adapted("prompt_tuning", {"start": "text", "start_text": "ab", "num_virtual_tokens": 4}, moved=False)
     tokens = backbone("llama").tokenizer("ab").input_ids  # <s> a b
-    assert torch.equal(text.whole.P, table[torch.tensor([*tokens, tokens[0]])])
-    sampled = adapted("prompt_tuning", {"start": "sample_vocab"}, moved=False).whole.P
+    assert torch.equal(text.module.P, table[torch.tensor([*tokens, tokens[0]])])
+    sampled = adapted("prompt_tuning", {"start": "sample_vocab"}, moved=False).module.P
     assert all((table == row).all(1).any() for row in sampled)
 
 
@@ -252,8 +252,8 @@ def test_bitfit_gradients_are_those_of_the_biases():
     for model in (adapters.model, plain):
         model(input_ids=IDS).logits.square().mean().backward()
     gradients = {name.replace(".", "/"): p.grad for name, p in plain.named_parameters()}
-    assert len(adapters.whole.delta) == 6
-    for name, delta in adapters.whole.delta.items():
+    assert len(adapters.module.delta) == 6
+    for name, delta in adapters.module.delta.items():
         torch.testing.assert_close(delta.grad, gradients[f"{name}/bias"], rtol=1e-5, atol=1e-7)
 
 

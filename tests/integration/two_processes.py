@@ -27,7 +27,7 @@ def make(name: str) -> FineTuner:
     backbone = load_backbone({"name": model, "dtype": "float32"}, None)
     method = load("methods", name)
     cfg = method.config(**{k: v for k, v in FIELDS.items() if k in method.config.__dataclass_fields__})
-    views = resolve(backbone.model, "all") if method.site == "weight" else []
+    views = resolve(backbone.model, "all") if method.family.changes_weights else []
     adapters = attach(backbone.model, views, method, cfg, tokenizer=backbone.tokenizer)
     with torch.no_grad():
         for _, parameter in adapters.named_parameters():

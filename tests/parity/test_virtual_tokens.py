@@ -58,7 +58,7 @@ def test_peft(method):
     theirs = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
     cls = load("methods", method)
     adapters = attach(base, [], cls, cls.config(num_virtual_tokens=4, **fields))
-    ours = adapters.whole.double()
+    ours = adapters.module.double()
     torch.manual_seed(0)
     parameters = dict(theirs.prompt_encoder["default"].named_parameters())
     layout = prefix_layout if method == "prefix" else lambda tensor: tensor
@@ -87,7 +87,7 @@ def test_prompt_tuning_is_the_base_on_longer_embeddings():
     base = tiny_llama()
     plain = copy.deepcopy(base)
     cls = load("methods", "prompt_tuning")
-    P = attach(base, [], cls, cls.config(num_virtual_tokens=4)).whole.double().P
+    P = attach(base, [], cls, cls.config(num_virtual_tokens=4)).module.double().P
     embeddings = torch.cat([P.expand(2, -1, -1), plain.get_input_embeddings()(IDS)], dim=1)
     torch.testing.assert_close(base(input_ids=IDS).logits, plain(inputs_embeds=embeddings).logits[:, 4:], **TOLERANCE)
 
@@ -95,7 +95,7 @@ def test_prompt_tuning_is_the_base_on_longer_embeddings():
 def test_p_tuning_network():
     base = tiny_llama()
     cls = load("methods", "p_tuning")
-    ours = attach(base, [], cls, cls.config(num_virtual_tokens=4, hidden_size=5)).whole.double()
+    ours = attach(base, [], cls, cls.config(num_virtual_tokens=4, hidden_size=5)).module.double()
     relu = lambda x: x * (x > 0)  # noqa: E731
     first, second, third = ((m.weight, m.bias) for m in (ours.L1, ours.L2, ours.L3))
     hidden = relu(relu(ours.Z @ first[0].T + first[1]) @ second[0].T + second[1])

@@ -27,7 +27,7 @@ SMALL = {
     "boft": [{"butterfly_factor": 2}],
     "mora": [{"r": 2}, {"r": 2, "type": 1}],
 }
-WEIGHT_METHODS = [name for name in sorted(available("methods")) if load("methods", name).site == "weight"]
+WEIGHT_METHODS = [name for name in sorted(available("methods")) if load("methods", name).family.changes_weights]
 CASES = [(name, fields) for name in WEIGHT_METHODS for fields in SMALL.get(name, [{}])]
 
 

@@ -24,7 +24,7 @@ def params(words):
     run = compose_run(words.split())
     kind = "classify" if run.model["name"] == "roberta_large" else "generate"
     model = model_of(run.model["name"], kind)
-    return count(model, adapted_views(run, model), run.method, run.method_cfg, kind)
+    return count(model, adapted_views(run, model), run.method, run.method_cfg)
 
 
 TOTALS = {

@@ -5,8 +5,9 @@ import torch
 
 from highrank.base.errors import UserError
 from highrank.model import whole_model
-from highrank.model.adapters import AdaptedLinear, attach
+from highrank.model.adapters import attach
 from highrank.model.backbones import load_backbone
+from highrank.model.weight_adapters import AdaptedLinear
 from highrank.plugin import load
 from highrank.train.effect import check_decoding
 

@@ -103,7 +103,7 @@ def test_a_neutral_factor_is_the_base(W, x, name, neutral):
     assert torch.equal(adapter.effective_weight(W), W)
 
 
-@pytest.mark.parametrize("name", [m for m in available("methods") if load("methods", m).site == "weight"])
+@pytest.mark.parametrize("name", [m for m in available("methods") if load("methods", m).family.changes_weights])
 def test_merged_and_unmerged_agree_in_fp32(W, x, name):
     W, x = W.float(), x.float()
     adapter = make(name, W)

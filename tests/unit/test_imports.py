@@ -21,7 +21,12 @@ LATE = {
         ("base.hub", "model.backbones", "model.tiny", "model.weights"),
         ("transformers", "tokenizers", "huggingface_hub"),
     ),
-    **{"train.devices": ("lightning",), "model.sharding": ("torch",), "methods.prefix": ("transformers",)},
+    **{
+        "train.devices": ("lightning",),
+        "model.sharding": ("torch",),
+        "train.fsdp": ("torch",),
+        "methods.prefix": ("transformers",),
+    },
     **{"data.sources": ("datasets", "pyarrow"), "data.dialogue": ("nltk",), "interop.lm_eval": ("lm_eval",)},
     **{"model.quantised": ("torchao", "bitsandbytes"), "sweep.launch": ("ray", "submitit")},
 }

@@ -96,7 +96,7 @@ def test_hyperadapt_gradients_in_both_regimes(tokens, zero):
 FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}} | {
     name: {"r": 2} for name in ("hira", "lora", "dora", "mora")
 }
-WEIGHT_METHODS = [m for m in sorted(available("methods")) if getattr(load("methods", m), "site", "weight") == "weight"]
+WEIGHT_METHODS = [m for m in sorted(available("methods")) if load("methods", m).family.changes_weights]
 
 
 OTHER_DTYPES = (torch.complex64, torch.float8_e4m3fn, torch.int8)

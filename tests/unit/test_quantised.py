@@ -34,7 +34,7 @@ kinds = pytest.mark.parametrize(
     ],
 )
 FIELDS = {"r": 2, "r1": 2, "r2": 2, "num_virtual_tokens": 3}
-METHODS = [name for name in sorted(available("methods")) if not load("methods", name).replaces_base]
+METHODS = [name for name in sorted(available("methods")) if load("methods", name).family.keeps_base]
 NEED_THE_MATRIX = {"dora", "hilora", "hira"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*Enum subclass.*")
 
@@ -53,7 +53,7 @@ def adapted(method, kind, dense=False, dtype="float32", model="tiny_qwen2", plac
         dequantise_model(backbone.model)
     cls = load("methods", method)
     cfg = cls.config(**{key: value for key, value in FIELDS.items() if key in cls.config.__dataclass_fields__})
-    views = resolve(backbone.model, placement) if cls.site == "weight" else []
+    views = resolve(backbone.model, placement) if cls.family.changes_weights else []
     adapters = attach(backbone.model, views, cls, cfg, tokenizer=backbone.tokenizer)
     torch.manual_seed(1)
     with torch.no_grad():

@@ -55,9 +55,7 @@ def gradients(module, *batches):
 
 
 def weight_methods():
-    return [
-        name for name in sorted(available("methods")) if getattr(load("methods", name), "site", "weight") == "weight"
-    ]
+    return [name for name in sorted(available("methods")) if load("methods", name).family.changes_weights]
 
 
 @pytest.mark.parametrize("method", weight_methods())

@@ -45,7 +45,7 @@ def analyze_run(folder: Path, settings: Settings = EXACT, adapters: Adapters | N
     """
 
     run = read_run(folder)
-    if run.method.site != "weight":
+    if not run.method.family.changes_weights:
         raise UserError(
             f"analyze: {run.method.name} changes no weight, so there is no ΔW, got {folder}; "
             "analyze runs of methods that act on weights (highrank methods)"
@@ -88,7 +88,7 @@ def analyze(
     """
     folders = [run for folder in folders for run in runs_in(folder)]
     analyses = [analyze_run(folder, settings) for folder in dict.fromkeys([*folders, *([full] if full else [])])]
-    if full and not analyses[-1].run.method.replaces_base:
+    if full and analyses[-1].run.method.family.keeps_base:
         raise UserError(
             f"analyze: --full is a run of full fine-tuning, got method={analyses[-1].run.method.name} in {full}"
         )
@@ -172,7 +172,7 @@ def show(analysis: Analysis) -> None:
 
 def show_expressive(analysis: Analysis) -> None:
     """Prints, for full fine-tuning, the two errors of HiRA's theorem 1."""
-    if not analysis.run.method.replaces_base:
+    if analysis.run.method.family.keeps_base:
         return
     masked = sum(row["masked"] for row in analysis.rows)
     entries = sum(row["out_features"] * row["in_features"] for row in analysis.rows)

@@ -41,7 +41,7 @@ def draw(analyses: Sequence[Analysis], names: Sequence[str]) -> dict[str, Figure
         }
         if sum(hasattr(a.run.method_cfg, "r") for a in analyses) > 1:
             found["rank_by_r"] = rank_by_r(analyses)
-        for full in (a for a in analyses if a.run.method.replaces_base):
+        for full in (a for a in analyses if not a.run.method.family.keeps_base):
             found |= {"normalized": normalized(full), "expressive": expressive(full)}
         found["heat_map"] = heat_map(analyses, names)
     return found

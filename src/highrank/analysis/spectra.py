@@ -143,7 +143,7 @@ def measure(adapters: Adapters, key: dict[str, Any], settings: Settings) -> Spec
             raise UserError(f"analyze: a base weight must not be zero, got 0 in all of {view.name}")
         spectra.add(f"delta/{view.name}", singular_values(E, settings.sketch))
         spectra.add(f"base/{view.name}", _of_base(W, settings.sketch))
-        if adapters.method.replaces_base:
+        if not adapters.keeps_base:
             quotient, masked, left_out = ratio(E, W, settings.tiny)
             found = singular_values(quotient, settings.sketch)
             spectra.add(f"ratio/{view.name}", found, masked=masked, left_out=left_out)

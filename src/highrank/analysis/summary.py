@@ -62,7 +62,7 @@ class Analysis:
             "layers": by(self.rows, "layer"),
             "views": self.rows,
         }
-        return {**found, "expressive": expressive(self)} if self.run.method.replaces_base else found
+        return found if self.run.method.family.keeps_base else {**found, "expressive": expressive(self)}
 
 
 def describe(view: dict[str, Any], spectra: Spectra) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def build(config: Any) -> Run:
     _check_model(model)
     trainer = dict(values["trainer"])
     check_trainer_keys(trainer)
-    if "quantize" in model and (method.replaces_base or trainer.get("strategy") == "fsdp"):
+    if "quantize" in model and (not method.family.keeps_base or trainer.get("strategy") == "fsdp"):
         raise UserError(
             f"model: a quantised base stays as it is, on one device or under ddp, got model.quantize="
             f"{model['quantize']} with method={method.name} and trainer.strategy={trainer.get('strategy', 'auto')}"
@@ -53,13 +53,13 @@ def build(config: Any) -> Run:
     if str(trainer.get("precision")) == "32":
         trainer["precision"] = "32-true"
     core = RunConfig(**{key: values[key] for key in CORE_KEYS if key in values})
-    if method.site != "weight" or method.replaces_base:  # such a run is the same whatever the placement
+    if not method.family.placed:  # such a run is the same whatever the placement
         core.placement, core.layers, core.fused = "all", "all", "auto"
     core.placement = _one_form(core.placement)
     if core.lr is None:
         core.lr = method.default_lr
     _check_core(core)
-    if core.analyze and method.site != "weight":
+    if core.analyze and not method.family.changes_weights:
         raise UserError(
             f"run: analyze needs a method that changes weights, got analyze=true with method={method.name}; "
             "leave analyze out"

@@ -159,7 +159,7 @@ class Run:
         placement = self.core.placement
         place = placement if isinstance(placement, str) else "+".join(placement)
         member = getattr(self.task_cfg, "member", None)
-        parts = [self.method.name, place] if self.method.site == "weight" else [self.method.name]
+        parts = [self.method.name, place] if self.method.family.changes_weights else [self.method.name]
         if hasattr(self.method_cfg, "r"):
             parts.append(f"r{self.method_cfg.r}")
         parts += [

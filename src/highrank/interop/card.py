@@ -28,7 +28,7 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
     facts = {
         "method": f"{run.method.name}: {formula(run.method)}",
         "fields": _listed(run.resolved["method"], "name"),
-        "placement": f"{run.core.placement}, layers {run.core.layers}" if run.method.site == "weight" else "",
+        "placement": f"{run.core.placement}, layers {run.core.layers}" if run.method.family.changes_weights else "",
         "trainable": f"{params['trainable']:,} of {params['total']:,} ({params['percent']:.4f} %)" if params else "",
         "base model": f"{base}, from {source['kind']}, sha {source['sha']}",
         "base dtype": model["dtype"],

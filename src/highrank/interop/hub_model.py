@@ -11,7 +11,7 @@ y0 those of the base, on every position of some of the task's texts, `fidelity.j
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from highrank.data.encoding import Encoded, encode_prompt, encode_text
 from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import DTYPES, Backbone
-from highrank.model.placement import weight_of
 from highrank.model.quantised import dequantise_model
-from highrank.model.whole_model import WholeModelMethod
+from highrank.model.whole_model import no_merged_weight
 from highrank.train.saved import check_new, load_run, read_run, written_whole
 
 MOST_ERROR = 0.1
@@ -57,8 +56,8 @@ def merge_run(
     dtype = dtype or run.model["dtype"]
     if dtype not in DTYPES:
         raise UserError(f"merge: --dtype is one of {', '.join(DTYPES)}, got --dtype {dtype}")
-    if getattr(run.method, "merge", None) is WholeModelMethod.merge:
-        run.method.merge(run.method, None)  # raises, before weights load
+    if not run.method.mergeable:
+        raise no_merged_weight(run.method)
     _, backbone, adapters = load_run(folder, words)
     dequantise_model(backbone.model)
     model = backbone.model.float().eval()
@@ -128,21 +127,8 @@ def compare(y: Sequence[Tensor], other: Sequence[Tensor], base: Sequence[Tensor]
 def update_lost(adapters: Adapters, dtype: torch.dtype) -> float:
     """Merges, and returns the share of Σ |ΔW| in entries whose W' rounds to what W rounds to in `dtype`."""
     kept = total = 0.0
-    for W, merged in _merging(adapters):
+    for W, merged in adapters.merging():
         update = (merged - W).abs().double()
         survives = merged.to(dtype) != W.to(dtype)
         kept, total = kept + float(update[survives].sum()), total + float(update.sum())
     return 1 - kept / total if total else 0.0
-
-
-def _merging(adapters: Adapters) -> Iterator[tuple[Tensor, Tensor]]:
-    """Merges, and yields every touched parameter before and after, in fp32."""
-    before = dict(adapters.pristine_extra)
-    if adapters.whole is not None:
-        before |= {name: parameter.clone() for name, parameter in adapters.model.named_parameters()}
-    adapters.merge()
-    named = dict(adapters.model.named_parameters())
-    yield from ((W, named[name]) for name, W in before.items())
-    for layer in adapters.layers.values():
-        assert layer.merged_from is not None
-        yield layer.merged_from, weight_of(layer.base)

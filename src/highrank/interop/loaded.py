@@ -64,7 +64,7 @@ class AdapterSwitch:
         """Makes a run's adapter as it is before training, under a name of its own."""
         if name in self.adapters:
             raise UserError(f"adapters: a name is given once, got {name!r} again; remove it first")
-        if run.method.replaces_base:
+        if not run.method.family.keeps_base:
             raise UserError(f"adapters: {run.method.name} trains the base itself and cannot share it, got {name!r}")
         with self._only(None):
             views, heads = adapted_views(run, self.model), self._head_names()
@@ -147,7 +147,7 @@ class AdapterSwitch:
             raise UserError(f"adapters: unknown name, got {name!r}{suggest(name, self.adapters) or '; none is loaded'}")
 
     def _head_names(self) -> list[str]:
-        return [] if self.model.can_generate() else head_modules(self.model)
+        return head_modules(self.model)
 
     def _head(self) -> dict[str, Tensor]:
         """Returns a copy of what trains outside the adapters: a classifier's head."""
@@ -201,12 +201,12 @@ def on_shared_bases(
         run = read_run(folder, words)
         task = run.task(run.task_cfg, run.core.seed)
         _check_kind(folder, task)
-        own = str(folder) if run.method.replaces_base else None
+        own = None if run.method.family.keeps_base else str(folder)
         base = digest([run.model, run.core.path, task.kind, task.num_labels, own])
         groups.setdefault(base, []).append((folder, run, task))
     for members in groups.values():
         folder, run, task = members[0]
-        if run.method.replaces_base:
+        if not run.method.family.keeps_base:
             yield folder, *load_run(folder, words)
             continue
         backbone = load_backbone(run.model, run.core.path, task.kind, task.num_labels, run.core.seed)

@@ -42,6 +42,8 @@ from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import empty_model, head_modules, model_config
 from highrank.model.placement import WeightView, is_transposed, resolve, weight_of
+from highrank.model.weight_adapters import WeightAdapters
+from highrank.model.whole_model import WholeModelAdapters
 from highrank.train.build import adapted_views, build_model
 from highrank.train.plan import count
 from highrank.train.results import RunDirectory
@@ -147,8 +149,10 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     form = FORMS[name]
     cfg = adapters.cfg if name == adapters.method.name else load("methods", name).config(r=2)
     config: dict[str, Any] = {"peft_type": form.peft_type, **_fields(form, cfg), **form.fixed}
-    if adapters.whole is not None:
-        return config, {"prompt_embeddings": _virtual_tokens(adapters.whole).detach().float().cpu().contiguous()}
+    if isinstance(adapters, WholeModelAdapters):
+        tokens = _virtual_tokens(adapters.module)
+        return config, {"prompt_embeddings": tokens.detach().float().cpu().contiguous()}
+    assert isinstance(adapters, WeightAdapters)
     first = adapters.layers[adapters.views[0].path].base
     config |= {"target_modules": _targets(adapters), "fan_in_fan_out": is_transposed(first)}
     modules = {path: [view for view in adapters.views if view.path == path] for path in adapters.layers}
@@ -173,14 +177,14 @@ def _fields(form: Form, cfg: Any) -> dict[str, Any]:
     return values | ({"lora_alpha": cfg.scaling * cfg.r} if "alpha" in form.fields else {})
 
 
-def _targets(adapters: Adapters) -> list[str]:
+def _targets(adapters: WeightAdapters) -> list[str]:
     """Returns the last names of the adapted modules if no other module has one of them, else their paths."""
     names = {path.rpartition(".")[2] for path in adapters.layers}
     alike = {path for path, _ in adapters.model.named_modules() if path.rpartition(".")[2] in names}
     return sorted(names) if alike == adapters.layers.keys() else list(adapters.layers)
 
 
-def _module(adapters: Adapters, views: Sequence[WeightView], form: Form, rank: int) -> dict[str, Tensor]:
+def _module(adapters: WeightAdapters, views: Sequence[WeightView], form: Form, rank: int) -> dict[str, Tensor]:
     """Returns one module's tensors by our names; low-rank pairs are joined to one of the given rank on all rows."""
     parts = [_parameters(adapters, view) for view in views]
     if form.factors is None:
@@ -198,7 +202,7 @@ def _module(adapters: Adapters, views: Sequence[WeightView], form: Form, rank: i
     return joined
 
 
-def _parameters(adapters: Adapters, view: WeightView) -> dict[str, Tensor]:
+def _parameters(adapters: WeightAdapters, view: WeightView) -> dict[str, Tensor]:
     found = {name: p.detach().float().cpu() for name, p in adapters.by_view[view.name].named_parameters()}
     if adapters.method.name == "boft":
         found["s"] = found["s"][:, None]
@@ -213,8 +217,8 @@ def _virtual_tokens(whole: Any) -> Tensor:
     return whole.P.permute(3, 0, 1, 2, 4).flatten(1) if whole.name == "prefix" else whole.embeddings()
 
 
-def _projections(adapters: Adapters) -> dict[str, Tensor]:
-    shared: Any = adapters.model.highrank_shared
+def _projections(adapters: WeightAdapters) -> dict[str, Tensor]:
+    shared: Any = adapters.shared
     return {"A": shared.A, "B": shared.B}
 
 
@@ -240,7 +244,7 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
         f"run_dir={spelled(str(out))}",
     ]
     run = compose_run(chosen)
-    if run.method.site == "weight":
+    if run.method.family.placed:
         run = compose_run([*chosen, *_placement_words(run, FORMS[method], tensors)])
     task = run.task(run.task_cfg, run.core.seed)
     if config.get("modules_to_save") and task.kind == "generate":
@@ -264,7 +268,7 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
             status="imported",
             imported={"folder": str(folder), "peft_type": config["peft_type"], "sha256": sha256(folder / WEIGHTS)},
             model={"name": run.model["name"], **vars(backbone.source)},
-            params=vars(count(backbone.model, adapters.views, run.method, run.method_cfg, task.kind)),
+            params=vars(count(backbone.model, adapters.views, run.method, run.method_cfg)),
         )
     return out_folder
 
@@ -403,8 +407,9 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
         UserError: for a tensor that belongs nowhere, or random projections that are not drawn again as saved.
     """
     form = FORMS[adapters.method.name]
-    if adapters.whole is not None:
-        P, virtual = adapters.whole.P, tensors.get("prompt_embeddings")
+    if isinstance(adapters, WholeModelAdapters):
+        P: Any = adapters.module.P
+        virtual = tensors.get("prompt_embeddings")
         if len(tensors) != 1 or virtual is None or virtual.numel() != P.numel():
             shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
             raise UserError(f"import: the adapter must hold prompt_embeddings for {tuple(P.shape)}, got {shapes}")

@@ -137,7 +137,7 @@ def load_backbone(
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # reported and refused below, by name
                 )
-            _check_loaded(model, found, kind, source.location)
+            _check_loaded(model, found, source.location)
             with _reading_part("tokenizer", source.location):
                 tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
         if spec.get("shuffled"):
@@ -148,12 +148,12 @@ def load_backbone(
     return Backbone(model.eval(), tokenizer, source)
 
 
-def _check_loaded(model: Any, found: Mapping[str, Any], kind: str, folder: str) -> None:
+def _check_loaded(model: Any, found: Mapping[str, Any], folder: str) -> None:
     """Refuses weights that the folder lacks or holds in another shape, since transformers draws those at random.
 
     A classification model may lack its head, which is trained in full; tied weights are stored once.
     """
-    heads = tuple(f"{name}." for name in head_modules(model)) if kind != "generate" else ()
+    heads = tuple(f"{name}." for name in head_modules(model))
     tied = tied_weights(model)
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(heads) and key not in tied)
     if missing:
@@ -203,7 +203,12 @@ def shuffle_weights(model: nn.Module) -> None:
 
 
 def head_modules(model: Any) -> list[str]:
-    """Returns the names of a classification model's own modules on top of its encoder, which train in full."""
+    """Returns the names of a classification model's own modules on top of its encoder, which train in full.
+
+    A model that writes text has none.
+    """
+    if model.can_generate():
+        return []
     return [
         name
         for name, child in model.named_children()

@@ -6,27 +6,16 @@ fused projection or a transposed GPT-2 `Conv1D`. Shapes: n = out_features, k = i
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from highrank.model.adapters import Adapters
 from highrank.model.kernels import DTYPES, handles
 from highrank.model.torch_internals import version_of
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an adapter sits, for the few methods whose start depends on it."""
-
-    name: str
-    """Full name of the weight view, e.g. `model.layers.3.self_attn.q_proj`."""
-    seed: int
-    """Seed for frozen random tensors, a function of the run's seed and `name` alone."""
-    neighbours: Callable[[], Sequence[Tensor]]
-    """The pristine W of the same part in layers l-1, l, l+1, as many of them as the model has."""
+from highrank.model.weight_adapters import Site, WeightAdapters
 
 
 class Method(nn.Module):
@@ -39,8 +28,8 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     config: ClassVar[type]
-    site: ClassVar[str] = "weight"
-    """What the method acts on; methods on anything but weights follow the contract in `highrank.model.whole_model`."""
+    family: ClassVar[type[Adapters]] = WeightAdapters
+    """How it sits on a model; methods on anything but weights follow the contract in `highrank.model.whole_model`."""
     default_lr: ClassVar[float] = 1e-3
     """A starting point for the learning rate, used when none is given."""
     exact_at_init: ClassVar[bool] = True
@@ -49,8 +38,8 @@ class Method(nn.Module):
     """Whether parameter gradients are those of the forward value; False where a method stops one on purpose."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Parameters whose neutral value is not 0, which weight decay must not touch."""
-    replaces_base: ClassVar[bool] = False
-    """Whether the method trains its own copy of W and, with it, every other parameter of the model."""
+    mergeable: ClassVar[bool] = True
+    """Whether the base can hold what the method learns."""
 
     def __init__(self, in_features: int, out_features: int, cfg: Any, shared: nn.Module | None = None):
         super().__init__()

@@ -170,6 +170,15 @@ def weight_of(module: nn.Module, rows: tuple[int, int] | None = None) -> Tensor:
     return W if rows is None else W[rows[0] : rows[1]]
 
 
+def weight_reader(module: nn.Module) -> Callable[[], Tensor]:
+    """Returns what gives `weight_of(module)` in every forward pass; what kind of layer it is, is looked at here, once."""
+    if is_quantised(module):
+        return lambda: QuantisedWeight(module)
+    if is_transposed(module):
+        return lambda: module.weight.t()  # type: ignore[operator]
+    return lambda: module.weight  # type: ignore[return-value]
+
+
 def parse_placement(placement: str | Sequence[str]) -> tuple[str, ...]:
     """Returns the parts that a named set, or a list of parts and sets, stands for, in the order of PARTS."""
     if not isinstance(placement, str | Sequence):

@@ -2,31 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
-
-from highrank.model.method import Method
-from highrank.model.transformers_internals import block_names
-
-
-def shard(model: Any, mesh: Any) -> None:
-    """Shards a model's parameters over the processes (FSDP2), block by block, the rest as one more unit.
-
-    A block's parameters are whole while it computes, forward and backward, so an adapter inside sees W as ever. What
-    trains and what is frozen keep their own dtypes.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    if is_sharded(model):
-        return
-    blocks = block_names(model)
-    for module in list(model.modules()):
-        if isinstance(module, Method):
-            module.keeps = False
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def is_sharded(model: nn.Module) -> bool:

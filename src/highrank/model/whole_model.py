@@ -5,6 +5,7 @@ what a module returns. The model is called as ever: tokens, masks, labels and lo
 counts positions from behind the virtual tokens.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +14,107 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from highrank.base.errors import UserError
+from highrank.model.adapters import Adapters, site_seed
+from highrank.model.placement import WeightView
+from highrank.model.sharding import whole
 from highrank.model.transformers_internals import by_name, cache_of
 
 
+class WholeModelAdapters(Adapters):
+    """One module that adapts the model as one; placement, layers and fused do not apply to it."""
+
+    placed = False
+    changes_weights = False
+
+    @classmethod
+    def views_in(cls, model: nn.Module, placement: Any, layers: Any, fused: str, architecture: Any) -> list[WeightView]:
+        return []
+
+    @classmethod
+    def count(
+        cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, num_base: int
+    ) -> tuple[int, int]:
+        method.validate(model, cfg)
+        return method.num_trainable(model, cfg), 0
+
+    @classmethod
+    def matched(cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any) -> dict[str, int]:
+        sites: dict[str, int] = method.sites(model, cfg)
+        return sites
+
+    def put_on(self, tokenizer: Any) -> None:
+        model, method, cfg = self.model, self.method, self.cfg
+        method.validate(model, cfg)
+        self.module: WholeModelMethod = method(model, cfg)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(site_seed(self.seed, method.name))
+            self.module.reset_parameters(model, tokenizer)
+        self.module.to(next(model.parameters()).device)
+        self.by_view[method.name] = self.module
+        self.plug()
+
+    @property
+    def num_positions(self) -> int:  # type: ignore[override]
+        return self.module.num_positions
+
+    @property
+    def merged(self) -> bool:
+        return self.module.merged
+
+    def _merge(self) -> None:
+        self.module.merge(self.model)
+
+    def _unmerge(self) -> None:
+        self.module.unmerge(self.model)
+
+    def merging(self) -> Iterator[tuple[Tensor, Tensor]]:
+        before = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
+        self.merge()
+        named = dict(self.model.named_parameters())
+        yield from ((W, named[name]) for name, W in before.items())
+
+    def _act(self, acts: bool) -> None:
+        if acts:
+            self.module.plug(self.model)
+        else:
+            self.module.unplug()
+
+    def unload(self) -> nn.Module:
+        self.module.unplug()
+        del self.model.highrank_adapter
+        return self.model
+
+    def plug(self) -> None:
+        self.module.plug(self.model)
+        self.model.highrank_adapter = self.module
+
+    @property
+    def _embeddings(self) -> Tensor:
+        embeddings: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        return embeddings
+
+    @property
+    def base_dtype(self) -> str:
+        return str(self._embeddings.dtype)
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, list[float]]:
+        """Returns ‖y‖² and a signed sum of y, the first input embeddings times one fixed input."""
+        E = whole(self._embeddings)[:1024].double().cpu()
+        y = E @ torch.cos(torch.arange(E.shape[1], dtype=torch.float64)) / E.shape[1] ** 0.5
+        signs = torch.cos(1.7 * torch.arange(len(E), dtype=torch.float64))
+        return {"input embeddings": [float(y.square().sum()), float((signs * y).sum())]}
+
+
+def no_merged_weight(method: Any) -> UserError:
+    """Returns the error of a merge with a method that has nothing to merge."""
+    return UserError(
+        f"merge: {method.name} has no merged weight, it adds to the model's input; keep its adapter folder"
+    )
+
+
 class WholeModelMethod(nn.Module):
-    """A method that adapts the model as one; placement, layers and fused do not apply to it.
+    """A method that adapts the model as one.
 
     A subclass sets its parameters in `__init__` from the model's shape alone (fp32, whatever the base's dtype), gives
     their start in `reset_parameters`, and acts through `hooks`.
@@ -25,11 +122,11 @@ class WholeModelMethod(nn.Module):
 
     name: ClassVar[str]
     config: ClassVar[type]
-    site: ClassVar[str]
-    """bias, input or prefix."""
+    family: ClassVar[type[Adapters]] = WholeModelAdapters
     default_lr: ClassVar[float] = 1e-3
     no_decay: ClassVar[tuple[str, ...]] = ()
-    replaces_base: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+    """Whether the base can hold what the method learns; such a method has `merge` and `unmerge`."""
 
     def __init__(self, model: Any, cfg: Any):
         super().__init__()
@@ -65,9 +162,7 @@ class WholeModelMethod(nn.Module):
         Raises:
             UserError: if the update is not of that kind.
         """
-        raise UserError(
-            f"merge: {self.name} has no merged weight, it adds to the model's input; keep its adapter folder"
-        )
+        raise no_merged_weight(self)
 
     def unmerge(self, model: Any) -> None:
         """Undoes `merge`, bit for bit."""
@@ -94,7 +189,6 @@ class VirtualTokens(WholeModelMethod):
     A subclass defines `embeddings`, (p, d). Subclasses that fill the cache instead override `hooks`.
     """
 
-    site = "input"
     _added = 0
     """Positions put in front of the sequence that is being computed: p at its start, 0 once they are in the cache."""
 

@@ -6,7 +6,7 @@ from highrank.config.run_config import Run
 from highrank.data.task import Task
 from highrank.model.adapters import Adapters, attach
 from highrank.model.backbones import Backbone, head_modules, load_backbone
-from highrank.model.placement import WeightView, resolve
+from highrank.model.placement import WeightView
 
 
 def build_model(run: Run, task: Task) -> tuple[Backbone, Adapters]:
@@ -14,18 +14,14 @@ def build_model(run: Run, task: Task) -> tuple[Backbone, Adapters]:
     core = run.core
     backbone = load_backbone(run.model, core.path, task.kind, task.num_labels, core.seed)
     views = adapted_views(run, backbone.model)
-    heads = head_modules(backbone.model) if task.kind != "generate" else []
-    return backbone, attach(
-        backbone.model, views, run.method, run.method_cfg, core.seed, heads, tokenizer=backbone.tokenizer
-    )
+    heads = head_modules(backbone.model)
+    return backbone, attach(backbone.model, views, run.method, run.method_cfg, core.seed, heads, backbone.tokenizer)
 
 
 def adapted_views(run: Run, model: Any) -> list[WeightView]:
-    """Returns the weights that the run adapts; none for a method whose update is no weight, every one for full
-    fine-tuning, which trains all there is."""
+    """Returns the weights that the run adapts."""
     core = run.core
-    if run.method.site != "weight":
-        return []
-    if run.method.replaces_base:
-        return resolve(model, "all", "all", "auto", core.architecture)
-    return resolve(model, core.placement, core.layers, core.fused, core.architecture)
+    views: list[WeightView] = run.method.family.views_in(
+        model, core.placement, core.layers, core.fused, core.architecture
+    )
+    return views

@@ -69,12 +69,12 @@ def check_decoding(adapters: Adapters, prompt: Sequence[int]) -> None:
     Raises:
         UserError: if they do not.
     """
-    if adapters.whole is None or not adapters.whole.num_positions:
+    if not adapters.num_positions:
         return
     ids = torch.tensor([list(prompt)], device=next(adapters.model.parameters()).device)
     difference, positions = _decode(adapters.model, ids)
     allowed = ROUNDING.get(adapters.model.dtype, ROUNDING_16_BIT)
-    expected = adapters.whole.num_positions + len(prompt) + NEW_TOKENS
+    expected = adapters.num_positions + len(prompt) + NEW_TOKENS
     if not difference <= allowed or positions != expected:
         raise UserError(
             f"{adapters.method.name}: decoding with the cache must agree with decoding without it, got a difference of "

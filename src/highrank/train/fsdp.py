@@ -1,4 +1,4 @@
-"""FSDP2 with the checkpoints of every run: one file of whole tensors, of what trains alone."""
+"""FSDP2: how a model is sharded, and checkpoints as those of every run: one file of whole tensors, of what trains."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 
-from highrank.model.sharding import sharded_like, whole
+from highrank.model.method import Method
+from highrank.model.sharding import is_sharded, sharded_like, whole
+from highrank.model.transformers_internals import block_names
 
 
 class Sharded(ModelParallelStrategy):
@@ -36,3 +38,22 @@ class Sharded(ModelParallelStrategy):
                     for key, value in state.items()
                 }
             optimizer.load_state_dict(found)
+
+
+def shard(model: Any, mesh: Any) -> None:
+    """Shards a model's parameters over the processes (FSDP2), block by block, the rest as one more unit.
+
+    A block's parameters are whole while it computes, forward and backward, so an adapter inside sees W as ever. What
+    trains and what is frozen keep their own dtypes.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if is_sharded(model):
+        return
+    blocks = block_names(model)
+    for module in list(model.modules()):
+        if isinstance(module, Method):
+            module.keeps = False
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)

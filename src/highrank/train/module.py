@@ -19,8 +19,9 @@ from highrank.config.run_config import RunConfig
 from highrank.data.protocol import Protocol
 from highrank.data.task import Task
 from highrank.model.adapters import Adapters
-from highrank.model.sharding import is_sharded, shard
+from highrank.model.sharding import is_sharded
 from highrank.model.torch_internals import leave_out_of_ddp
+from highrank.train.fsdp import shard
 from highrank.train.loss import language_model_loss
 from highrank.train.memory import DoesNotFit, halving, out_of_memory
 from highrank.train.optimizer import SCHEDULERS, make_optimizer

@@ -1,7 +1,6 @@
 """What a run will adapt and train, known before any weight loads."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,27 +54,17 @@ class Plan:
         return asdict(self)
 
 
-def count(model: Any, views: Sequence[WeightView], method: Any, cfg: Any, kind: str = "generate") -> Params:
+def count(model: Any, views: Sequence[WeightView], method: Any, cfg: Any) -> Params:
     """Returns the parameter counts of a method on a model, which may be on the meta device.
 
     Raises:
         UserError: if the method's fields do not fit one of the weights, or the model.
     """
-    heads = head_modules(model) if kind != "generate" else []
-    head = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+    head = sum(p.numel() for name in head_modules(model) for p in model.get_submodule(name).parameters())
     total = sum(p.numel() for p in model.parameters()) - head
-    if method.site != "weight":
-        method.validate(model, cfg)
-        trainable = method.num_trainable(model, cfg)
-        return Params(trainable, total, 100 * trainable / (total + trainable), 0, head)
-    for view in views:
-        method.validate(view.in_features, view.out_features, cfg)
-    frozen = sum(method.num_frozen_extra(v.in_features, v.out_features, cfg) for v in views)
-    frozen += method.num_frozen_shared([v.shape for v in views], cfg)
-    if method.replaces_base:
-        return Params(total, total, 100.0, 0, head)
-    trainable = sum(method.num_trainable(v.in_features, v.out_features, cfg) for v in views)
-    return Params(trainable, total, 100 * trainable / (total + trainable), frozen, head)
+    trainable, frozen = method.family.count(model, views, method, cfg, total)
+    held = total + (trainable if method.family.keeps_base else 0)
+    return Params(trainable, total, 100 * trainable / held, frozen, head)
 
 
 def optimizer_steps(run: Run, num_train: int) -> int:
@@ -97,7 +86,7 @@ def make_plan(run: Run) -> Plan:
     model = empty_model(config, task.kind, task.num_labels)
     core = run.core
     views = adapted_views(run, model)
-    params = count(model, views, run.method, run.method_cfg, task.kind)
+    params = count(model, views, run.method, run.method_cfg)
     if core.head_lr is not None and not params.head:
         raise UserError(
             f"run: head_lr is the rate of a new head, which this model does not get, got head_lr={core.head_lr} with "
@@ -117,8 +106,8 @@ def make_plan(run: Run) -> Plan:
     return Plan(
         method=run.method.name,
         model=run.model["name"],
-        placement=core.placement if views else None,
-        matched=dict(Counter(view.part for view in views)) if views else run.method.sites(model, run.method_cfg),
+        placement=core.placement if run.method.family.changes_weights else None,
+        matched=run.method.family.matched(model, views, run.method, run.method_cfg),
         params=params,
         num_train=num_train,
         steps=steps,

@@ -11,7 +11,6 @@ from highrank.base.console import console, say
 from highrank.base.files import write_atomic
 from highrank.config.run_config import Run
 from highrank.data.answers import SECONDARY
-from highrank.model.whole_model import WholeModelMethod
 from highrank.train.plan import Plan, make_plan
 from highrank.train.results import RunDirectory
 
@@ -87,9 +86,9 @@ def show_next(run: Run, folder: Path) -> None:
     place, method = shlex.quote(str(folder)), run.method
     base = " model.quantize=null" if run.model.get("quantize") else ""
     commands = [f"tensorboard --logdir {place}", f"highrank eval {place}"]
-    if getattr(method, "merge", None) is not WholeModelMethod.merge:
+    if method.mergeable:
         commands.insert(0, f"highrank merge {place} --out {shlex.quote(str(folder / 'merged'))}{base}")
-    if method.site == "weight":
+    if method.family.changes_weights:
         commands.insert(0, f"highrank analyze {place}")
     say("try next:")
     for command in commands[:3]:

@@ -1,0 +1,289 @@
+"""Methods that change weights: one adapter per weight view, in a wrapper around the layer that holds it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from highrank.base.errors import UserError
+from highrank.model.adapters import Adapters, set_module, site_seed
+from highrank.model.placement import WeightView, resolve, weight_of, weight_reader
+from highrank.model.quantised import is_quantised
+from highrank.model.sharding import gathered
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter sits, for the few methods whose start depends on it."""
+
+    name: str
+    """Full name of the weight view, e.g. `model.layers.3.self_attn.q_proj`."""
+    seed: int
+    """Seed for frozen random tensors, a function of the run's seed and `name` alone."""
+    neighbours: Callable[[], Sequence[Tensor]]
+    """The pristine W of the same part in layers l-1, l, l+1, as many of them as the model has."""
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with an adapter on its whole weight, or one on each of some row slices."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleList()
+        self.spans: list[tuple[int, int] | None] = []
+        self.enabled = True
+        self.merged_from: Tensor | None = None
+        """The pristine weight while an adapter is merged into `base`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "base":
+            self.read = weight_reader(value)
+
+    def add(self, adapter: nn.Module, rows: tuple[int, int] | None) -> None:
+        """Puts `adapter` on `rows` of the weight (None: all rows); slices are kept in row order."""
+        at = sum(1 for span in self.spans if span is not None and rows is not None and span[0] < rows[0])
+        self.adapters.insert(at, adapter)
+        self.spans.insert(at, rows)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    def pairs(self) -> Iterator[tuple[Any, tuple[int, int] | None]]:
+        return zip(self.adapters, self.spans, strict=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x W'ᵀ + bias, (..., out_features); rows without an adapter use W."""
+        if not self.enabled or self.merged_from is not None:
+            return self.base(x)
+        W, bias = self.read(), self.bias
+        if self.spans == [None]:
+            return self.adapters[0](x, W, bias)
+        pieces, at = [], 0
+        for adapter, span in self.pairs():
+            start, stop = span  # type: ignore[misc]
+            if start > at:
+                pieces.append(F.linear(x, W[at:start], None if bias is None else bias[at:start]))
+            pieces.append(adapter(x, W[start:stop], None if bias is None else bias[start:stop]))
+            at = stop
+        if at < W.shape[0]:
+            pieces.append(F.linear(x, W[at:], None if bias is None else bias[at:]))
+        return torch.cat(pieces, dim=-1)
+
+
+class WeightAdapters(Adapters):
+    """One adapter on each view's weight."""
+
+    def __init__(self, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, seed: int):
+        super().__init__(model, views, method, cfg, seed)
+        self.layers: dict[str, AdaptedLinear] = {}
+        """The wrappers by the path of what they wrap."""
+        self.shared: nn.Module | None = None
+        """Frozen tensors that all adapters point to."""
+
+    @classmethod
+    def views_in(cls, model: nn.Module, placement: Any, layers: Any, fused: str, architecture: Any) -> list[WeightView]:
+        return resolve(model, placement, layers, fused, architecture)
+
+    @classmethod
+    def count(
+        cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, num_base: int
+    ) -> tuple[int, int]:
+        for view in views:
+            method.validate(view.in_features, view.out_features, cfg)
+        trainable = sum(method.num_trainable(view.in_features, view.out_features, cfg) for view in views)
+        frozen = sum(method.num_frozen_extra(view.in_features, view.out_features, cfg) for view in views)
+        return trainable, frozen + method.num_frozen_shared([view.shape for view in views], cfg)
+
+    @classmethod
+    def matched(cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any) -> dict[str, int]:
+        return dict(Counter(view.part for view in views))
+
+    def put_on(self, tokenizer: Any) -> None:
+        model, views, method, cfg = self.model, self.views, self.method, self.cfg
+        self._check_owners()
+        self.shared = method.shared([view.shape for view in views], cfg)
+        if self.shared is not None:
+            model.highrank_shared = self.shared.to(next(model.parameters()).device)
+        for view in views:
+            W = weight_of(model.get_submodule(view.path), view.rows)
+
+            def neighbours(view: WeightView = view) -> list[Tensor]:
+                near = (_weight_in_layer(model, view, view.layer + offset) for offset in (-1, 0, 1))
+                return [weight for weight in near if weight is not None]
+
+            adapter = method(view.in_features, view.out_features, cfg, self.shared)
+            seed = site_seed(self.seed, view.name)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                adapter.reset_parameters(W.detach(), Site(view.name, seed, neighbours))
+            if view.path not in self.layers:
+                self.layers[view.path] = AdaptedLinear(model.get_submodule(view.path))
+            self.layers[view.path].add(adapter.to(W.device), view.rows)
+            self.by_view[view.name] = adapter
+        for path, layer in self.layers.items():
+            set_module(model, path, layer)
+
+    def _check_owners(self) -> None:
+        """Raises UserError if two views lie in one weight that goes by two names."""
+        owners: dict[int, str] = {}
+        for view in self.views:
+            first = owners.setdefault(id(self.model.get_submodule(view.path).weight), view.path)
+            if first != view.path:
+                raise UserError(f"placement: two adapted layers must not share a weight, got {first} and {view.path}")
+
+    def base_weight(self, view: WeightView) -> Tensor:
+        """Returns the pristine W (out_features, in_features) of a view, also while merged."""
+        layer = self.layers[view.path]
+        if layer.merged_from is None:
+            return weight_of(layer.base, view.rows)
+        rows = view.rows or (0, None)
+        return layer.merged_from[rows[0] : rows[1]]
+
+    def delta_weight(self, view: WeightView) -> Tensor:
+        """Returns ΔW (out_features, in_features) of a view in fp32, from the parameters."""
+        with torch.no_grad():
+            delta: Tensor = self.by_view[view.name].delta_weight(self.base_weight(view))
+            return delta
+
+    @property
+    def merged(self) -> bool:
+        return any(layer.merged_from is not None for layer in self.layers.values())
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        if held := [path for path, layer in self.layers.items() if is_quantised(layer.base)]:
+            raise UserError(
+                f"merge: a quantised weight cannot hold W', got {held[0]}; merge into the unquantised base, or into the "
+                "dequantised one (highrank.model.quantised.dequantise_model)"
+            )
+        for layer in self.layers.values():
+            W = weight_of(layer.base)
+            layer.merged_from = W.clone()
+            for adapter, span in layer.pairs():
+                rows = slice(*span) if span else slice(None)
+                W[rows] = adapter.effective_weight(layer.merged_from[rows]).to(W.dtype)
+
+    @torch.no_grad()
+    def _unmerge(self) -> None:
+        for layer in self.layers.values():
+            weight_of(layer.base).copy_(layer.merged_from)  # type: ignore[arg-type]
+            layer.merged_from = None
+
+    def merging(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.merge()
+        for layer in self.layers.values():
+            assert layer.merged_from is not None
+            yield layer.merged_from, weight_of(layer.base)
+
+    def _act(self, acts: bool) -> None:
+        for layer in self.layers.values():
+            layer.enabled = acts
+
+    def unload(self) -> nn.Module:
+        for path, layer in self.layers.items():
+            set_module(self.model, path, layer.base)
+        if self.shared is not None:
+            del self.model.highrank_shared
+        return self.model
+
+    def plug(self) -> None:
+        for path, layer in self.layers.items():
+            set_module(self.model, path, layer)
+        if self.shared is not None:
+            self.model.highrank_shared = self.shared
+
+    @property
+    def base_dtype(self) -> str:
+        quantised = " quantised" if any(is_quantised(layer.base) for layer in self.layers.values()) else ""
+        return str(self.base_weight(self.views[0]).dtype) + quantised
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, list[float]]:
+        """Returns, per view, ‖y‖² and a signed sum of y = x W'ᵀ for one fixed input.
+
+        It differs if the adapter is loaded on another base, with another R or other shared projections.
+        """
+        prints = {}
+        for view in self.views:
+            with gathered(self.model, view.path):
+                prints[view.name] = self._probe(view)
+        return prints
+
+    def _probe(self, view: WeightView) -> list[float]:
+        x = torch.cos(torch.arange(view.in_features, dtype=torch.float64)) / view.in_features**0.5
+        signs = torch.cos(1.7 * torch.arange(view.out_features, dtype=torch.float64))
+        W = self.base_weight(view).detach().double().cpu()
+        adapter = self.by_view[view.name]
+        W = W.to(next(adapter.buffers(), next(adapter.parameters())).device)
+        y = adapter.effective_weight(W).double().cpu() @ x
+        return [float(y.square().sum()), float((signs * y).sum())]
+
+
+class FullAdapters(WeightAdapters):
+    """Full fine-tuning: an adapter holds its own copy of W, and every other parameter of the model trains as well."""
+
+    placed = False
+    keeps_base = False
+
+    def __init__(self, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, seed: int):
+        super().__init__(model, views, method, cfg, seed)
+        if slices := [view for view in views if view.rows is not None]:
+            raise UserError(f"{method.name}: matrices are trained whole, got rows {slices[0].rows} of {slices[0].path}")
+        self.pristine_extra: dict[str, Tensor] = {}
+        """What the other parameters were before training."""
+
+    @classmethod
+    def views_in(cls, model: nn.Module, placement: Any, layers: Any, fused: str, architecture: Any) -> list[WeightView]:
+        return resolve(model, "all", "all", "auto", architecture)
+
+    @classmethod
+    def count(
+        cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, num_base: int
+    ) -> tuple[int, int]:
+        super().count(model, views, method, cfg, num_base)
+        return num_base, 0
+
+    def trains(self, parameter: nn.Parameter) -> bool:
+        return all(parameter is not layer.base.weight for layer in self.layers.values())
+
+    def train_extra(self, name: str, parameter: nn.Parameter) -> None:
+        super().train_extra(name, parameter)
+        self.pristine_extra[name] = parameter.detach().clone()
+
+    def merging(self) -> Iterator[tuple[Tensor, Tensor]]:
+        named = dict(self.model.named_parameters())
+        yield from ((W, named[name]) for name, W in self.pristine_extra.items())
+        yield from super().merging()
+
+    def _act(self, acts: bool) -> None:
+        super()._act(acts)
+        self._swap_extra()
+
+    @torch.no_grad()
+    def _swap_extra(self) -> None:
+        """Exchanges the trained values of the other parameters with their pristine ones."""
+        named = dict(self.model.named_parameters())
+        for name, kept in self.pristine_extra.items():
+            trained = named[name].clone()
+            named[name].copy_(kept)
+            kept.copy_(trained)
+
+
+def _weight_in_layer(model: nn.Module, view: WeightView, layer: int) -> Tensor | None:
+    """Returns the same part's W in another layer, or None beyond either end of the model."""
+    path = view.path.replace(f".{view.layer}.", f".{layer}.", 1)
+    try:
+        return weight_of(model.get_submodule(path), view.rows)
+    except AttributeError:
+        return None

@@ -34,7 +34,7 @@ from common import (
 )
 
 from highrank.config.words import compose_run
-from highrank.data.batches import TaskData, pad
+from highrank.data.batches import EvalData, pad
 from highrank.data.encoding import encode_prompt
 from highrank.model.backbones import load_backbone
 from highrank.train.build import build_model
@@ -42,10 +42,12 @@ from highrank.train.module import FineTuner
 from highrank.train.outputs import decoding
 
 
-def our_side(module: FineTuner, data: TaskData, records: Sequence[Any], device: str, texts: list[str]) -> Callable:
+def our_side(
+    module: FineTuner, data: EvalData, size: int, records: Sequence[Any], device: str, texts: list[str]
+) -> Callable:
     @torch.inference_mode()
     def answer() -> None:
-        for i, batch in enumerate(data.eval_dataloader(records)):
+        for i, batch in enumerate(data.dataloader("set", records, size)):
             for place, text in module.outputs({key: value.to(device) for key, value in batch.items()}, i):
                 texts[place] = text
 
@@ -53,9 +55,16 @@ def our_side(module: FineTuner, data: TaskData, records: Sequence[Any], device: 
 
 
 def plain_side(
-    model: Any, module: FineTuner, data: TaskData, records: Sequence[Any], device: str, texts: list[str], **more: Any
+    model: Any,
+    module: FineTuner,
+    data: EvalData,
+    size: int,
+    records: Sequence[Any],
+    device: str,
+    texts: list[str],
+    **more: Any,
 ) -> Callable:
-    tokenizer, size = data.tokenizer, data.eval_batch_size
+    tokenizer = data.tokenizer
 
     @torch.inference_mode()
     def answer() -> None:
@@ -83,7 +92,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """
     wanted = {"method": method, "placement": "fc_qkv", "protocol.max_new_tokens": 16}
     run = compose_run(run_words(args.words, wanted))
-    task = run.task(run.task_cfg, run.core.seed)
+    task = run.make_task()
     backbone, adapters = build_model(run, task)
     adapters.model.to(args.device)
     move_off_start(adapters)
@@ -99,14 +108,14 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     sides: dict[Any, Callable] = {}
     texts: dict[Any, list[str]] = {}
     for size in sizes:
-        data = TaskData(task, run.protocol, backbone.tokenizer, run.core.batch_size, size, run.core.seed)
+        data = EvalData(task, run.protocol, backbone.tokenizer)
         module = FineTuner(adapters, task, backbone.tokenizer, run.core, 1, run.protocol).eval()
         records = next(iter(task.test().values()))[: max(args.prompts, args.batches * size)]
         texts |= {(name, size): [""] * len(records) for name in ("ours", *models)}
-        sides["ours", size] = our_side(module, data, records, args.device, texts["ours", size])
+        sides["ours", size] = our_side(module, data, size, records, args.device, texts["ours", size])
         for name, model in models.items():
             more = {"min_new_tokens": run.protocol.max_new_tokens} if model is frozen else {}
-            sides[name, size] = plain_side(model, module, data, records, args.device, texts[name, size], **more)
+            sides[name, size] = plain_side(model, module, data, size, records, args.device, texts[name, size], **more)
     note(f"{method}: {len(sides)} sides, {args.warmups + args.rounds} rounds")
     times = interleave(sides, args.rounds, args.warmups, args.device)
     each = {key: [t / len(texts[key]) for t in times[key]] for key in sides}

@@ -4,7 +4,7 @@
     python experiments/benchmarks/train_throughput.py task=commonsense170k task.data=FOLDER task.n_train=384
 
 Both sides train the same model on the same encoded examples, with the same start of the adapter, batch size, optimizer
-settings, schedule, clipping and number of steps; further words are those of run.py. Ours is what run.py does: TaskData,
+settings, schedule, clipping and number of steps; further words are those of run.py. Ours is what run.py does: TrainingData,
 FineTuner, Lightning. The peer is what a user of PEFT gets: its model in `transformers.Trainer` with its own optimizer,
 its own loss over all logits, random batches and DataCollatorForSeq2Seq padding to the longest row of a batch.
 
@@ -17,7 +17,6 @@ the last step, of the same test examples, both by our loss.
 import argparse
 import contextlib
 import io
-import math
 import tempfile
 import threading
 import time
@@ -45,7 +44,7 @@ from lightning.pytorch.callbacks import Callback
 
 from highrank.config.run_config import Run
 from highrank.config.words import compose_run
-from highrank.data.batches import TaskData, collate
+from highrank.data.batches import TrainingData, collate
 from highrank.data.encoding import encode
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import load_backbone
@@ -111,21 +110,20 @@ class Ours(Callback):
             self.relay.step("ours")
 
 
-def train_ours(run: Run, data: TaskData, adapters: Adapters, relay: Relay) -> None:
+def train_ours(run: Run, data: TrainingData, adapters: Adapters, relay: Relay) -> None:
     directory = RunDirectory(run)
     directory.open()
     steps = run.core.max_steps or 0
-    module = FineTuner(adapters, data.task, data.tokenizer, run.core, steps, run.protocol)
-    epochs = math.ceil(steps / math.ceil(len(data.buckets) / run.core.accumulate))
+    module = FineTuner(adapters, run.make_task(), data.tokenizer, run.core, steps, run.protocol)
     with quiet(), contextlib.redirect_stdout(io.StringIO()):  # the progress bar is drawn, and paid for, not shown
-        trainer = make_trainer(run, directory, StopOnSignal(), steps, epochs)
+        trainer = make_trainer(run, directory.path, StopOnSignal(), steps, len(data.buckets))
         trainer.callbacks.append(Ours(relay))  # type: ignore[attr-defined]
         module.train()
         relay.take("ours")
         trainer.fit(module, train_dataloaders=data.train_dataloader())
 
 
-def train_peft(run: Run, data: TaskData, model: Any, relay: Relay, folder: str, device: str) -> None:
+def train_peft(run: Run, data: TrainingData, model: Any, relay: Relay, folder: str, device: str) -> None:
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Theirs(TrainerCallback):
@@ -167,9 +165,9 @@ def train_peft(run: Run, data: TaskData, model: Any, relay: Relay, folder: str, 
 
 
 @torch.no_grad()
-def test_loss(model: Any, run: Run, data: TaskData, n: int) -> float:
+def test_loss(model: Any, run: Run, data: TrainingData, n: int) -> float:
     """Returns the mean loss in nats over the target tokens of n test examples."""
-    records = [record for rows in data.task.test().values() for record in rows][:n]
+    records = [record for rows in run.make_task().test().values() for record in rows][:n]
     encoded = [row for row in (encode(r, run.protocol, data.tokenizer) for r in records) if row is not None]
     model.eval()
     device = next(model.parameters()).device
@@ -194,10 +192,10 @@ def measure(method: str, args: argparse.Namespace, folder: str) -> dict[str, Any
         "trainer.devices": 1,
     }
     run = compose_run(run_words(args.words, wanted))
-    task = run.task(run.task_cfg, run.core.seed)
+    task = run.make_task()
     backbone, adapters = build_model(run, task)
     core = run.core
-    data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
+    data = TrainingData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
     peer, gap = None, None
     try:
         import_peft()

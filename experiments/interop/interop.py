@@ -62,7 +62,7 @@ def shake(parameters):
 def exported(model, method, words, folder):
     """Returns max |difference| of a run of ours in PEFT."""
     run = compose_run([f"model={model}", f"method={method}", *words, "task.n_train=8", f"run_dir={folder / 'run'}"])
-    backbone, adapters = build_model(run, run.task(run.task_cfg, 0))
+    backbone, adapters = build_model(run, run.make_task())
     shake(p for _, p in adapters.named_parameters())
     directory = RunDirectory(run)
     directory.open()

@@ -114,10 +114,13 @@ def run(words: list[str]) -> int:
 
             print(dry_run(checked))
             return 0
+        from highrank.base.console import silent_unless
         from highrank.run import execute
+        from highrank.train.devices import share_of
 
-    folder, status = execute(checked)
-    print(folder)
+    with silent_unless(share_of(checked.trainer).rank == 0):  # of several processes one speaks
+        folder, status = execute(checked)
+        print(folder)
     return status
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from highrank.base.console import silent_unless
 from highrank.base.errors import UserError
 from highrank.config.build import build
 from highrank.config.words import register_configs
@@ -18,7 +19,8 @@ def main(config: Path) -> None:
     values: Any = OmegaConf.load(config)
     values["run_dir"] = str(config.parent)
     try:
-        execute(build(values))
+        with silent_unless(False):
+            execute(build(values))
     except UserError as error:
         sys.exit(f"error: {error}")
 

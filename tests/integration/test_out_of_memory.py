@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from highrank import run as run_module
 from highrank.cli import main
 from highrank.config.words import compose_run
 from highrank.model.backbones import load_backbone
 from highrank.train import build
 from highrank.train import forgetting as forgetting_module
+from highrank.train.build import build_model
 from highrank.train.memory import DoesNotFit, halving
 from highrank.train.module import FineTuner
 from highrank.train.results import RunDirectory
@@ -148,7 +148,7 @@ def test_forgetting_halves_its_batch_and_finds_the_same(tmp_path, monkeypatch):
     file = tmp_path / "general.txt"
     file.write_text("The river is long.\nCats sleep most of the day.\nSo do dogs.\nIt rained.\nIt did not.")
     run = compose_run(WORDS)
-    backbone, adapters = run_module.build_model(run, run.task(run.task_cfg, 0))
+    backbone, adapters = build_model(run, run.make_task())
 
     def measure():
         found = forgetting_module.forgetting(adapters, backbone.tokenizer, file, 5)
@@ -227,7 +227,7 @@ def test_a_try_that_failed_leaves_nothing_behind(tmp_path, limit, monkeypatch):
     """Memory may run out when gradients, random numbers and a batch are used up already."""
     words = [*WORDS, "dropout=0.1", "accumulate=2", "eval_test=false", "auto_microbatch=true"]
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "earlier", lambda *_: {"parts": 2})
+        patch.setattr(RunDirectory, "kept", lambda *_: {"parts": 2})
         assert main(["run", *words, f"run_dir={tmp_path / 'whole'}"]) == 0
     real, fails = FineTuner.on_before_optimizer_step, [True]
 

@@ -205,7 +205,7 @@ def test_leaks_are_counted_against_what_was_trained_on(make_run, monkeypatch):
     """Tested on another draw that happens to hold a question of the training set."""
     folder, _ = make_run("model=tiny_llama", "method=lora", "r=2")
     trained = read_run(folder)
-    task = trained.task(trained.task_cfg, trained.core.seed)
+    task = trained.make_task()
     known = task.train()[0]
     monkeypatch.setattr(type(task), "test", lambda self: {"wordmath": [known]})
     with pytest.warns(UserWarning, match=".*"):

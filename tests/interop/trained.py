@@ -20,7 +20,7 @@ def write_run(folder, *words, scale=0.05):
     """Returns a run directory, and its model with the adapter acting."""
     own = [] if any(word.startswith("task=") for word in words) else SMALL
     run = compose_run([*own, f"run_dir={folder}", *words])
-    backbone, adapters = build_model(run, run.task(run.task_cfg, run.core.seed))
+    backbone, adapters = build_model(run, run.make_task())
     torch.manual_seed(5)
     with torch.no_grad():
         for _, parameter in adapters.named_parameters():

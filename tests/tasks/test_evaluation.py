@@ -14,7 +14,7 @@ from tokenizers.processors import ByteLevel
 from highrank.base.errors import UserError
 from highrank.config.run_config import RunConfig
 from highrank.data.answers import RULES
-from highrank.data.batches import TaskData, hold_out
+from highrank.data.batches import EvalData, TrainingData, hold_out
 from highrank.data.dialogue import dialogue_metrics
 from highrank.data.encoding import IGNORED, encode, encode_prompt
 from highrank.data.protocol import Protocol
@@ -40,7 +40,12 @@ def stub(train, kind="generate", measures=("accuracy",), **fields):
 
 
 def data(task, protocol=PLAIN, eval_batch_size=4):
-    return TaskData(task, protocol, tiny_tokenizer(task.kind != "generate"), 2, eval_batch_size, seed=0)
+    return TrainingData(task, protocol, tiny_tokenizer(task.kind != "generate"), 2, eval_batch_size, seed=0)
+
+
+def eval_data(task, protocol=PLAIN):
+    trained_on, _ = hold_out(task.train(), protocol)
+    return EvalData(task, protocol, tiny_tokenizer(task.kind != "generate"), trained_on)
 
 
 def test_long_examples_are_dropped_and_counted():
@@ -81,7 +86,7 @@ def test_an_encoders_text_is_cut_to_what_its_model_takes():
 
 
 def test_cut_texts_are_counted_in_evaluation_too():
-    found = data(stub([LabelledText("a", "y", 1)], kind="classify"))
+    found = eval_data(stub([LabelledText("a", "y", 1)], kind="classify"))
     records = [LabelledText("b", "x" * 80, 1), LabelledText("c", "x", 1)]
     rows, measured = evaluate_rows(found, "set", records, [1, 0])
     assert [row["cut"] for row in rows] == [True, False]
@@ -103,7 +108,9 @@ def test_an_end_of_text_token_must_exist():
 def test_an_end_of_text_token_that_also_pads_is_trained_on():
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    batch = next(iter(TaskData(stub([example("q"), example("qqqq")]), PLAIN, tokenizer, 2, 2, 0).train_dataloader()))
+    batch = next(
+        iter(TrainingData(stub([example("q"), example("qqqq")]), PLAIN, tokenizer, 2, 2, 0).train_dataloader())
+    )
     ends = (batch["labels"] == tokenizer.eos_token_id).sum(1)
     assert ends.tolist() == [1, 1]
 
@@ -152,7 +159,7 @@ def test_validation_is_held_out_with_all_copies():
 
 def test_leaked_questions_are_marked_counted_and_set_apart():
     train = [example("How many  apples?"), example("How many pears?")]
-    found = data(stub(train))
+    found = eval_data(stub(train))
     records = [example("how many apples ?"), example("how many plums?"), example("how many figs?")]
     rows, measured = evaluate_rows(found, "set", records, ["The answer is 1", "The answer is 1", "2"])
     assert [row["leaked"] for row in rows] == [True, False, False]
@@ -164,13 +171,13 @@ def test_leaked_questions_are_marked_counted_and_set_apart():
 def test_a_test_file_given_as_training_data_is_warned_about():
     records = [example("a b"), example("c d")]
     with pytest.warns(UserWarning, match="all 2 questions of set occur in the training data"):
-        evaluate_rows(data(stub(records)), "set", records, ["1", "1"])
+        evaluate_rows(eval_data(stub(records)), "set", records, ["1", "1"])
 
 
 def test_both_rules_and_their_unparsed_shares_are_reported():
     records = [example("a", answer="12"), example("b", answer="3")]
     outputs = ["12 in all. The answer is 12. Then 5", "about 3"]
-    rows, measured = evaluate_rows(data(stub([example("t")])), "set", records, outputs)
+    rows, measured = evaluate_rows(eval_data(stub([example("t")])), "set", records, outputs)
     assert rows[0]["parsed"] == "12"
     assert (rows[0]["parsed_llm_adapters"], rows[0]["correct_llm_adapters"]) == ("5", False)
     assert (measured["accuracy"], measured["unparsed"]) == (50, 50)
@@ -182,17 +189,19 @@ def test_both_rules_and_their_unparsed_shares_are_reported():
 def test_hiras_second_number_stands_beside_its_first():
     rules = replace(PLAIN, answer_rule="hira")
     records = [example("a", answer="12"), example("b", answer="3")]
-    rows, measured = evaluate_rows(data(stub([example("t")]), rules), "set", records, ["so 12", "The answer is: 3"])
+    rows, measured = evaluate_rows(
+        eval_data(stub([example("t")]), rules), "set", records, ["so 12", "The answer is: 3"]
+    )
     assert [row["parsed"] for row in rows] == [None, "3"]
     assert (measured["accuracy"], measured["accuracy_hira_last_digits"], measured["unparsed"]) == (50, 100, 50)
     chosen = [example("c", answer="yes", choices=("yes", "no"))]
-    _, measured = evaluate_rows(data(stub([example("t")]), rules), "set", chosen, ["yes"])
+    _, measured = evaluate_rows(eval_data(stub([example("t")]), rules), "set", chosen, ["yes"])
     assert "accuracy_hira_last_digits" not in measured
 
 
 def test_an_output_is_cut_at_the_protocols_stop_texts():
     rules = replace(PLAIN, stop=["Q:"], answer_rule="llm_adapters")
-    rows, _ = evaluate_rows(data(stub([example("t")]), rules), "set", [example("a")], ["1 Q: and 7"])
+    rows, _ = evaluate_rows(eval_data(stub([example("t")]), rules), "set", [example("a")], ["1 Q: and 7"])
     assert (rows[0]["output"], rows[0]["text"], rows[0]["parsed"]) == ("1 Q: and 7", "1 ", "1")
 
 
@@ -301,12 +310,12 @@ def tuner(task, protocol, tokenizer, model="tiny_llama"):
 
 def outputs(protocol, records, batch_size, model="tiny_llama"):
     task = stub([example("t")])
-    found = data(task, protocol, batch_size)
+    found = eval_data(task, protocol)
     with quiet():
         trainer = lightning.Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
         )
-        return predict(trainer, tuner(task, protocol, found.tokenizer, model), found, records)
+        return predict(trainer, tuner(task, protocol, found.tokenizer, model), found, "set", records, batch_size)[0]
 
 
 RECORDS = [example("word " * (i % 7) + str(i)) for i in range(33)]
@@ -340,15 +349,15 @@ def test_generation_stops_at_the_end_of_text():
         return logits
 
     module.model.lm_head.register_forward_hook(ends_after_three)
-    batch = next(iter(data(stub([example("t")]), rules).eval_dataloader(RECORDS[:4])))
+    batch = next(iter(eval_data(stub([example("t")]), rules).dataloader("set", RECORDS[:4], 4)))
     module.predict_step(batch)
     assert steps == [4] * 4  # of 50, for all four rows at once
 
 
 def test_sampling_is_seeded_and_leaves_the_random_state_alone():
     rules = replace(PLAIN, max_new_tokens=6, do_sample=True, temperature=2.0, top_p=0.9, top_k=40)
-    found = data(stub([example("t")]), rules)
-    batch = next(iter(found.eval_dataloader(RECORDS)))
+    found = eval_data(stub([example("t")]), rules)
+    batch = next(iter(found.dataloader("set", RECORDS, 4)))
     before = torch.get_rng_state()
     tuned = tuner(found.task, rules, found.tokenizer)
     torch.set_rng_state(before)
@@ -376,7 +385,7 @@ def test_likelihood_ranking_picks_the_likelier_target_whatever_the_batch_size():
             assert scores[place] == pytest.approx(expected, abs=1e-3)
     one_by_one = outputs(rules, records, 1)
     assert [max(s, key=s.get) for s in one_by_one] == [max(s, key=s.get) for s in found]
-    rows, measured = evaluate_rows(data(stub([example("t")]), rules), "set", records, found)
+    rows, measured = evaluate_rows(eval_data(stub([example("t")]), rules), "set", records, found)
     assert rows[0]["parsed"] == choices[max(found[0], key=found[0].get)]
     assert measured["unparsed"] == 0
 

@@ -20,6 +20,10 @@ ROOT = Path(highrank.configs.__path__[0]) / "experiment"
 PRESETS = sorted(str(file.relative_to(ROOT).with_suffix("")) for file in ROOT.rglob("*.yaml"))
 
 
+def plan_of(run):
+    return make_plan(run, run.make_task())
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_opens_with_its_command(name):
     lines = (ROOT / f"{name}.yaml").read_text().splitlines()
@@ -39,7 +43,7 @@ def test_the_page_on_tasks_names_every_preset_and_protocol():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_dry_runs(name, monkeypatch):
     monkeypatch.delenv("HIGHRANK_DATA", raising=False)
-    plan = make_plan(compose_run([f"experiment={name}", "dry_run=true"]))
+    plan = plan_of(compose_run([f"experiment={name}", "dry_run=true"]))
     assert plan.params.trainable > 0
     assert plan.steps > 0
 
@@ -93,9 +97,9 @@ def test_a_method_in_a_presets_place_keeps_the_fields_that_it_has():
             compose_run(["experiment=hira/commonsense170k", *words])
 
 
-def plan_of(words, monkeypatch):
+def plan_without_data(words, monkeypatch):
     monkeypatch.delenv("HIGHRANK_DATA", raising=False)
-    return make_plan(compose_run([*words.split(), "dry_run=true"]))
+    return plan_of(compose_run([*words.split(), "dry_run=true"]))
 
 
 STEPS = [("hyperadapt/math10k", 117), ("peft/metamath", 5_000)]  # as the papers' batch sizes and epochs imply
@@ -104,13 +108,13 @@ GLUE_STEPS = {"sst2": 5_270, "mrpc": 580, "cola": 1_340, "qnli": 8_190, "rte": 4
 
 @pytest.mark.parametrize(("name", "steps"), STEPS)
 def test_steps(name, steps, monkeypatch):
-    assert plan_of(f"experiment={name}", monkeypatch).steps == steps
+    assert plan_without_data(f"experiment={name}", monkeypatch).steps == steps
 
 
 def test_steps_of_glue(monkeypatch):
     monkeypatch.delenv("HIGHRANK_DATA", raising=False)
     cells = expand(["experiment=hyperadapt/glue", "seed=0", "dry_run=true"]).cells
-    assert {cell.axes["task.member"]: make_plan(cell.run).steps for cell in cells} == GLUE_STEPS
+    assert {cell.axes["task.member"]: plan_of(cell.run).steps for cell in cells} == GLUE_STEPS
 
 
 PRINTED = [  # what the tables' parameter shares count, on Llama-3-8B
@@ -130,14 +134,16 @@ def test_counts_of_a_tables_rows(name, counts, monkeypatch):
             and case.get("r") != (32 if case["method"] == "hira" else 1)
         ):
             words = [f"experiment={name}", *(f"{key}={value}" for key, value in case.items()), "dry_run=true"]
-            assert make_plan(compose_run(words)).params.trainable == counts[case["method"]]
+            assert plan_of(compose_run(words)).params.trainable == counts[case["method"]]
 
 
 def test_a_preset_can_be_overridden(monkeypatch):
     run = compose_run(["experiment=hira/commonsense170k", "r=16", "lr=2e-4", "model=llama2_7b", "protocol=clean"])
     assert (run.method_cfg.r, run.core.lr, run.model["name"], run.protocol.name) == (16, 2e-4, "llama2_7b", "clean")
-    printed = plan_of("experiment=hyperadapt/math10k_boft_printed", monkeypatch).params.trainable
-    stated = plan_of("experiment=hyperadapt/math10k_boft_printed butterfly_factor=4", monkeypatch).params.trainable
+    printed = plan_without_data("experiment=hyperadapt/math10k_boft_printed", monkeypatch).params.trainable
+    stated = plan_without_data(
+        "experiment=hyperadapt/math10k_boft_printed butterfly_factor=4", monkeypatch
+    ).params.trainable
     assert (printed, stated) == (6_356_992, 21_299_200)
 
 

@@ -39,6 +39,10 @@ NEED_THE_MATRIX = {"dora", "hilora", "hira"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*Enum subclass.*")
 
 
+def plan_of(run):
+    return make_plan(run, run.make_task())
+
+
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     """Tiny models with rows of 64 and more, nf4's block."""
@@ -234,7 +238,7 @@ def test_null_is_the_run_without_the_key():
 
 def test_the_plan_counts_quantised_bytes():
     plans = {
-        kind: make_plan(compose_run(["model=llama3_8b", "dry_run=true", f"model.quantize={kind}"]))
+        kind: plan_of(compose_run(["model=llama3_8b", "dry_run=true", f"model.quantize={kind}"]))
         for kind in ("null", "int8", "nf4")
     }
     assert len({plan.params for plan in plans.values()}) == 1

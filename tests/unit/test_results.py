@@ -52,7 +52,7 @@ def empty_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr("highrank.run._run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("highrank.run.fine_tune", lambda *_: pytest.fail("trained"))
 
 
 def test_a_run_leaves_its_files_and_what_made_it(finished):
@@ -111,9 +111,9 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, name, cap
 
 
 def test_an_empty_folder_and_a_planned_one_are_free(tmp_path):
-    assert not directory(tmp_path).finished
+    assert directory(tmp_path).read().get("status") != "done"
     (tmp_path / "plan.json").write_text("{}")
-    assert not directory(tmp_path).finished
+    assert directory(tmp_path).read().get("status") != "done"
 
 
 def test_a_run_killed_at_any_write_can_be_started_again(tmp_path, monkeypatch):
@@ -138,10 +138,10 @@ def test_a_run_killed_at_any_write_can_be_started_again(tmp_path, monkeypatch):
                 directory(folder).open()
         else:
             directory(folder).open()
-        assert not directory(folder).finished
+        assert directory(folder).read().get("status") != "done"
         if count:
             with pytest.raises(UserError, match="keeps its config"):
-                _ = directory(folder, "seed=1").finished
+                directory(folder, "seed=1").read()
 
 
 def test_a_second_try_keeps_nothing_of_the_first(tmp_path):
@@ -149,7 +149,7 @@ def test_a_second_try_keeps_nothing_of_the_first(tmp_path):
     first.open()
     first.write(status="failed", error="RuntimeError: x")
     second = directory(tmp_path)
-    assert not second.finished
+    assert second.read().get("status") != "done"
     second.open()
     assert "error" not in read_results(tmp_path)
 
@@ -165,9 +165,9 @@ def test_checkpoints_that_cannot_be_deleted_are_not_gone_on_from(tmp_path, monke
 
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(OSError, match="Read-only"):
-        folder.earlier({}, [])
+        folder.kept({}, {}, [])
     monkeypatch.undo()
-    assert folder.earlier({}, []) == {}
+    assert folder.kept({}, {}, []) == {}
     assert not (tmp_path / "checkpoints").exists()
 
 

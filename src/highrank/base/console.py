@@ -1,5 +1,7 @@
 """The terminal."""
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,16 @@ LOOK_S = 1
 def say(line: str) -> None:
     """Prints one line at once and as it is, however long."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def silent_unless(speaks: bool) -> Iterator[None]:
+    """Within it standard output goes nowhere, unless this is the process that speaks."""
+    if speaks:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 from highrank.base.files import digest
 from highrank.data.protocol import Protocol
+from highrank.data.task import Task
 
 GROUPS = ("method", "task", "model", "protocol", "trainer", "experiment")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -136,6 +137,11 @@ class Run:
     protocol: Protocol
     model: dict[str, Any]
     trainer: dict[str, Any]
+
+    def make_task(self) -> Task:
+        """Returns the run's task; its data are read when they are asked for."""
+        task: Task = self.task(self.task_cfg, self.core.seed)
+        return task
 
     @property
     def resolved(self) -> dict[str, Any]:

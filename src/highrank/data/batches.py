@@ -4,13 +4,13 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from highrank.base.errors import UserError
 from highrank.base.processes import WHOLE, Share
@@ -87,8 +87,8 @@ def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     return out
 
 
-class TaskData:
-    """A task's training set as length-bucketed batches, what is held out of it, and its test sets as sorted batches.
+class TrainingData:
+    """A task's training set as length-bucketed batches, and what is held out of it.
 
     `cut_off` counts what max_length did to the training examples: left_out, cut, marker_lost (the end
     of the prompt is gone, the target is there), answer_lost (the target was cut away; such an example stays only if its
@@ -104,18 +104,14 @@ class TaskData:
         eval_batch_size: int,
         seed: int,
         share: Share = WHOLE,
-        eval_share: Share = WHOLE,
     ):
-        self.task, self.protocol, self.tokenizer, self.eval_share = task, protocol, tokenizer, eval_share
-        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.test_batch_size = eval_batch_size
-        """Examples per batch of a test set; fewer than of the held-out ones once they did not fit into memory."""
-        self.train_records, self.validation = hold_out(task.train(), protocol)
+        self.protocol, self.tokenizer, self.eval_batch_size = protocol, tokenizer, eval_batch_size
+        self.records, self.validation = hold_out(task.train(), protocol)
         encoded = cached_encoding(
-            self.train_records,
+            self.records,
             protocol,
             tokenizer,
-            lambda: [encode(record, protocol, tokenizer) for record in self.train_records],
+            lambda: [encode(record, protocol, tokenizer) for record in self.records],
         )
         kept = [row for row in encoded if row is not None and supervised(row)]
         self.cut_off = Counter(row.cut for row in encoded if row is not None and row.cut)
@@ -149,16 +145,45 @@ class TaskData:
             collate_fn=lambda batch: collate(batch, self.tokenizer.pad_token_id),
         )
 
+
+@dataclass(frozen=True)
+class Places(Dataset[int]):
+    """The records of a test set that a process computes, by their numbers, in order."""
+
+    name: str
+    numbers: list[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, at: int) -> int:
+        return self.numbers[at]
+
+
+class EvalData:
+    """A task's test sets as batches sorted by length.
+
+    `trained_on` are the training examples, among which the questions of a test set may occur.
+    """
+
+    def __init__(
+        self, task: Task, protocol: Protocol, tokenizer: Any, trained_on: Sequence[Any] = (), share: Share = WHOLE
+    ):
+        self.task, self.protocol, self.tokenizer, self.share = task, protocol, tokenizer, share
+        self.trained_on = trained_on
+
     @cached_property
-    def _trained_on(self) -> set[str]:
-        return leak.questions(self.train_records)
+    def _known(self) -> set[str]:
+        return leak.questions(self.trained_on)
 
     def leaked(self, records: Sequence[Any]) -> list[bool]:
         """Returns per record whether its question occurs in the training data."""
-        return leak.found(records, self._trained_on)
+        return leak.found(records, self._known)
 
-    def eval_dataloader(self, records: Sequence[Any], places: Iterable[int] | None = None) -> DataLoader:
-        """Returns batches of `records`, or of those at `places`, longest first; each carries `index`, its places.
+    def dataloader(
+        self, name: str, records: Sequence[Any], batch_size: int, places: Iterable[int] | None = None
+    ) -> DataLoader:
+        """Returns batches of a set's records, or of those at `places`, longest first; each carries `index`, its places.
 
         For generation the prompts are padded on the left, so that every row's answer starts at the same column. For
         likelihood ranking a record's prompt is one row and each of its options a `tail`, whose `owner` is that row.
@@ -167,9 +192,9 @@ class TaskData:
         places = range(len(records)) if places is None else places
         if self.task.kind != "generate":
             rows = [encode_text(r, self.protocol, self.tokenizer) for r in records]
-            return self._sorted(places, rows, lambda index: collate([rows[i] for i in index], pad_id))
+            return self._sorted(name, places, rows, batch_size, lambda index: collate([rows[i] for i in index], pad_id))
         if ranks(records, self.protocol):
-            return self._option_dataloader(records, places)
+            return self._option_dataloader(name, records, batch_size, places)
         prompts = [self.prompt(record) for record in records]
 
         def build(index: Sequence[int]) -> dict[str, Tensor]:
@@ -177,21 +202,25 @@ class TaskData:
             mask = pad([[1] * len(r) for r in ids], 0, left=True)
             return {"input_ids": pad(ids, pad_id, left=True), "attention_mask": mask}
 
-        return self._sorted(places, prompts, build)
+        return self._sorted(name, places, prompts, batch_size, build)
 
     def prompt(self, record: Example) -> Encoded:
         """Returns the tokens from which a record's answer is generated."""
         return Encoded(encode_prompt(record, self.protocol, self.tokenizer), [])
 
-    def _sorted(self, places: Iterable[int], rows: Sequence[Encoded], build: Any) -> DataLoader:
+    def _sorted(
+        self, name: str, places: Iterable[int], rows: Sequence[Encoded], batch_size: int, build: Any
+    ) -> DataLoader:
         order = sorted(places, key=lambda i: -len(rows[i].input_ids))
         return DataLoader(
-            self.eval_share.of_examples(order, self.test_batch_size),  # type: ignore[arg-type]
-            batch_size=self.test_batch_size,
+            Places(name, self.share.of_examples(order, batch_size)),
+            batch_size=batch_size,
             collate_fn=lambda index: {**build(index), "index": torch.tensor(index)},
         )
 
-    def _option_dataloader(self, records: Sequence[Example], places: Iterable[int]) -> DataLoader:
+    def _option_dataloader(
+        self, name: str, records: Sequence[Example], batch_size: int, places: Iterable[int]
+    ) -> DataLoader:
         """Returns batches of records with all their options: the tokens that a record's options share come once."""
         whole = replace(self.protocol, mask_prompt=True, max_target_length=None, max_length=10**9)
         rows = [[self._option(record, text, whole) for text in record.options] for record in records]
@@ -213,7 +242,7 @@ class TaskData:
                 "tail_labels": pad(labels, IGNORED),
             }
 
-        return self._sorted(places, prefixes, build)
+        return self._sorted(name, places, prefixes, batch_size, build)
 
     def _option(self, record: Example, text: str, protocol: Protocol) -> Encoded:
         row = encode(replace(record, output=text), protocol, self.tokenizer, evaluation=True)

@@ -9,14 +9,14 @@ from torchmetrics.functional.classification import binary_f1_score
 
 from highrank.data import leak
 from highrank.data.answers import RULES, reported
-from highrank.data.batches import TaskData, ranks
+from highrank.data.batches import EvalData, ranks
 from highrank.data.dialogue import dialogue_metrics
 from highrank.data.encoding import encode_text, prompt_text
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, Task
 
 
-def prediction_rows(data: TaskData, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
+def prediction_rows(data: EvalData, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns one row per record: what was asked, what came, what it was read as, and whether that is right.
 
     `correct_<rule>` and `parsed_<rule>` are the other answer rules'; `leaked` marks questions seen in training; `cut`
@@ -133,7 +133,7 @@ MEASURES = {
 }
 
 
-def evaluate_rows(data: TaskData, name: str, records: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, Any]:
+def evaluate_rows(data: EvalData, name: str, records: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, Any]:
     """Returns the prediction rows and the metrics of one set."""
     rows = prediction_rows(data, records, outputs)
     leak.warn_if_trained_on(name, [row["leaked"] for row in rows])

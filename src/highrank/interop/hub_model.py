@@ -92,7 +92,7 @@ def merge_run(
 
 def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
     """Returns the first test prompts of the run's task, encoded."""
-    task = run.task(run.task_cfg, run.core.seed)
+    task = run.make_task()
     records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]
     if task.kind == "generate":
         return [Encoded(encode_prompt(record, run.protocol, backbone.tokenizer), []) for record in records]

@@ -13,25 +13,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
 from highrank.base.allocator import keep_freed_memory
-from highrank.base.console import console
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import digest
 from highrank.config.run_config import Run
-from highrank.data.batches import TaskData, hold_out
+from highrank.data.batches import EvalData, hold_out
 from highrank.data.task import Task
 from highrank.interop.hub_model import compare, logits
 from highrank.model.adapters import Adapters, attach
 from highrank.model.backbones import Backbone, head_modules, load_backbone
 from highrank.train.build import adapted_views
-from highrank.train.devices import alone, quiet
+from highrank.train.devices import quiet
 from highrank.train.evaluation import evaluate
 from highrank.train.module import FineTuner
 from highrank.train.saved import check_base, load_run, read_run
+from highrank.train.trainer import make_evaluator
 
 
 class AdapterSwitch:
@@ -168,21 +167,14 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
     """
     found = {}
     for folder, run, backbone, adapters in on_shared_bases(folders, words):
-        task, core = run.task(run.task_cfg, run.core.seed), run.core
-        data = TaskData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
-        if words:
-            trained = read_run(folder)
-            records = trained.task(trained.task_cfg, trained.core.seed).train()
-            data.train_records, _ = hold_out(records, trained.protocol)
-        module = FineTuner(adapters, task, backbone.tokenizer, core, 1, run.protocol)
+        task, trained = run.make_task(), read_run(folder)
+        trained_on, _ = hold_out((trained.make_task() if words else task).train(), trained.protocol)
+        data = EvalData(task, run.protocol, backbone.tokenizer, trained_on)
+        module = FineTuner(adapters, task, backbone.tokenizer, run.core, 1, run.protocol)
         keep_freed_memory()
         with quiet():
-            bar = console.is_interactive
-            trainer = lightning.Trainer(
-                **alone(run.trainer), logger=False, enable_checkpointing=False, enable_progress_bar=bar
-            )
-            module.eval()
-            found[str(folder)] = evaluate(trainer, module, data, lambda name, rows: None)
+            trainer = make_evaluator(run)
+            found[str(folder)], _ = evaluate(trainer, module, data, run.core.eval_batch_size, lambda name, rows: None)
     return found
 
 
@@ -199,7 +191,7 @@ def on_shared_bases(
     groups: dict[str, list[tuple[Path, Run, Task]]] = {}
     for folder in dict.fromkeys(map(Path, folders)):
         run = read_run(folder, words)
-        task = run.task(run.task_cfg, run.core.seed)
+        task = run.make_task()
         _check_kind(folder, task)
         own = None if run.method.family.keeps_base else str(folder)
         base = digest([run.model, run.core.path, task.kind, task.num_labels, own])
@@ -221,7 +213,7 @@ def on_shared_bases(
 
 def _check_kind(folder: Path, task: Task) -> None:
     trained = read_run(folder)
-    was = trained.task(trained.task_cfg, trained.core.seed)
+    was = trained.make_task()
     if (task.kind, task.num_labels) != (was.kind, was.num_labels):
         raise UserError(
             f"eval: the task must be of the kind trained on, got task={task.name} ({task.kind}, {task.num_labels} "

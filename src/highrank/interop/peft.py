@@ -107,7 +107,7 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
     """
     out_folder = check_new("export", out)
     run = read_run(folder, words)
-    task = run.task(run.task_cfg, run.core.seed)
+    task = run.make_task()
     meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
     check_expressible(run, meta, adapted_views(run, meta))
     _, backbone, adapters = load_run(folder, words)
@@ -246,7 +246,7 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
     run = compose_run(chosen)
     if run.method.family.placed:
         run = compose_run([*chosen, *_placement_words(run, FORMS[method], tensors)])
-    task = run.task(run.task_cfg, run.core.seed)
+    task = run.make_task()
     if config.get("modules_to_save") and task.kind == "generate":
         raise UserError(
             f"import: only a classifier's new head is read beside adapters, got modules_to_save="
@@ -260,8 +260,7 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
     backbone, adapters = build_model(run, task)
     adapters.load_state_dict(from_peft(adapters, config, tensors))
     with written_whole("import", out_folder) as ready:
-        directory = RunDirectory(run)
-        directory.path = ready
+        directory = RunDirectory(run, ready)
         directory.open()
         adapters.save(ready / "adapter")
         directory.write(
@@ -365,7 +364,7 @@ def _placement_words(run: Run, form: Form, tensors: Mapping[str, Tensor]) -> lis
     Raises:
         UserError: if no placement does.
     """
-    task = run.task(run.task_cfg, run.core.seed)
+    task = run.make_task()
     meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
     wanted = {path for path, _ in _owners(form, tensors).values()}
     every = resolve(meta, "all", "all", "fused", run.core.architecture)

@@ -103,7 +103,7 @@ def trial(cell: Cell, seed: int) -> Cell:
     """Returns the run that tries a rate for a cell's arm, at the method's own."""
     words = [f"seed={seed}", "eval_before=false", "eval_test=false", "general_text=null"]
     if cell.run.protocol.num_validation == 0:
-        held_out = max(1, min(MOST_HELD_OUT, make_plan(cell.run).num_train // 10))
+        held_out = max(1, min(MOST_HELD_OUT, make_plan(cell.run, cell.run.make_task()).num_train // 10))
         words.append(f"protocol.num_validation={held_out}")
     return cell.with_words(*words)
 

@@ -71,7 +71,7 @@ class Sweep:
         for cell in todo:
             try:
                 if digest(cell.arm) not in plans:
-                    plans[digest(cell.arm)] = make_plan(cell.run)
+                    plans[digest(cell.arm)] = make_plan(cell.run, cell.run.make_task())
             except UserError as error:
                 problems.append((cell.axes, error))
         refuse(problems)

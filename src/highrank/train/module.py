@@ -27,6 +27,9 @@ from highrank.train.memory import DoesNotFit, halving, out_of_memory
 from highrank.train.optimizer import SCHEDULERS, make_optimizer
 from highrank.train.outputs import decoding, generate, rank_options
 
+LACKING = -1
+"""In the place of an example's number: memory did not suffice."""
+
 
 class FineTuner(lightning.LightningModule):
     """Trains the adapters of a model on a task, and predicts with them.
@@ -46,6 +49,7 @@ class FineTuner(lightning.LightningModule):
         total_steps: int,
         protocol: Protocol | None = None,
         eval_share: Share = WHOLE,
+        parts: int = 1,
     ):
         super().__init__()
         self.model: Any = adapters.model
@@ -54,14 +58,12 @@ class FineTuner(lightning.LightningModule):
         self.eval_share = eval_share
         self.num_tokens = 0
         """Tokens that this process saw in training, padding not counted."""
-        self.parts = 1
+        self.parts = parts
         """Into how many parts a training batch is cut where it does not fit into memory whole."""
         self.validation_rows = core.eval_batch_size
         """How many held-out examples are computed at a time; fewer where they do not fit."""
-        self.test_set = ""
-        """What is evaluated, as its progress names it."""
-        self.lacking: str | None = None
-        """How memory ran out in an evaluation, whose further batches are then left out."""
+        self.out_of_memory = False
+        """Whether memory ran out in this pass over a test set, whose further batches are then left out."""
         if core.checkpoint_activations:
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # which that turned on: frozen blocks below would be in the graph
@@ -123,20 +125,23 @@ class FineTuner(lightning.LightningModule):
             self.validation_rows = fitting
         self.log("validation/loss", loss, batch_size=num_targets, sync_dist=True)
 
+    def on_predict_start(self) -> None:
+        self.out_of_memory = False
+
     def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
-        """Returns `outputs`, or none from where memory ran out on: `lacking` then says how, and nothing is raised,
-        because other processes go on."""
-        if self.lacking is not None:
+        """Returns `outputs`. Where memory runs out: (LACKING, how), and nothing for the batches after it; nothing is
+        raised, because other processes go on."""
+        if self.out_of_memory:
             return []
         try:
             return self.outputs(batch, index)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            self.lacking = described(error)
             if is_sharded(self.model):  # the other processes wait within their step
-                raise DoesNotFit(self.lacking, len(batch["index"])) from error
-        return []
+                raise DoesNotFit(described(error), len(batch["index"])) from error
+            self.out_of_memory = True
+            return [(LACKING, described(error))]
 
     def outputs(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
         """Returns (place, output) per row: a generated text, a class index, a value, or {option: log-probability}."""

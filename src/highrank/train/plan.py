@@ -8,6 +8,7 @@ from typing import Any
 from highrank.base.errors import UserError
 from highrank.config.run_config import Run
 from highrank.data.batches import hold_out
+from highrank.data.task import Task
 from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
 from highrank.model.placement import WeightView
 from highrank.model.quantised import BITS, linears
@@ -75,13 +76,12 @@ def optimizer_steps(run: Run, num_train: int) -> int:
     return max(1, math.ceil(run.core.epochs * math.ceil(batches / run.core.accumulate)))
 
 
-def make_plan(run: Run) -> Plan:
-    """Returns the plan of a run; loads the task's data and the model's shape, but no weights.
+def make_plan(run: Run, task: Task) -> Plan:
+    """Returns the plan of a run on its task; loads the task's data and the model's shape, but no weights.
 
     Raises:
         UserError: for every rule that the run breaks.
     """
-    task = run.task(run.task_cfg, run.core.seed)
     config = model_config(run.model, run.core.path)
     model = empty_model(config, task.kind, task.num_labels)
     core = run.core
@@ -123,7 +123,7 @@ def weight_bytes(model: Any, spec: Mapping[str, Any]) -> int:
     return plain * DTYPES[spec["dtype"]].itemsize + int(quantised * BITS.get(spec.get("quantize", ""), 0) / 8)
 
 
-def _training_size(task: Any, run: Run) -> tuple[int, float]:
+def _training_size(task: Task, run: Run) -> tuple[int, float]:
     """Returns the number of training examples and their mean tokens, at four characters per token.
 
     A dry run without the data takes the published number, each as long as the cut-off allows.

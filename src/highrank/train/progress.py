@@ -51,10 +51,11 @@ class Progress(Callback):
     def on_predict_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        of = len(trainer.predict_dataloaders.dataset)  # type: ignore[union-attr]
+        dataset = trainer.predict_dataloaders.dataset  # type: ignore[union-attr]
+        of = len(dataset)
         before, self.done = self.done, self.done + len(batch["index"])
         if self.lines and 4 * self.done // of > 4 * before // of:
-            say(f"{pl_module.test_set}: {self.done} of {of} evaluated")
+            say(f"{dataset.name}: {self.done} of {of} evaluated")
 
 
 def shown(done: int, steps: int) -> bool:

@@ -8,7 +8,9 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,17 @@ from highrank.train.devices import share_of
 class RunDirectory:
     """One run's folder: config.yaml, results.json, predictions/, adapter/, checkpoints/, TensorBoard events."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, path: Path | None = None):
         self.run = run
-        self.path = Path(run.core.run_dir) if run.core.run_dir else _default_path(run)
+        self.path = path or (Path(run.core.run_dir) if run.core.run_dir else _default_path(run))
         self.results: dict[str, Any] = {}
         self.opened = False
         """Whether this run writes into the folder."""
         self.writes = share_of(run.trainer).rank == 0
         """Whether this process does: of several, the first."""
 
-    @property
-    def finished(self) -> bool:
-        """Whether the folder holds this very run, done.
+    def read(self) -> dict[str, Any]:
+        """Returns the results of an earlier try of this very run, or {} if there was none.
 
         Raises:
             UserError: if it holds another run, or files that no run wrote.
@@ -54,15 +55,14 @@ class RunDirectory:
                     f"run: a run directory is empty or holds a run, got run_dir={self.path} with {foreign[:3]}; "
                     "choose another run_dir"
                 )
-            return False
+            return {}
         found = read_results(self.path)
         if found["config_hash"] != self.run.hash:
             raise UserError(
                 f"run: an existing run directory keeps its config, got run_dir={self.path} with {self._differences()}; "
                 "choose another run_dir"
             )
-        self.results = found
-        return found["status"] == "done"
+        return found
 
     def _differences(self) -> str:
         """Returns which values of the folder's config are others than this run's."""
@@ -76,23 +76,27 @@ class RunDirectory:
             ", ".join(f"{key}={saved.get(key)} instead of {own.get(key)}" for key in keys) or "another version's config"
         )
 
-    def earlier(self, model: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns what an unfinished try of this run has found, for `open`; with resume=never its checkpoints go.
+    def kept(
+        self, earlier: Mapping[str, Any], model: Mapping[str, Any], data: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Returns what stays, for `open`, of what an unfinished try had found; with resume=never its checkpoints go.
 
         Raises:
             UserError: if it had another model or other data.
         """
-        found, checkpoints = self.results, self.path / "checkpoints"
+        checkpoints = self.path / "checkpoints"
         if self.run.core.resume == "never":
             if self.writes and checkpoints.exists():
                 shutil.rmtree(checkpoints)
             return {}
         kept: dict[str, Any] = {
-            key: found[key] for key in ("model", "data", "metrics", "time", "resumed", "parts") if key in found
+            key: earlier[key] for key in ("model", "data", "metrics", "resumed", "parts") if key in earlier
         }
+        if "eval_before_s" in earlier.get("time", {}):
+            kept["time"] = {"eval_before_s": earlier["time"]["eval_before_s"]}
         if "metrics" in kept or checkpoints.exists():
-            _compare("model", *model_files(model, found["model"]))
-            _compare("data", *({row["name"]: row["sha256"] for row in rows} for rows in (data, found["data"])))
+            _compare("model", *model_files(model, earlier["model"]))
+            _compare("data", *({row["name"]: row["sha256"] for row in rows} for rows in (data, earlier["data"])))
         return kept
 
     def open(self, earlier: Mapping[str, Any] = {}) -> None:
@@ -125,6 +129,13 @@ class RunDirectory:
         self.results.update(values)
         if self.writes:
             write_atomic(self.path / "results.json", json.dumps(self.results, indent=1).encode())
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Writes down how many seconds passed within it."""
+        start = time.perf_counter()
+        yield
+        self.write(time={**self.results.get("time", {}), name: time.perf_counter() - start})
 
     def fail(self, status: str, error: str, **values: Any) -> None:
         """Writes down what ended the run. Where another process ran out of memory, that is what stands."""

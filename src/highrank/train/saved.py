@@ -116,7 +116,7 @@ def _choices(run: Run) -> list[str]:
 def load_run(folder: Path | str, words: Sequence[str] = ()) -> tuple[Run, Backbone, Adapters]:
     """Returns the run, its backbone and its adapters with their trained values."""
     run = read_run(folder, words)
-    backbone, adapters = build_model(run, run.task(run.task_cfg, run.core.seed))
+    backbone, adapters = build_model(run, run.make_task())
     check_base(folder, backbone)
     adapters.load(Path(folder) / "adapter")
     return run, backbone, adapters

@@ -37,8 +37,8 @@ def dry_run(run: Run) -> Path:
     Raises:
         UserError: for bad input, or a run directory that holds another run.
     """
-    plan, directory = make_plan(run), RunDirectory(run)
-    _ = directory.finished  # refuses a folder that holds another run
+    plan, directory = make_plan(run, run.make_task()), RunDirectory(run)
+    directory.read()  # refuses a folder that holds another run
     show_plan(plan)
     directory.path.mkdir(parents=True, exist_ok=True)
     write_atomic(directory.path / "plan.json", json.dumps(plan.as_dict(), indent=1).encode())

@@ -1,6 +1,8 @@
 """The Lightning Trainer of a run."""
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -13,12 +15,11 @@ from highrank.base.errors import UserError
 from highrank.config.run_config import Run
 from highrank.train import devices
 from highrank.train.checkpoint import CheckpointFiles, Checkpoints
-from highrank.train.devices import num_processes, quiet
+from highrank.train.devices import alone, num_processes, quiet
 from highrank.train.effect import EveryAdapterLearns
 from highrank.train.fsdp import Sharded
 from highrank.train.lightning_internals import leave_signals_alone
 from highrank.train.progress import progress
-from highrank.train.results import RunDirectory
 from highrank.train.selection import KeepBest
 from highrank.train.stopping import StopOnSignal
 
@@ -54,13 +55,16 @@ def check_trainer(run: Run) -> devices.Processes:
 
 def make_trainer(
     run: Run,
-    directory: RunDirectory,
+    folder: Path,
     stop: StopOnSignal,
     steps: int,
-    epochs: int,
+    num_batches: int,
     checkpoints: Checkpoints | None = None,
 ) -> lightning.Trainer:
-    """Returns the Lightning Trainer of a run: TensorBoard events, progress, and our checkpoints alone."""
+    """Returns the Lightning Trainer of a run: TensorBoard events, progress, and our checkpoints alone.
+
+    `num_batches` are one epoch's micro-batches, of this process.
+    """
     callbacks: list[Callback] = [
         stop,
         *progress(),
@@ -74,16 +78,16 @@ def make_trainer(
         interval = min(run.protocol.validate_every, steps) * run.core.accumulate
         validation = {"val_check_interval": interval, "check_val_every_n_epoch": None}
     if run.protocol.selection == "best":
-        callbacks.append(KeepBest(directory.path / "checkpoints"))
+        callbacks.append(KeepBest(folder / "checkpoints"))
     trainer = lightning.Trainer(
         **lightning_arguments(run.trainer),
         **validation,
         use_distributed_sampler=False,
         max_steps=steps,
-        max_epochs=epochs,
+        max_epochs=math.ceil(steps / math.ceil(num_batches / run.core.accumulate)),
         accumulate_grad_batches=run.core.accumulate,
         gradient_clip_val=run.core.max_grad_norm or None,
-        logger=TensorBoardLogger(directory.path, name="", version="", default_hp_metric=False, purge_step=start),
+        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False, purge_step=start),
         callbacks=callbacks,
         enable_checkpointing=False,
         enable_progress_bar=console.is_interactive,
@@ -94,6 +98,12 @@ def make_trainer(
     trainer.strategy.checkpoint_io = CheckpointFiles()
     leave_signals_alone(trainer)
     return trainer
+
+
+def make_evaluator(run: Run) -> lightning.Trainer:
+    """Returns the Lightning Trainer that evaluates a finished run, on one device."""
+    bar = console.is_interactive
+    return lightning.Trainer(**alone(run.trainer), logger=False, enable_checkpointing=False, enable_progress_bar=bar)
 
 
 class EpochOrder(Callback):

@@ -126,7 +126,9 @@ def prepare(
     write_session(directory)
     stop.check()
     tokenizer = backbone.tokenizer
-    data = TrainingData(task, run.protocol, tokenizer, core.batch_size, core.eval_batch_size, core.seed, share)
+    data = TrainingData(
+        task, run.protocol, tokenizer, core.batch_size, core.eval_batch_size, core.seed, share, core.accumulate
+    )
     tests = EvalData(task, run.protocol, tokenizer, data.records, eval_share)
     checkpoints = Checkpoints(
         directory.path / "checkpoints", core.checkpoint_every, data.buckets, stop, first=core.auto_microbatch

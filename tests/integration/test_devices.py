@@ -205,20 +205,28 @@ with Processes(SimpleNamespace(strategy=SimpleNamespace(cluster_environment=envi
     assert "another process of this run has failed" in done.stderr
 
 
-@pytest.mark.parametrize("num_batches", [7, 8, 1])
-def test_the_batches_are_shared_out_whole(num_batches):
-    lengths = list(range(1, 2 * num_batches))  # the last batch has one example
-    whole = list(LengthBuckets(lengths, 2, seed=0))
-    shares = [LengthBuckets(lengths, 2, 0, Share(rank, 3)) for rank in range(3)]
-    taken = [list(share) for share in shares]
-    assert {len(share) for share in shares} == {len(batches) for batches in taken} == {-(-num_batches // 3)}
-    in_turn = [
-        batches[i]
-        for i in range(len(taken[0]))
-        for share, batches in zip(shares, taken, strict=True)
-        if share.counts(i)
+@pytest.mark.parametrize("size", [1, 5, 13, 24])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "processes"), [(2, 4, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (3, 1, 3)]
+)
+def test_a_step_is_the_same_examples_however_it_is_cut(size, batch_size, accumulate, processes):
+    lengths, targets = list(range(1, size + 1)), [1 + i % 7 for i in range(size)]
+    whole = LengthBuckets(lengths, batch_size * accumulate * processes, 0, targets=targets)
+    shares = [
+        LengthBuckets(lengths, batch_size, 0, Share(rank, processes), accumulate, targets) for rank in range(processes)
     ]
-    assert in_turn == whole
+    taken = [list(share) for share in shares]
+    assert {len(batches) for batches in taken} == {len(share) for share in shares} == {len(whole) * accumulate}
+    for number, step in enumerate(whole):
+        rounds = range(number * accumulate, (number + 1) * accumulate)
+        pieces = [(batches[i], share.weight(i)) for i in rounds for share, batches in zip(shares, taken, strict=True)]
+        assert [i for rows, weight in pieces if weight for i in rows] == step
+        assert all(rows and set(rows) <= set(step) for rows, _ in pieces)
+        n = sum(targets[i] for i in step)
+        for rows, weight in pieces:
+            own = sum(targets[i] for i in rows)
+            assert weight in (0, pytest.approx(own * accumulate * processes / n))
+        assert sum(weight for _, weight in pieces) == pytest.approx(accumulate * processes)
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(7, 2), (8, 2), (1, 5), (0, 2)])

@@ -113,7 +113,8 @@ UNHASHED = (
 )
 """Keys that do not change a run's results."""
 
-
+STEP_VERSION = 2
+"""Raised when a step of several micro-batches changes: since 2 it is the mean over its targets, before, of their means."""
 LATER: dict[str, Any] = {"head_lr": None}
 """Keys younger than the first runs, and what their absence from a saved config means."""
 
@@ -147,12 +148,14 @@ class Run:
     def resolved(self) -> dict[str, Any]:
         """Every value that the run uses, as primitives."""
         core = {key: getattr(self.core, key) for key in CORE_KEYS}
+        one = (self.core.accumulate, self.trainer.get("devices", 1), self.trainer.get("num_nodes") or 1) == (1, 1, 1)
         return {
             "method": {"name": self.method.name, **dataclasses.asdict(self.method_cfg)},
             "task": {"name": self.task.name, "version": self.task.version, **dataclasses.asdict(self.task_cfg)},
             "model": self.model,
             "protocol": dataclasses.asdict(self.protocol),
             "trainer": self.trainer,
+            **({} if one else {"step_version": STEP_VERSION}),
             **core,
         }
 

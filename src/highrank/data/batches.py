@@ -15,23 +15,36 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from highrank.base.errors import UserError
 from highrank.base.processes import WHOLE, Share
 from highrank.data import leak
-from highrank.data.encoding import IGNORED, Encoded, encode, encode_prompt, encode_text, supervised
+from highrank.data.encoding import IGNORED, Encoded, encode, encode_prompt, encode_text, num_targets
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, Task
 from highrank.data.token_cache import cached_encoding
 
 
 class LengthBuckets(Sampler[list[int]]):
-    """Batches of similar length in random order, a function of (seed, epoch) alone.
+    """Micro-batches of similar length in random order, a function of (seed, epoch) alone.
 
-    The order is shuffled, cut into chunks of 20 batches, sorted by length inside a chunk and cut into batches, which are
-    shuffled again: padding stays small and no batch depends on where an interruption fell. Of several processes each
-    takes every N-th batch; where the last round is not full, the others repeat a batch that does not count.
+    The order is shuffled, cut into chunks of 20 steps, sorted by length inside a chunk and cut into steps, which are
+    shuffled again: padding stays small and no step depends on where an interruption fell. A step is the same examples
+    however it is cut: `accumulate` micro-batches of `batch_size` for each of N processes, or one of them all. Process r
+    takes the micro-batches r, r + N, ... of a step. One for which no example is left repeats the first, and weighs
+    nothing.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: Share = WHOLE):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        share: Share = WHOLE,
+        accumulate: int = 1,
+        targets: Sequence[int] | None = None,
+    ):
         self.lengths, self.batch_size, self.seed, self.epoch, self.first = lengths, batch_size, seed, 0, 0
-        self.share = share
+        self.share, self.accumulate = share, accumulate
+        self.targets = [1] * len(lengths) if targets is None else targets
+        """How many targets each example has: what it weighs in its step."""
+        self._steps: tuple[int | None, list[list[int]]] = None, []
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -41,29 +54,48 @@ class LengthBuckets(Sampler[list[int]]):
         self.epoch, self.first = epoch, batch
 
     @property
-    def num_batches(self) -> int:
-        """Batches of one epoch, over all processes."""
-        return -(-len(self.lengths) // self.batch_size)
+    def num_pieces(self) -> int:
+        """Micro-batches of one step, over all processes."""
+        return self.accumulate * self.share.of
 
     def __len__(self) -> int:
-        return -(-self.num_batches // self.share.of)
+        return self.accumulate * -(-len(self.lengths) // (self.batch_size * self.num_pieces))
 
-    def counts(self, position: int) -> bool:
-        """Whether this process's batch at `position` is one of the epoch's, and not a repeated one."""
-        return self.share.number(position) < self.num_batches
+    def steps(self) -> list[list[int]]:
+        """Returns the examples of each step of the epoch."""
+        if self._steps[0] != self.epoch:
+            order = list(range(len(self.lengths)))
+            rng = random.Random(f"{self.seed}/{self.epoch}")
+            rng.shuffle(order)
+            size = self.batch_size * self.num_pieces
+            for start in range(0, len(order), 20 * size):
+                chunk = slice(start, start + 20 * size)
+                order[chunk] = sorted(order[chunk], key=lambda i: self.lengths[i])
+            steps = [order[i : i + size] for i in range(0, len(order), size)]
+            rng.shuffle(steps)
+            self._steps = self.epoch, steps
+        return self._steps[1]
+
+    def _piece(self, position: int) -> tuple[list[int], list[int]]:
+        """Returns the step that this process's micro-batch at `position` belongs to, and the micro-batch."""
+        step, piece = divmod(self.share.number(position), self.num_pieces)
+        rows = self.steps()[step]
+        return rows, rows[piece * self.batch_size : (piece + 1) * self.batch_size]
+
+    def weight(self, position: int) -> float:
+        """Returns by how much the mean loss of the micro-batch at `position` is multiplied.
+
+        The mean over accumulated micro-batches and processes is then the mean over all targets of the step.
+        """
+        step, piece = self._piece(position)
+        of_step, of_piece = (sum(self.targets[i] for i in rows) for rows in (step, piece))
+        return self.num_pieces * of_piece / of_step
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(len(self.lengths)))
-        rng = random.Random(f"{self.seed}/{self.epoch}")
-        rng.shuffle(order)
-        size = 20 * self.batch_size
-        for start in range(0, len(order), size):
-            order[start : start + size] = sorted(order[start : start + size], key=lambda i: self.lengths[i])
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        rng.shuffle(batches)
-        rounds = range(self.first * self.share.of, len(batches), self.share.of)
+        rounds = range(self.first, len(self))
         self.first = 0
-        return iter([batches[(start + self.share.rank) % len(batches)] for start in rounds])
+        pieces = (self._piece(position) for position in rounds)
+        return iter([piece or step[: self.batch_size] for step, piece in pieces])
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
@@ -104,6 +136,7 @@ class TrainingData:
         eval_batch_size: int,
         seed: int,
         share: Share = WHOLE,
+        accumulate: int = 1,
     ):
         self.protocol, self.tokenizer, self.eval_batch_size = protocol, tokenizer, eval_batch_size
         self.records, self.validation = hold_out(task.train(), protocol)
@@ -113,7 +146,7 @@ class TrainingData:
             tokenizer,
             lambda: [encode(record, protocol, tokenizer) for record in self.records],
         )
-        kept = [row for row in encoded if row is not None and supervised(row)]
+        kept = [row for row in encoded if row is not None and num_targets(row)]
         self.cut_off = Counter(row.cut for row in encoded if row is not None and row.cut)
         self.cut_off["left_out"] = len(encoded) - len(kept)
         self.examples = kept
@@ -122,7 +155,8 @@ class TrainingData:
                 f"task {task.name}: the training set must hold an example within the protocol's cut-off, got "
                 f"{len(encoded)} examples, all too long for max_length={protocol.max_length}"
             )
-        self.buckets = LengthBuckets([len(row.input_ids) for row in kept], batch_size, seed, share)
+        lengths, targets = [len(row.input_ids) for row in kept], [num_targets(row) for row in kept]
+        self.buckets = LengthBuckets(lengths, batch_size, seed, share, accumulate, targets)
 
     @property
     def num_skipped(self) -> int:
@@ -140,7 +174,7 @@ class TrainingData:
         """Returns the held-out examples, encoded as in training."""
         encoded = [encode(record, self.protocol, self.tokenizer) for record in self.validation]
         return DataLoader(
-            [row for row in encoded if row is not None and supervised(row)],  # type: ignore[arg-type]
+            [row for row in encoded if row is not None and num_targets(row)],  # type: ignore[arg-type]
             batch_size=self.eval_batch_size,
             collate_fn=lambda batch: collate(batch, self.tokenizer.pad_token_id),
         )

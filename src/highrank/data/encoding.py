@@ -95,6 +95,6 @@ def encode_text(record: LabelledText, protocol: Protocol, tokenizer: Any) -> Enc
     return Encoded(tokens.input_ids, record.label, tokens.get("token_type_ids"), "cut" if cut else "")
 
 
-def supervised(row: Encoded) -> bool:
-    """Whether any loss falls on the example."""
-    return not isinstance(row.labels, list) or any(label != IGNORED for label in row.labels[1:])
+def num_targets(row: Encoded) -> int:
+    """Returns over how many targets the example's loss is taken: its supervised tokens but the first, or its label."""
+    return sum(label != IGNORED for label in row.labels[1:]) if isinstance(row.labels, list) else 1

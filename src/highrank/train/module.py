@@ -72,11 +72,12 @@ class FineTuner(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss, num_targets = self.loss_by_rows(batch, math.ceil(len(batch["labels"]) / self.parts))
-        if not self.trainer.train_dataloader.batch_sampler.counts(index):  # type: ignore[union-attr]
-            return 0 * loss  # this process has no batch in the epoch's last round
+        weight = self.trainer.train_dataloader.batch_sampler.weight(index)  # type: ignore[union-attr]
+        if not weight:
+            return 0 * loss  # this process has no examples left in the step
         self.num_tokens += int(batch["attention_mask"].sum())
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=num_targets)
-        return loss
+        return weight * loss
 
     @contextmanager
     def compiled(self) -> Iterator[None]:

@@ -47,7 +47,7 @@ ENVIRONMENT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, 2 for bad input, 130 after Ctrl-C, 141 if nobody reads on, 143 after SIGTERM."""
+    """Runs one command; returns 0, 1 for a run that diverged, 2 for bad input, 130 after Ctrl-C, 141 if nobody reads on, 143 after SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not words or words[0] == "help" or any(word in ("-h", "--help") for word in words):
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except Exception as error:
         if not refused_by_disk(error):
             raise

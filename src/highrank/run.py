@@ -21,6 +21,7 @@ from highrank.train import devices, shown
 from highrank.train.build import build_model
 from highrank.train.checkpoint import Checkpoints
 from highrank.train.devices import quiet
+from highrank.train.divergence import Diverged
 from highrank.train.evaluation import evaluate, validate
 from highrank.train.failures import failures_written
 from highrank.train.fitting import fit, tell
@@ -38,6 +39,7 @@ def execute(run: Run) -> tuple[Path, int]:
 
     Raises:
         UserError: for bad input, before any weight loads; if memory or the disk does not suffice.
+        Diverged: if a loss or a parameter is not finite.
     """
     keep_freed_memory()
     task = run.make_task()
@@ -48,6 +50,8 @@ def execute(run: Run) -> tuple[Path, int]:
         shown.show_results(plan, earlier, note="finished before; nothing was run again")
         if run.core.analyze and directory.writes and not (directory.path / "analysis" / "statistics.json").is_file():
             directory.write(**{**earlier, "analysis": at_end_of(directory.path)})
+    elif earlier.get("status") == "diverged" and run.core.resume != "never":
+        raise Diverged(f"{earlier['error']}; it did so before, and nothing was run again (resume=never does)")
     else:
         shown.show_plan(plan)
         stop, processes = StopOnSignal(), check_trainer(run)

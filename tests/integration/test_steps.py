@@ -61,7 +61,9 @@ def test_a_step_is_the_same_however_it_is_cut(words, cut, tmp_path):
     found = trained(tmp_path / "cut", *words, *CUTS[cut], "epochs=2")
     assert whole.keys() == found.keys()
     for name, expected in whole.items():
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], expected, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_step_with_one_row_left_counts_in_full(tmp_path):

@@ -13,7 +13,9 @@ DISK = (
 
 
 class UserError(ValueError):
-    """Bad input. The command line prints the message alone and exits with status 2."""
+    """Bad input. The command line prints the message alone and exits with its status."""
+
+    exit_status = 2
 
 
 def refused_by_disk(error: Exception) -> bool:

@@ -187,10 +187,16 @@ class Adapters:
         """Writes `adapter.safetensors` and `adapter.json` (method, fields, views, checksums) into `folder`.
 
         Both files appear whole or not at all. Of several processes all must call it, and one writes.
+
+        Raises:
+            UserError: if a trained value is not finite.
         """
+        tensors = self.state_dict()
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise UserError(f"adapter: trained values must be finite to be saved, got NaN or inf in {broken[0]}")
         return adapter_folder.write(
             Path(folder),
-            self.state_dict(),
+            tensors,
             method=self.method.name,
             fields=asdict(self.cfg),
             seed=self.seed,
@@ -217,7 +223,9 @@ class Adapters:
         for name, found in self.probe().items():
             stored = card["probe"][name]
             scale = 1e-12 + max(abs(stored[0]), abs(stored[0]) ** 0.5)
-            if any(abs(a - b) > tolerance * scale for a, b in zip(found, stored, strict=True)):
+            if not all(
+                abs(a - b) <= tolerance * scale for a, b in zip(found, stored, strict=True)
+            ):  # NaN is none of them
                 self.load_state_dict(before)
                 raise UserError(
                     f"adapter: the probe must match the one saved, got {found} for {stored} at {name}; "

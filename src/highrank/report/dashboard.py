@@ -36,7 +36,13 @@ from highrank.config.run_config import UNHASHED
 from highrank.data.answers import SECONDARY
 from highrank.report.runs import Record, flat, read_runs, read_sweep
 
-STATUSES = {"done": STATUS_SUCCESS, "failed": STATUS_FAILURE, "oom": STATUS_FAILURE, "interrupted": STATUS_UNKNOWN}
+STATUSES = {
+    "done": STATUS_SUCCESS,
+    "failed": STATUS_FAILURE,
+    "oom": STATUS_FAILURE,
+    "diverged": STATUS_FAILURE,
+    "interrupted": STATUS_UNKNOWN,
+}
 MAIN_COSTS = ("cost/trainable", "cost/total_s")
 """Costs among the first metrics: TensorBoard shows five until a person ticks more."""
 ABOUT_DATA = ("n", "leaked", "cut")

@@ -35,6 +35,8 @@ console = Console()
 SWEEP_KEYS = ("sweep_dir", "lr_search", "launcher", "jobs")
 """Keys of a sweep as a whole: its folder, the rates or number of rates to try per arm, local, ray or slurm, how many
 runs at once."""
+SETTLED = ("done", "diverged")
+"""How a cell has ended whose result stands: that its rate makes it diverge is one too."""
 
 
 class Sweep:
@@ -78,7 +80,7 @@ class Sweep:
         return todo, [plans[digest(cell.arm)] for cell in todo]
 
     def execute(self) -> int:
-        """Runs what is not done yet; returns 0, 1 if a run failed, or 128 + the signal that stopped the sweep."""
+        """Runs what is not done yet; returns 0, 1 if a run neither ended nor diverged, or 128 + the signal that stopped the sweep."""
         todo, plans = self.plan()
         show_grid(self, todo, plans)
         if self.dry_run:
@@ -101,7 +103,7 @@ class Sweep:
             if (self.folder / "sweep.json").is_file():  # not before the learning-rate search is over
                 dashboard.write(self.folder)
         show_rows(self.grid, rows)
-        unfinished = len(self.grid.cells) - sum(found.get("status") == "done" for _, found in rows)
+        unfinished = len(self.grid.cells) - sum(found.get("status") in SETTLED for _, found in rows)
         return 128 + stopped[0] if stopped else int(unfinished > 0)
 
     def _run(self, cells: Sequence[Cell], folder: Path) -> None:
@@ -115,19 +117,21 @@ class Sweep:
                 self.main,
             )
             for cell in cells
-            if _read(folder / cell.folder).get("status") != "done"
+            if _read(folder / cell.folder).get("status") not in SETTLED
         ]
         for number, (job, note) in enumerate(self.launcher.run(jobs), 1):
             found = _read(Path(job.run_dir))
-            if found.get("status") not in ("done", "failed", "oom", "interrupted"):
+            if found.get("status") not in (*SETTLED, "failed", "oom", "interrupted"):
                 found = {**found, "status": "failed", "error": note, "config_hash": job.config_hash}
                 Path(job.run_dir).mkdir(parents=True, exist_ok=True)
                 write_atomic(Path(job.run_dir) / "results.json", json.dumps(found, indent=1).encode())
-            reason = f": {found.get('error')}; see {job.log}" if found["status"] in ("failed", "oom") else ""
+            reason = (
+                f": {found.get('error')}; see {job.log}" if found["status"] in ("failed", "oom", "diverged") else ""
+            )
             console.print(f"{number}/{len(jobs)} {Path(job.run_dir).name}: {found['status']}{reason}", highlight=False)
 
     def _done(self, cell: Cell) -> bool:
-        return _read(self.folder / cell.folder).get("status") == "done"
+        return _read(self.folder / cell.folder).get("status") in SETTLED
 
     def _check_folder(self) -> None:
         """Refuses the folder of another sweep; a grid that holds all of the old one's cells extends it."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from highrank.base.errors import UserError, described, refused_by_disk
 from highrank.config.run_config import Run
+from highrank.train.divergence import Diverged
 from highrank.train.memory import DoesNotFit, out_of_memory
 from highrank.train.results import RunDirectory
 from highrank.train.stopping import Interrupted
@@ -26,8 +27,11 @@ def failures_written(run: Run, directory: RunDirectory) -> Iterator[None]:
         memory = out_of_memory(error)
         parts = next_parts(run, directory) if memory else None
         status = "oom" if memory or isinstance(error, DoesNotFit) else "failed"
+        if isinstance(error, Diverged):
+            status = "diverged"
+        said = str(error) if status == "diverged" else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError, UserError):
-            directory.fail(status, f"{type(error).__name__}: {error}", **({"parts": parts} if parts else {}))
+            directory.fail(status, said, **({"parts": parts} if parts else {}))
         told = explanation(error, run, directory, status, parts)
         if told is None:
             raise

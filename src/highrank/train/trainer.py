@@ -16,6 +16,7 @@ from highrank.config.run_config import Run
 from highrank.train import devices
 from highrank.train.checkpoint import CheckpointFiles, Checkpoints
 from highrank.train.devices import alone, num_processes, quiet
+from highrank.train.divergence import StopsWhenDiverged
 from highrank.train.effect import EveryAdapterLearns
 from highrank.train.fsdp import Sharded
 from highrank.train.lightning_internals import leave_signals_alone
@@ -70,6 +71,7 @@ def make_trainer(
         *progress(),
         EpochOrder(),
         EveryAdapterLearns(),
+        StopsWhenDiverged(),
         *([checkpoints] if checkpoints else []),
     ]
     start = checkpoints.found.step if checkpoints and checkpoints.found else 0

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from highrank.base.console import console, say
 from highrank.base.errors import UserError
 from highrank.base.files import digest, write_atomic
 from highrank.config.words import key_of, scaled
@@ -31,7 +31,6 @@ from highrank.sweep.launch import Job, launcher
 from highrank.train.plan import Plan, make_plan
 from highrank.train.results import read_results
 
-console = Console()
 SWEEP_KEYS = ("sweep_dir", "lr_search", "launcher", "jobs")
 """Keys of a sweep as a whole: its folder, the rates or number of rates to try per arm, local, ray or slurm, how many
 runs at once."""
@@ -94,6 +93,13 @@ class Sweep:
                 trials = self.folder / "search"
                 found = self.search.run(asked, trials, lambda trial_cells: self._run(trial_cells, trials))
                 cells = found.cells
+                for arm in found.arms:
+                    if arm["at_edge"]:
+                        tried = ", ".join(f"{trial['lr']:g}" for trial in arm["trials"])
+                        say(
+                            f"warning: the best rate found is at the edge, got lr={arm['lr']:g} of {tried} for "
+                            f"{arm['axes']}: a better one may lie beyond"
+                        )
             known = [(cell, own.run.hash) for cell, own in zip(cells, asked, strict=True) if cell is not None]
             if not stopped:
                 self._write(known, found)
@@ -275,6 +281,8 @@ def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan]) -> None
             f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB",
         )
     console.print(shown)
+    for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
+        say(f"warning: {warning}")
     trials = sweep.search.trials * len({digest(cell.arm) for cell in grid.cells}) if sweep.search else 0
     tokens = sum(plan.tokens for plan in plans)
     searched = f", and at most {trials} runs to search the learning rate" if trials else ""

@@ -24,7 +24,7 @@ from highrank.model.torch_internals import leave_out_of_ddp
 from highrank.train.fsdp import shard
 from highrank.train.loss import language_model_loss
 from highrank.train.memory import DoesNotFit, halving, out_of_memory
-from highrank.train.optimizer import SCHEDULERS, make_optimizer
+from highrank.train.optimizer import SCHEDULERS, make_optimizer, warmup_steps
 from highrank.train.outputs import decoding, generate, rank_options
 
 LACKING = -1
@@ -168,7 +168,7 @@ class FineTuner(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.adapters, self.core)
-        warmup = self.core.warmup_steps or round(self.core.warmup_ratio * self.total_steps)
+        warmup = warmup_steps(self.core, self.total_steps)
         scheduler = get_scheduler(SCHEDULERS[self.core.schedule], optimizer, warmup, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -39,3 +39,8 @@ def make_optimizer(adapters: Adapters, core: RunConfig) -> torch.optim.Optimizer
         ],
         **settings,
     )
+
+
+def warmup_steps(core: RunConfig, steps: int) -> int:
+    """Returns the optimizer steps of warm-up in a run of so many."""
+    return core.warmup_steps or round(core.warmup_ratio * steps)

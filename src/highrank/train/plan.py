@@ -1,7 +1,7 @@
 """What a run will adapt and train, known before any weight loads."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from highrank.model.placement import WeightView
 from highrank.model.quantised import BITS, linears
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
+from highrank.train.optimizer import warmup_steps
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Plan:
     """Training tokens, estimated at four characters per token."""
     memory_bytes: dict[str, int]
     """Estimated bytes: weights, adapters (fp32 value, gradient, two moments), activations kept for backward."""
+    warnings: tuple[str, ...] = ()
+    """What is allowed and seldom meant."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,7 +116,20 @@ def make_plan(run: Run, task: Task) -> Plan:
         steps=steps,
         tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * tokens_each),
         memory_bytes=memory,
+        warnings=tuple(_warnings(run, num_train, steps)),
     )
+
+
+def _warnings(run: Run, num_train: int, steps: int) -> Iterator[str]:
+    core, warmup = run.core, warmup_steps(run.core, steps)
+    if warmup >= steps:
+        yield (
+            f"the warm-up is as long as the run, got {warmup} steps of {steps}: the rate reaches at most "
+            f"{core.lr * (steps - 1) / warmup:.3g} of lr={core.lr:g}"
+        )
+    step = core.batch_size * core.accumulate * num_processes(run.trainer)
+    if step > num_train:
+        yield f"a step takes more examples than there are, got {step} of {num_train}: every step sees all of them"
 
 
 def weight_bytes(model: Any, spec: Mapping[str, Any]) -> int:

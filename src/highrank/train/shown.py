@@ -29,6 +29,8 @@ def show_plan(plan: Plan) -> None:
     memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory_bytes.items())
     table.add_row("memory, estimated", f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB ({memory})")
     console.print(table)
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
 
 
 def dry_run(run: Run) -> Path:

@@ -138,6 +138,10 @@ FROM_PEFT = {
     "dora": ("LoraConfig", {"r": 2, "use_dora": True, "target_modules": LINEAR}),
     "vera": ("VeraConfig", {"r": 6, "projection_prng_key": 9, "target_modules": LINEAR}),
     "boft": ("BOFTConfig", {"boft_block_num": 2, "boft_block_size": 0, "target_modules": LINEAR}),
+    "boft_told_of_a_factor_that_was_dropped": (
+        "BOFTConfig",
+        {"boft_block_size": 4, "boft_n_butterfly_factor": 2, "target_modules": LINEAR},
+    ),
     "hira": ("HiraConfig", {"r": 3, "target_modules": LINEAR}),
     "prompt_tuning": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
     "p_tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 6}),

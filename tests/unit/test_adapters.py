@@ -7,7 +7,7 @@ import torch
 
 from highrank.base.errors import UserError
 from highrank.base.registry import available, load
-from highrank.model.adapters import attach
+from highrank.model.adapters import attach, fingerprint
 from highrank.model.backbones import head_modules, load_backbone
 from highrank.model.method import Method
 from highrank.model.placement import resolve, weight_of
@@ -295,6 +295,44 @@ def test_two_layers_that_share_a_weight_are_refused():
     cls = load("methods", "lora")
     with pytest.raises(UserError, match=r"must not share a weight, got .*layers.0.* and .*layers.1"):
         attach(model, resolve(model, "q"), cls, cls.config(r=2))
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "bitfit"])
+@pytest.mark.parametrize("where", ["model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_a_base_whose_unadapted_weights_differ_is_refused(method, where, tmp_path):
+    """One number, or two that changed places, in a weight that no adapter looks at."""
+    cls = load("methods", method)
+
+    def make(change=lambda weight: None, name="qwen2" if method == "bitfit" else "llama"):
+        model = backbone(name)
+        with torch.no_grad():
+            change(model.get_parameter(where).view(-1))
+        views = resolve(model, "q") if cls.family.changes_weights else []
+        return attach(model, views, cls, cls.config())
+
+    make().save(tmp_path)
+    make().load(tmp_path)
+
+    def add(weight):
+        weight[-1] += 1e-3
+
+    def swap(weight):
+        weight[3], weight[4] = 2 * weight[3].clone(), weight[3].clone()
+
+    for change in (add, swap):
+        other = make(change)
+        before = other.state_dict()
+        with pytest.raises(UserError, match=f"base must be the one trained on, got other numbers in {where}"):
+            other.load(tmp_path)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_a_fingerprint_tells_an_order_and_is_the_same_in_pieces():
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert fingerprint(x) == fingerprint(x.clone())
+    assert len({fingerprint(x), fingerprint(x.flip(0)), fingerprint(x.flip(1)), fingerprint(-x)}) == 4
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert len(fingerprint(x.to(dtype))) == 32
 
 
 def test_unload_leaves_nothing_behind():

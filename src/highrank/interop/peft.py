@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from highrank import configs
+from highrank.base.console import say
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import sha256, write_atomic
 from highrank.base.registry import load
@@ -234,6 +235,7 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
     config = read_config(folder)
     method, fields = read_fields(config)
     tensors = read_tensors(folder)
+    fields |= _factors_of(method, fields, tensors)
     given = {word.partition("=")[0] for word in words}
     base = [] if given & {"model", "path"} else _base_words(config)
     chosen = [
@@ -343,6 +345,22 @@ def read_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if lacking:
         raise UserError(f"import: {CONFIG} must hold {', '.join(lacking)}, got peft_type={kind} without")
     return method, {ours: config[theirs] for ours, theirs in form.fields.items()}
+
+
+def _factors_of(method: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns BOFT's number of factors as the tensors have it.
+
+    PEFT computes with one factor where its CUDA extension does not build, and still writes the number that was asked for.
+    """
+    found = {len(tensor) for key, tensor in tensors.items() if key.endswith("boft_R")} if method == "boft" else set()
+    if len(found) != 1 or found == {fields["butterfly_factor"]}:
+        return {}
+    (m,) = found
+    say(
+        f"import: PEFT's config says boft_n_butterfly_factor={fields['butterfly_factor']}, its tensors have {m}, which it "
+        "computed with (its CUDA extension was not there): read as the tensors have it"
+    )
+    return {"butterfly_factor": m}
 
 
 def _base_words(config: Mapping[str, Any]) -> list[str]:

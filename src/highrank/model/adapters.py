@@ -183,6 +183,21 @@ class Adapters:
         named = dict(self.model.named_parameters())
         return sum(named[name].numel() for name in self.extra)
 
+    @torch.no_grad()
+    def unadapted(self) -> dict[str, str]:
+        """Returns a fingerprint of each of the base's parameters that no adapter or head takes the place of, by name."""
+        trained = {id(parameter) for _, parameter in self.named_parameters()}
+        covered = trained | {id(parameter) for parameter in self.adapted()}
+        return {
+            name: fingerprint(whole(parameter.detach()))
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in covered and type(parameter.data) is Tensor and parameter.is_floating_point()
+        }
+
+    def adapted(self) -> Iterator[nn.Parameter]:
+        """Yields the base's parameters that an adapter sees, which `probe` tells of."""
+        return iter(())
+
     def save(self, folder: Path | str) -> Path:
         """Writes `adapter.safetensors` and `adapter.json` (method, fields, views, checksums) into `folder`.
 
@@ -204,20 +219,21 @@ class Adapters:
             views=[asdict(view) for view in self.views],
             extra=self.extra,
             probe=self.probe(),
+            unadapted=self.unadapted(),
         )
 
     def load(self, folder: Path | str) -> None:
-        """Loads what `save` wrote, strictly: file checksum, names, shapes, and the probe on this base.
+        """Loads what `save` wrote, strictly: file checksum, names, shapes, and the base that it was trained on.
 
         Raises:
             UserError: naming the file or tensor that does not match; the parameters are then as before.
         """
         card, tensors = adapter_folder.read(folder, self.method.name)
+        same_dtype = card["base_dtype"] == self.base_dtype
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         self.load_state_dict(tensors)
         # The same base held in another dtype differs by its rounding, 2^-9 per entry, and some 10 % in four bits; in the
         # same dtype by nothing but the order of fp64 sums and, for a truncated R, the SVD's last digits.
-        same_dtype = card["base_dtype"] == self.base_dtype
         quantised = "quantised" in card["base_dtype"] + self.base_dtype
         tolerance = 1e-5 if same_dtype else 0.5 if quantised else 2e-2
         for name, found in self.probe().items():
@@ -231,6 +247,14 @@ class Adapters:
                     f"adapter: the probe must match the one saved, got {found} for {stored} at {name}; "
                     "the base model is not the one the adapter was trained on"
                 )
+        here = self.unadapted() if same_dtype else {}
+        stored = card.get("unadapted", {})  # adapters of earlier versions do not tell
+        if other := [name for name in here if stored.get(name, here[name]) != here[name]]:
+            self.load_state_dict(before)
+            raise UserError(
+                f"adapter: the base must be the one trained on, got other numbers in {other[0]}"
+                + (f" and {len(other) - 1} more" if other[1:] else "")
+            )
 
 
 def attach(
@@ -266,6 +290,18 @@ def attach(
         if id(parameter) in in_heads or adapters.trains(parameter):
             adapters.train_extra(name, parameter)
     return adapters
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Returns 32 digits that differ for other numbers, or the same in another order: two sums over the bits, exact on
+    any device."""
+    bits = tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    total = weighted = 0
+    for start, part in enumerate(bits.flatten().split(2**22)):
+        numbers = part.long()
+        places = torch.arange(len(numbers), device=numbers.device) % 65521 + start + 1
+        total, weighted = total + int(numbers.sum()), weighted + int((numbers * places).sum())
+    return f"{total % 2**64:016x}{weighted % 2**64:016x}"
 
 
 def site_seed(seed: int, name: str) -> int:

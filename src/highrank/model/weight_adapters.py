@@ -142,6 +142,9 @@ class WeightAdapters(Adapters):
             if first != view.path:
                 raise UserError(f"placement: two adapted layers must not share a weight, got {first} and {view.path}")
 
+    def adapted(self) -> Iterator[nn.Parameter]:
+        return (layer.base.weight for layer in self.layers.values())  # type: ignore[misc]
+
     def base_weight(self, view: WeightView) -> Tensor:
         """Returns the pristine W (out_features, in_features) of a view, also while merged."""
         layer = self.layers[view.path]

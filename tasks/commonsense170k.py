@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.plugin import DataConfig, Example, FileTask, Source, find, one_of, register_task
+from highrank.plugin import DataConfig, Example, FileTask, Source, one_of, register_task
 
 GET = "the files are in github.com/AGI-Edgerunners/LLM-Adapters under dataset/ and ft-training_set/"
 TOTAL = 170_420
@@ -83,12 +83,13 @@ class Commonsense(FileTask):
     kind = "generate"
     family = "commonsense"
     version = 1
+    folders = ("", "dataset", "ft-training_set", "commonsense")
     max_new_tokens = 32
 
     def train_parts(self) -> Mapping[str, Source]:
         if self.cfg.member is None:
             merged = Source(("commonsense_170k.json", "commonsense_170k.parquet"), GET, TOTAL)
-            if self._root is not None and find(merged, self._root):
+            if self.has_file(merged):
                 return {"commonsense170k": merged}
         chosen = MEMBERS if self.cfg.member is None else [self.cfg.member]
         return {part: self._source(part, "train") for part in chosen}

@@ -102,6 +102,7 @@ class GlueConfig(DataConfig):
 class Glue(FileTask):
     family = "glue"
     version = 1
+    folders = ("", "glue", "glue_data")
 
     def __init__(self, cfg: GlueConfig, seed: int):
         super().__init__(cfg, seed)

@@ -48,6 +48,7 @@ class GSM8K(FileTask):
     kind = "generate"
     family = "math"
     version = 1
+    folders = ("", "dataset", "ft-training_set", "arithmetic")
     max_new_tokens = 256
 
     def train_parts(self) -> Mapping[str, Source]:

@@ -44,6 +44,7 @@ class Math10k(FileTask):
     kind = "generate"
     family = "math"
     version = 1
+    folders = ("", "dataset", "ft-training_set", "arithmetic")
     max_new_tokens = 256
 
     def __init__(self, cfg: MathConfig, seed: int):

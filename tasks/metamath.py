@@ -35,6 +35,7 @@ class MetaMath(FileTask):
     kind = "generate"
     family = "math"
     version = 1
+    folders = ("", "dataset", "arithmetic", "metamath")
     max_new_tokens = 256
 
     def __init__(self, cfg: MetaMathConfig, seed: int):

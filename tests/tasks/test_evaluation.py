@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from highrank.tasks.convai2 import ConvAI2, dialogue_metrics
 from tokenizers.processors import ByteLevel
 
 from highrank.base.errors import UserError
 from highrank.config.run_config import RunConfig
 from highrank.data.answers import RULES
 from highrank.data.batches import EvalData, TrainingData, hold_out
-from highrank.data.dialogue import dialogue_metrics
 from highrank.data.encoding import IGNORED, encode, encode_prompt
 from highrank.data.protocol import Protocol
 from highrank.data.scoring import evaluate_rows, metrics
@@ -222,7 +222,7 @@ def test_scores_of_labels():
 
 def test_dialogue_metrics_say_what_they_cannot_compute(monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk", None)
-    task = stub([], "generate", ("dialogue",), cfg=SimpleNamespace(bert=None))
+    task = ConvAI2(ConvAI2.config(), 0)
     rows = [{"output": " i like cats . ", "gold": ["no", "i like cats ."], "leaked": False}]
     with (
         pytest.warns(UserWarning, match="BERTScore is not computed: give a model folder"),

@@ -9,7 +9,7 @@ from highrank.base.errors import UserError
 from highrank.base.registry import available, load
 from highrank.data import leak
 from highrank.data.answers import RULES
-from highrank.data.sources import MissingData, find
+from highrank.data.sources import MissingData
 from highrank.data.task import FAMILIES, Example
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte", "mnli", "qqp")
@@ -363,7 +363,7 @@ def test_every_file_that_is_there_has_its_published_size(name, fields):
     parts = [("train", *item) for item in task.train_parts().items()] + [
         ("test", *i) for i in task.test_parts().items()
     ]
-    present = [(split, part, source) for split, part, source in parts if find(source, task._root)]
+    present = [(split, part, source) for split, part, source in parts if task.has_file(source)]
     if not present:
         pytest.skip(f"no file of {name} {fields}")
     for split, part, source in present:

@@ -1,6 +1,6 @@
 """From a model's outputs to prediction rows and metrics, in percent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torchmetrics.functional.classification import binary_f1_score
 from highrank.data import leak
 from highrank.data.answers import RULES, reported
 from highrank.data.batches import EvalData, ranks
-from highrank.data.dialogue import dialogue_metrics
 from highrank.data.encoding import encode_text, prompt_text
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, Task
@@ -74,8 +73,7 @@ def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"n": len(rows)}
     for name in task.metrics:
-        measured = MEASURES[name](task, rows)
-        found |= measured if isinstance(measured, dict) else {name: measured}
+        found |= {name: MEASURES[name](task, rows)} if name in MEASURES else task.measure(name, rows)
     for key in rows[0]:
         kind, _, rule = key.partition("_")
         if kind == "correct" and rule and "accuracy" in task.metrics:
@@ -117,14 +115,7 @@ def _correlation(measure: Any) -> Any:
     return correlation
 
 
-def _dialogue(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    texts = [row.get("text", row["output"]).strip() for row in rows]
-    golds = [row["gold"] if isinstance(row["gold"], list) else [row["gold"]] for row in rows]
-    return dialogue_metrics(texts, golds, task.cfg.bert)
-
-
-MEASURES = {
-    "dialogue": _dialogue,
+MEASURES: dict[str, Callable[[Task, Sequence[Mapping[str, Any]]], float]] = {
     "accuracy": lambda task, rows: _share(rows, "correct"),
     "matthews": _matthews,
     "f1": _f1,

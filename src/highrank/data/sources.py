@@ -17,9 +17,6 @@ from typing import Any
 from highrank.base.errors import UserError
 from highrank.base.hub import hub
 
-FOLDERS = ("", "dataset", "ft-training_set", "commonsense", "arithmetic", "glue", "glue_data", "convai2", "metamath")
-"""Folders inside the data folder in which the files of the known collections lie."""
-
 
 class MissingData(UserError):
     """No source has the rows."""
@@ -69,17 +66,17 @@ def data_folder(given: str | None) -> Path | None:
     return Path(root)
 
 
-def find(source: Source, root: Path) -> Path | None:
-    """Returns the file of a source inside a data folder, or None."""
+def find(source: Source, root: Path, folders: Sequence[str] = ("",)) -> Path | None:
+    """Returns the file of a source inside one of the folders of a data folder, or None."""
     for path in source.paths:
-        for folder in FOLDERS:
+        for folder in folders:
             for name in (path, f"{path}.gz"):
                 if (root / folder / name).is_file():
                     return root / folder / name
     return None
 
 
-def read(source: Source, root: Path | None, revision: str | None = None) -> Table:
+def read(source: Source, root: Path | None, revision: str | None = None, folders: Sequence[str] = ("",)) -> Table:
     """Returns the rows of a source: from `root` if there is a data folder, else from the Hub.
 
     Raises:
@@ -87,7 +84,7 @@ def read(source: Source, root: Path | None, revision: str | None = None) -> Tabl
         UserError: if the file is malformed or empty.
     """
     if root is not None:
-        file = find(source, root)
+        file = find(source, root, folders)
         if file is None:
             raise MissingData(f"data: {source.paths[0]} (or .gz) is needed, got none in {root}; {source.get}")
         rows = read_file(file, source.columns, source.has_broken_rows)

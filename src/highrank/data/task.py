@@ -80,6 +80,11 @@ class Task:
     def metric(self) -> str:
         return self.metrics[0]
 
+    def measure(self, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Returns the numbers that one of `metrics` stands for, by name, where it is the task's own; `rows` are those of
+        the predictions file."""
+        raise UserError(f"task {self.name}: unknown metric, got metrics with {name}; define it in `measure`")
+
     @property
     def has_data(self) -> bool:
         """Whether `train()` can be answered from this machine."""
@@ -132,6 +137,9 @@ def one_of(owner: str, key: str, value: str, known: Sequence[str]) -> None:
 class FileTask(Task):
     """A task whose sets are files. A subclass names them; reading, checking, sampling and recording are done here."""
 
+    folders: ClassVar[tuple[str, ...]] = ("",)
+    """Folders inside the data folder in which its files may lie, in the order in which they are looked for."""
+
     def train_parts(self) -> Mapping[str, Source]:
         """Returns the training set's parts by name; each record knows the part that it came from."""
         raise NotImplementedError
@@ -172,7 +180,7 @@ class FileTask(Task):
         """Returns the examples of one source, its count checked and noted; with allow_partial a missing one is empty."""
         key = f"{part}: {source.paths[0]}"
         try:
-            table = read(source, self._root, self.cfg.revision)
+            table = read(source, self._root, self.cfg.revision, self.folders)
         except MissingData:
             if not self.cfg.allow_partial:
                 raise
@@ -233,9 +241,13 @@ class FileTask(Task):
             raise MissingData(f"task {self.name}: a test set is needed, got none of {', '.join(wanted)}")
         return found
 
+    def has_file(self, source: Source) -> bool:
+        """Whether the data folder has the file of a source."""
+        return self._root is not None and find(source, self._root, self.folders) is not None
+
     @property
     def has_data(self) -> bool:
-        return self._root is not None and all(find(s, self._root) for s in self.train_parts().values())
+        return self._root is not None and all(map(self.has_file, self.train_parts().values()))
 
     @property
     def published(self) -> int | None:

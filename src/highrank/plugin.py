@@ -1,6 +1,7 @@
 """The door for plugins: all that a method or a task of one's own needs of HighRank, wherever it is kept inside."""
 
 from highrank.base.errors import UserError
+from highrank.base.files import path_field, shown
 from highrank.base.registry import load, register_method, register_task
 from highrank.data.sources import Source, find
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
@@ -31,7 +32,9 @@ __all__ = [
     "load",
     "make_room",
     "one_of",
+    "path_field",
     "register_method",
     "register_task",
+    "shown",
     "with_cache",
 ]

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from highrank.base import registry
 from highrank.base.errors import UserError, suggest
-from highrank.config.build import build
+from highrank.config.build import build, check_files
 from highrank.config.run_config import CORE_KEYS, GROUPS, Run, RunConfig
 from highrank.model.tiny import TINY
 
@@ -40,8 +40,16 @@ def compose_run(words: Sequence[str]) -> Run:
     """Returns the checked run that command-line words describe.
 
     Raises:
-        UserError: for an unknown key or name (with the nearest ones), a wrong type, or a value out of range.
+        UserError: for an unknown key or name (with the nearest ones), a wrong type, a value out of range, or a core key
+            that names no file.
     """
+    run = compose_trained(words)
+    check_files(run.core)
+    return run
+
+
+def compose_trained(words: Sequence[str]) -> Run:
+    """As `compose_run`, for a run that has its adapter already and may do without the files that it was trained with."""
     words = scaled(words)
     method = method_of(words)
     overrides = rewrite(words, [method])

@@ -197,22 +197,22 @@ class Places(Dataset[int]):
 class EvalData:
     """A task's test sets as batches sorted by length.
 
-    `trained_on` are the training examples, among which the questions of a test set may occur.
+    `trained_on` are the training examples, among which the questions of a test set may occur; None where they are gone.
     """
 
     def __init__(
-        self, task: Task, protocol: Protocol, tokenizer: Any, trained_on: Sequence[Any] = (), share: Share = WHOLE
+        self, task: Task, protocol: Protocol, tokenizer: Any, trained_on: Sequence[Any] | None = (), share: Share = WHOLE
     ):
         self.task, self.protocol, self.tokenizer, self.share = task, protocol, tokenizer, share
         self.trained_on = trained_on
 
     @cached_property
-    def _known(self) -> set[str]:
-        return leak.questions(self.trained_on)
+    def _known(self) -> set[str] | None:
+        return None if self.trained_on is None else leak.questions(self.trained_on)
 
-    def leaked(self, records: Sequence[Any]) -> list[bool]:
-        """Returns per record whether its question occurs in the training data."""
-        return leak.found(records, self._known)
+    def leaked(self, records: Sequence[Any]) -> Sequence[bool | None]:
+        """Returns per record whether its question occurs in the training data; None where that is gone."""
+        return [None] * len(records) if self._known is None else leak.found(records, self._known)
 
     def dataloader(
         self, name: str, records: Sequence[Any], batch_size: int, places: Iterable[int] | None = None

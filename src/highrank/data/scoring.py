@@ -57,14 +57,14 @@ def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dic
 def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns n, the task's metrics and, for generated text, the percentage without a readable answer, per rule.
 
-    `leaked` counts the questions seen in training; if there are some, `<metric>_clean` is that of the others. `cut`
-    counts an encoder's shortened texts, if there are some.
+    `leaked` counts the questions seen in training, None where the training data is gone; if there are some,
+    `<metric>_clean` is that of the others. `cut` counts an encoder's shortened texts, if there are some.
     """
     found = _metrics(task, rows)
     if any(row.get("cut") for row in rows):
         found["cut"] = sum(row["cut"] for row in rows)
     seen = [row["leaked"] for row in rows]
-    found["leaked"] = sum(seen)
+    found["leaked"] = None if None in seen else sum(seen)
     if any(seen) and not all(seen):
         clean = _metrics(task, [row for row in rows if not row["leaked"]])
         found |= {f"{name}_clean": value for name, value in clean.items()}

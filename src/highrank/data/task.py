@@ -1,12 +1,14 @@
 """The contract of a task: data, and how a model's output is scored."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from highrank.base.errors import UserError, suggest
+from highrank.base.files import path_field
 from highrank.data.sources import MissingData, Source, Table, data_folder, find, read
 
 FAMILIES = ("glue", "commonsense", "math", "dialogue", "instruction")
@@ -98,11 +100,23 @@ class Task:
         raise NotImplementedError
 
 
+@contextmanager
+def reading(task: Task) -> Iterator[None]:
+    """Within it a task's data is read: a file that is not there is a UserError with its name, whatever the task raises."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"task {task.name}: a file must exist, got {error.filename}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Fields that every task with files has."""
+    """Fields that every task with files has.
 
-    data: str | None = None
+    A field that names a file or folder is a `path_field`. Values are checked here; files are looked at when they are read.
+    """
+
+    data: str | None = path_field(None)
     """Folder with the files; default: $HIGHRANK_DATA, else the Hugging Face Hub."""
     revision: str | None = None
     """Commit, tag or branch on the Hub."""

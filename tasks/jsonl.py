@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, path_field, register_task, shown
+from highrank.plugin import (
+    DataConfig,
+    Example,
+    FileTask,
+    Source,
+    UserError,
+    as_text,
+    path_field,
+    register_task,
+    shown,
+    text_of,
+)
 
 FIELDS = ("instruction", "input", "output", "answer", "id")
 
@@ -26,11 +37,15 @@ class JsonlConfig(DataConfig):
     """File to test on."""
     fields: dict[str, str] = field(default_factory=dict)
     """What the file calls a field, where it differs."""
-    choices: list[str] = field(default_factory=list)
-    """The answers to choose from, if every question has the same."""
+    choices: list[Any] = field(default_factory=list)
+    """The answers to choose from, if every question has the same, as the file writes them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        try:
+            object.__setattr__(self, "choices", [as_text(choice, "choices") for choice in self.choices])
+        except ValueError as error:
+            raise UserError(f"task jsonl: {error}") from error
         for name in self.fields:
             if name not in FIELDS:
                 raise UserError(f"task jsonl: a field is one of {', '.join(FIELDS)}, got fields.{name}")
@@ -68,8 +83,8 @@ class Jsonl(FileTask):
 
     def record(self, row: Any, part: str, id: str) -> Example:
         names = {name: self.cfg.fields.get(name, name) for name in FIELDS}
-        instruction, output = str(row[names["instruction"]]), str(row[names["output"]])
-        given = {name: "" if row.get(names[name]) is None else str(row[names[name]]) for name in FIELDS}
+        instruction, output = (text_of(row, names[name]) for name in ("instruction", "output"))
+        given = {name: text_of(row, names[name], "") for name in ("input", "answer", "id")}
         answer = given["answer"] or output
         choices = tuple(self.cfg.choices)
         if choices and answer not in choices:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import path_field
-from highrank.data.sources import MissingData, Source, Table, data_folder, find, read
+from highrank.data.sources import MissingData, Source, Table, as_text, data_folder, find, read
 
 FAMILIES = ("glue", "commonsense", "math", "dialogue", "instruction")
 """What a protocol can tell tasks apart by."""
@@ -54,6 +54,8 @@ class LabelledText:
 
 
 Record = Example | LabelledText
+TEXTS = {"id", "instruction", "output", "answer", "input", "text"}
+"""What is a text in every record."""
 
 
 class Task:
@@ -164,7 +166,10 @@ class FileTask(Task):
 
     def _record(self, row: Any, part: str, i: int) -> Record:
         try:
-            return self.record(row, part, f"{part}-{i}")
+            example = self.record(row, part, f"{part}-{i}")
+            for name in TEXTS & vars(example).keys():
+                as_text(getattr(example, name), name)
+            return example
         except KeyError as error:
             raise UserError(f"row {i} must have the field {error}, got {', '.join(row)}") from error
         except (ValueError, TypeError) as error:

@@ -1,6 +1,7 @@
 """The run directory and what is written into it."""
 
 import datetime
+import glob
 import importlib.metadata
 import json
 import platform
@@ -195,7 +196,7 @@ def _flat(values: Any, start: str = "") -> dict[str, Any]:
 def _default_path(run: Run) -> Path:
     """Returns <output>/<date>/<name>_<hash>: of the day on which this run was first started, else today."""
     name = f"{run.name}_{run.hash[:8]}"
-    started = sorted(Path(run.core.output).glob(f"*/{name}/results.json"))
+    started = sorted(Path(run.core.output).glob(f"*/{glob.escape(name)}/results.json"))
     return started[-1].parent if started else Path(run.core.output) / datetime.date.today().isoformat() / name
 
 

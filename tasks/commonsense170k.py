@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.plugin import DataConfig, Example, FileTask, Source, one_of, register_task
+from highrank.plugin import DataConfig, Example, FileTask, Source, as_text, one_of, register_task, text_of
 
 GET = "the files are in github.com/AGI-Edgerunners/LLM-Adapters under dataset/ and ft-training_set/"
 TOTAL = 170_420
@@ -111,18 +111,18 @@ class Commonsense(FileTask):
     def record(self, row: Any, part: str, id: str) -> Example:
         if "instruction" not in row:
             row = in_words(row, part)
-        answer = row["answer"]
-        options = row["instruction"].rpartition("Answer format: ")[2].strip().split("/")
+        instruction, answer = text_of(row, "instruction"), text_of(row, "answer")
+        options = instruction.rpartition("Answer format: ")[2].strip().split("/")
         if answer not in options:
             raise ValueError(f"answer must be one of {', '.join(options)}, got answer={answer!r}")
         # The merged file does not say which set a row is from, and needs not: it is trained on only.
         choices = words(part) if part in MEMBERS else tuple(options)
         return Example(
             id,
-            row["instruction"],
-            row["output"],
+            instruction,
+            text_of(row, "output"),
             answer,
-            row.get("input") or "",
+            text_of(row, "input", ""),
             choices,
             tuple(f"the correct answer is {option}" for option in choices if option in options),
         )
@@ -137,26 +137,28 @@ def in_words(row: Mapping[str, Any], part: str) -> dict[str, str]:
     """
     lead = "Please choose the correct answer to the question"
     if part == "boolq":
-        answer = "true" if row["answer"] else "false"
-        text = f"Please answer the following question with true or false, question: {row['question']}?"
+        answer = text_of(row, "answer")
+        text = f"Please answer the following question with true or false, question: {text_of(row, 'question')}?"
         return _made(text, ["true", "false"], answer)
     if part == "piqa":
-        text = f"Please choose the correct solution to the question: {row['goal']}\n\n"
-        text += f"Solution1: {row['sol1']}\n\nSolution2: {row['sol2']}"
+        text = f"Please choose the correct solution to the question: {text_of(row, 'goal')}\n\n"
+        text += f"Solution1: {text_of(row, 'sol1')}\n\nSolution2: {text_of(row, 'sol2')}"
         return _made(text, _named("solution", 2), _at("solution", 2, int(row["label"]) + 1))
     if part == "siqa":
-        texts = [row[f"answer{letter}"] for letter in "ABC"]
-        question = f"{lead}: {row['context']} {row['question']}\n\n{_listed('Answer', texts)}"
+        texts = [text_of(row, f"answer{letter}") for letter in "ABC"]
+        question = f"{lead}: {text_of(row, 'context')} {text_of(row, 'question')}\n\n{_listed('Answer', texts)}"
         return _made(question, _named("answer", 3), _at("answer", 3, int(row["label"])))
     if part == "hellaswag":
         lead = "Please choose the correct ending to complete the given sentence"
-        question = f"{lead}: {row['activity_label']}: {row['ctx']}\n\n{_listed('Ending', row['endings'])}"
+        question = (
+            f"{lead}: {text_of(row, 'activity_label')}: {text_of(row, 'ctx')}\n\n{_listed('Ending', row['endings'])}"
+        )
         return _made(question, _named("ending", 4), _at("ending", 4, int(row["label"]) + 1))
     if part == "winogrande":
         lead = "Please choose the correct answer to fill in the blank to complete the given sentence"
-        question = f"{lead}: {row['sentence']}\n\n{_listed('Option', [row['option1'], row['option2']])}"
+        question = f"{lead}: {text_of(row, 'sentence')}\n\n{_listed('Option', [text_of(row, 'option1'), text_of(row, 'option2')])}"
         return _made(question, _named("option", 2), _at("option", 2, int(row["answer"])), gap=" ")
-    stem = row["question_stem"] if part == "obqa" else row["question"]
+    stem = text_of(row, "question_stem" if part == "obqa" else "question")
     labels, texts = list(row["choices"]["label"]), list(row["choices"]["text"])
     place = labels.index(row["answerKey"]) + 1
     return _made(
@@ -165,7 +167,7 @@ def in_words(row: Mapping[str, Any], part: str) -> dict[str, str]:
 
 
 def _listed(word: str, texts: list[str]) -> str:
-    return " ".join(f"{word}{i}: {text}" for i, text in enumerate(texts, start=1))
+    return " ".join(f"{word}{i}: {as_text(text, word)}" for i, text in enumerate(texts, start=1))
 
 
 def _named(word: str, n: int) -> list[str]:

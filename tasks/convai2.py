@@ -25,23 +25,15 @@ from typing import Any
 import torch
 from torchmetrics.functional.text import bert_score, rouge_score, sacre_bleu_score
 
-from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, register_task
+from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, path_field, register_task, shown
 
 GET = "the files are in ParlAI's ConvAI2 download, parl.ai/downloads/convai2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvAI2Config(DataConfig):
-    bert: str | None = None
+    bert: str | None = path_field(None)
     """Folder of the model for BERTScore, e.g. roberta-large; without one the three BERTScores are not computed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bert is not None and not (Path(self.bert) / "config.json").is_file():
-            raise UserError(
-                f"task convai2: bert is a model folder with config.json, got bert={self.bert}; give a local copy of "
-                "roberta-large, or leave it out"
-            )
 
 
 @register_task(config=ConvAI2Config)
@@ -90,6 +82,12 @@ class ConvAI2(FileTask):
         return examples
 
     def test(self) -> Mapping[str, Sequence[Any]]:
+        bert = self.cfg.bert
+        if bert is not None and not (Path(bert) / "config.json").is_file():
+            raise UserError(
+                f"task convai2: bert is a model folder with config.json, got bert={shown(bert)}; give a local copy of "
+                "roberta-large, or leave it out"
+            )
         return {name: merged(examples) for name, examples in super().test().items()}
 
 

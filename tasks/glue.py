@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.plugin import DataConfig, FileTask, LabelledText, Source, label_of, one_of, register_task
+from highrank.plugin import DataConfig, FileTask, LabelledText, Source, as_text, label_of, one_of, register_task
 
 ENTAILMENT = ("entailment", "not_entailment")
 
@@ -130,7 +130,8 @@ class Glue(FileTask):
         return {file.replace("dev", self.cfg.member): self._source(file, n) for file, n in self.member.dev.items()}
 
     def record(self, row: Any, part: str, id: str) -> LabelledText:
-        text, pair, label = (_first(row, f) for f in (self.member.text, self.member.pair, self.member.label))
+        text, label = as_text(_first(row, self.member.text), "text"), _first(row, self.member.label)
+        pair = as_text(_first(row, self.member.pair), "the second text") if self.member.pair else None
         if self.member.labels:
             return LabelledText(id, text, label_of(label, self.member.labels), pair)
         score = float(label)

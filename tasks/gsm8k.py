@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from highrank.data.answers import value
-from highrank.plugin import DataConfig, Example, FileTask, Source, register_task
+from highrank.plugin import DataConfig, Example, FileTask, Source, register_task, text_of
 
 GET = "the files are in github.com/openai/grade-school-math under grade_school_math/data"
 TRAIN = Source(("gsm8k/train.jsonl", "gsm8k/train.parquet"), GET, 7_473, hub="openai/gsm8k:main")
@@ -31,12 +31,12 @@ def gsm8k_record(row: Mapping[str, Any], id: str) -> Example:
         ValueError: if the answer is no number.
     """
     if "instruction" in row:
-        question, output, answer = row["instruction"], row["output"], str(row["answer"])
+        question, output, answer = (text_of(row, name) for name in ("instruction", "output", "answer"))
     else:
-        steps, marker, answer = row["answer"].rpartition("#### ")
+        steps, marker, answer = text_of(row, "answer").rpartition("#### ")
         if not marker:
             raise ValueError("answer must end in '#### <number>'")
-        question, answer = row["question"], answer.strip().replace(",", "")
+        question, answer = text_of(row, "question"), answer.strip().replace(",", "")
         output = re.sub(r"<<.*?>>", "", steps).strip() + f"\nThe answer is: {answer}"
     if value(answer) is None:
         raise ValueError(f"answer must be a number, got answer={answer!r}")

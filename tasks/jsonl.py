@@ -13,27 +13,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, register_task
+from highrank.plugin import (
+    DataConfig,
+    Example,
+    FileTask,
+    Source,
+    UserError,
+    as_text,
+    path_field,
+    register_task,
+    shown,
+    text_of,
+)
 
 FIELDS = ("instruction", "input", "output", "answer", "id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlConfig(DataConfig):
-    train: str = ""
+    train: str = path_field("")
     """File to train on."""
-    test: str = ""
+    test: str = path_field("")
     """File to test on."""
     fields: dict[str, str] = field(default_factory=dict)
     """What the file calls a field, where it differs."""
-    choices: list[str] = field(default_factory=list)
-    """The answers to choose from, if every question has the same."""
+    choices: list[Any] = field(default_factory=list)
+    """The answers to choose from, if every question has the same, as the file writes them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("train", "test"):
-            if not Path(getattr(self, key)).is_file():
-                raise UserError(f"task jsonl: {key} must be an existing file, got task.{key}={getattr(self, key)!r}")
+        try:
+            object.__setattr__(self, "choices", [as_text(choice, "choices") for choice in self.choices])
+        except ValueError as error:
+            raise UserError(f"task jsonl: {error}") from error
         for name in self.fields:
             if name not in FIELDS:
                 raise UserError(f"task jsonl: a field is one of {', '.join(FIELDS)}, got fields.{name}")
@@ -45,6 +57,7 @@ class Jsonl(FileTask):
     family = "instruction"
     version = 2
     max_new_tokens = 256
+    num_train = None
 
     @property
     def _root(self) -> Path:  # type: ignore[override]
@@ -59,10 +72,19 @@ class Jsonl(FileTask):
     def _source(self, file: str) -> Source:
         return Source((str(Path(file).resolve().relative_to("/")),), "see tasks/jsonl.py for the format")
 
+    def load(self, source: Source, part: str) -> list[Any]:
+        file = getattr(self.cfg, part)
+        if not Path(file).is_file():
+            raise UserError(f"task jsonl: {part} must be an existing file, got task.{part}={shown(file)!r}")
+        return super().load(source, part)
+
+    def sources(self) -> list[dict[str, Any]]:
+        return [{**source, "name": f"/{source['name']}"} for source in super().sources()]
+
     def record(self, row: Any, part: str, id: str) -> Example:
         names = {name: self.cfg.fields.get(name, name) for name in FIELDS}
-        instruction, output = str(row[names["instruction"]]), str(row[names["output"]])
-        given = {name: "" if row.get(names[name]) is None else str(row[names[name]]) for name in FIELDS}
+        instruction, output = (text_of(row, names[name]) for name in ("instruction", "output"))
+        given = {name: text_of(row, names[name], "") for name in ("input", "answer", "id")}
         answer = given["answer"] or output
         choices = tuple(self.cfg.choices)
         if choices and answer not in choices:

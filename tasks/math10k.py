@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from highrank.data.answers import value
-from highrank.plugin import DataConfig, Example, FileTask, Source, load, one_of, register_task
+from highrank.plugin import DataConfig, Example, FileTask, Source, as_text, load, one_of, register_task, text_of
 
 GET = "the files are in github.com/AGI-Edgerunners/LLM-Adapters under dataset/ and ft-training_set/"
 SIZES = {"10k": 9_919, "7k": 6_900, "14k": 14_000, "50k": 50_000}
@@ -77,28 +77,29 @@ class Math10k(FileTask):
             return _mawps(row, id)
         if "question" in row:  # the original layout of GSM8K and AQuA
             return _aqua(row, id) if part.startswith("aqua") else self.gsm8k.record(row, part, id)
-        answer = str(row["answer"]).strip()
+        answer = text_of(row, "answer").strip()
         if part in TESTS and value(answer) is None and not (part == "aqua" and answer in LETTERS):
             raise ValueError(f"answer must be {'A to E' if part == 'aqua' else 'a number'}, got answer={answer!r}")
         choices = LETTERS if answer in LETTERS else ()
         options = LETTER_OPTIONS if choices else ()
-        return Example(id, row["instruction"], row["output"], answer, row.get("input") or "", choices, options)
+        instruction, output = text_of(row, "instruction"), text_of(row, "output")
+        return Example(id, instruction, output, answer, text_of(row, "input", ""), choices, options)
 
 
 def _mawps(row: Any, id: str) -> Example:
     """One MAWPS problem; its rationale is the equation."""
-    answer = str(row["ans"]).removesuffix(".0").replace(",", "")
+    answer = text_of(row, "ans").removesuffix(".0").replace(",", "")
     if value(answer) is None:
         raise ValueError(f"ans must be a number, got ans={row['ans']!r}")
-    equation = row["equation"].partition("=")[2]
-    return Example(id, row["original_text"], f"{equation} = {answer}. The answer is {answer}.", answer)
+    equation = text_of(row, "equation").partition("=")[2]
+    return Example(id, text_of(row, "original_text"), f"{equation} = {answer}. The answer is {answer}.", answer)
 
 
 def _aqua(row: Any, id: str) -> Example:
     """One AQuA-RAT problem with its own rationale, asked as LLM-Adapters asks it."""
     if row["correct"] not in LETTERS:
         raise ValueError(f"correct must be A to E, got correct={row['correct']!r}")
-    choices = " ".join(f"({option.replace(')', ') ', 1)}" for option in row["options"])
-    question = f"{row['question']} Answer Choices: {choices}"
-    output = f"{row['rationale']}\nThe answer is ({row['correct']})."
+    choices = " ".join(f"({as_text(option, 'options').replace(')', ') ', 1)}" for option in row["options"])
+    question = f"{text_of(row, 'question')} Answer Choices: {choices}"
+    output = f"{text_of(row, 'rationale')}\nThe answer is ({row['correct']})."
     return Example(id, question, output, row["correct"], "", LETTERS, LETTER_OPTIONS)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, load, register_task
+from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, load, register_task, text_of
 
 GET = "the file is on the Hub at meta-math/MetaMathQA"
 NAMES = ("MetaMathQA-395K.json", "MetaMathQA.json", "MetaMathQA.jsonl", "MetaMathQA.parquet")
@@ -55,5 +55,5 @@ class MetaMath(FileTask):
     def record(self, row: Any, part: str, id: str) -> Example:
         if part == "gsm8k":
             return self.gsm8k.record(row, part, id)
-        answer = row["response"].rpartition("The answer is: ")[2].strip()
-        return Example(id, row["query"], row["response"], answer)
+        query, response = text_of(row, "query"), text_of(row, "response")
+        return Example(id, query, response, response.rpartition("The answer is: ")[2].strip())

@@ -1,8 +1,9 @@
 """The door for plugins: all that a method or a task of one's own needs of HighRank, wherever it is kept inside."""
 
 from highrank.base.errors import UserError
+from highrank.base.files import path_field, shown
 from highrank.base.registry import load, register_method, register_task
-from highrank.data.sources import Source, find
+from highrank.data.sources import Source, as_text, find, text_of
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
 from highrank.model.method import Method, Site, kaiming_uniform_
 from highrank.model.transformers_internals import by_name, cache_of, with_cache
@@ -22,6 +23,7 @@ __all__ = [
     "UserError",
     "VirtualTokens",
     "WholeModelMethod",
+    "as_text",
     "by_name",
     "cache_of",
     "find",
@@ -31,7 +33,10 @@ __all__ = [
     "load",
     "make_room",
     "one_of",
+    "path_field",
     "register_method",
     "register_task",
+    "shown",
+    "text_of",
     "with_cache",
 ]

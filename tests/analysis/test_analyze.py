@@ -196,6 +196,7 @@ def test_runs_are_compared_over_the_weights_they_share(runs, capsys, monkeypatch
     assert Path(out.splitlines()[-1]) == runs / "analysis"  # beside them
     found = json.loads((runs / "analysis" / "comparison.json").read_text())
     assert [run["label"] for run in found["runs"]] == ["hira r=2", "hira r=4", "lora", "full"]
+    assert [run["run"] for run in found["runs"]] == ["../hira2", "../hira4", "../lora", "../full"]
     assert len(found["weights"]) == 10
     shared = [row for row in written(runs / "full")["views"] if row["name"] in found["weights"]]
     assert found["runs"][-1]["mean"]["energy"] == pytest.approx(np.mean([row["energy"] for row in shared]))

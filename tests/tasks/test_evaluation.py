@@ -53,6 +53,26 @@ def test_long_examples_are_dropped_and_counted():
     assert (len(found.examples), dict(found.cut_off), found.num_skipped) == (1, {"left_out": 1}, 1)
 
 
+def rows_with_long_ones(lengths):
+    """Returns six rows as jsonl has them, of which those that a protocol with num_validation=4 holds out have these lengths."""
+    held = [int(r.id) for r in hold_out([example(str(i)) for i in range(6)], replace(PLAIN, num_validation=4))[1]]
+    own = dict(zip(held, lengths, strict=True))
+    return [{"instruction": f"{i}", "output": "o" * own.get(i, 1)} for i in range(6)]
+
+
+def test_held_out_rows_that_are_all_too_long_are_found_before_training():
+    rules = replace(PLAIN, num_validation=4)
+    some = data(
+        stub([example(row["instruction"], row["output"]) for row in rows_with_long_ones([1, 60, 60, 60])]), rules
+    )
+    assert (len(some.validation), len(some.held_out), len(some.val_dataloader().dataset)) == (4, 1, 1)
+    none = [example(row["instruction"], row["output"]) for row in rows_with_long_ones([60] * 4)]
+    with pytest.raises(
+        UserError, match=r"the held-out examples must hold one within the protocol's cut-off, got 4, all too"
+    ):
+        data(stub(none), rules)
+
+
 def test_long_examples_are_cut_and_a_lost_answer_is_counted():
     rules = replace(PLAIN, too_long="cut")
     train = [example("q" * 10), example("q" * 36, output="longer"), example("q" * 50)]
@@ -218,6 +238,40 @@ def test_scores_of_labels():
     rows = [{"output": o, "gold": g, "leaked": False} for o, g in [(0.0, 1.0), (1.0, 2.0), (3.0, 2.5)]]
     assert metrics(values, rows)["spearman"] == pytest.approx(100, abs=1e-3)  # torchmetrics adds an epsilon
     assert metrics(values, [{**row, "output": 1.0} for row in rows])["pearson"] == 0  # constant: undefined
+
+
+def test_a_prediction_that_is_no_number_is_wrong_and_counted():
+    values, nan, inf = stub([], "regress", ("pearson", "spearman")), float("nan"), float("inf")
+
+    def scores(outputs, golds):
+        rows = zip(outputs, golds, strict=True)
+        return metrics(values, [{"output": o, "gold": g, "leaked": False} for o, g in rows])
+
+    golds = [0.0, 1.0, 2.0, 3.0, 4.0]
+    found = scores([0.0, 1.0, 2.0, nan, inf], golds)
+    assert found == {**scores([0.0, 1.0, 2.0, 0.0, 0.0], golds), "not_finite": 2}  # the lowest for the highest
+    assert found["pearson"] < scores([0.0, 1.0, 2.0], golds[:3])["pearson"]
+    assert "not_finite" not in scores([0.0, 1.0], golds[:2])
+    assert scores([nan] * 5, golds) == {"n": 5, "pearson": 0.0, "spearman": 0.0, "not_finite": 5, "leaked": 0}
+    task = stub([], "classify", ("matthews", "f1", "accuracy"), num_labels=2)
+
+    def classes(outputs):
+        rows = zip(outputs, [1, 0, 1, 0], strict=True)
+        return metrics(task, [{"output": o, "gold": g, "correct": o == g, "leaked": False} for o, g in rows])
+
+    assert classes([1, 0, -1, -1]) == {**classes([1, 0, 0, 1]), "not_finite": 2}
+
+
+def test_no_class_and_no_option_is_made_of_nan():
+    logits = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [1.0, 0.0]])
+    module = SimpleNamespace(task=stub([], "classify"), _logits=lambda batch: logits)
+    found = FineTuner.outputs(module, {"index": torch.arange(3)})
+    assert found == [(0, 1), (1, -1), (2, 0)]
+    record = example("q", answer="a", choices=("a", "b"), options=("a", "b"))
+    rules = replace(PLAIN, choose="likelihood")
+    rows, found = evaluate_rows(eval_data(stub([example("p")]), rules), "set", [record], [{0: float("nan"), 1: -3.0}])
+    assert (rows[0]["parsed"], rows[0]["correct"]) == (None, False)
+    assert (found["accuracy"], found["unparsed"], found["not_finite"]) == (0, 100, 1)
 
 
 def test_dialogue_metrics_say_what_they_cannot_compute(monkeypatch):
@@ -463,6 +517,21 @@ def test_a_run_on_its_own_test_file_is_warned_of_and_says_what_it_read(run_cli, 
     assert results["metrics"]["final"]["sets"]["test"]["leaked"] == 3
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert [(s["sha256"], s["rows"]) for s in results["data"]] == [(digest, 3)] * 2
+
+
+def test_validation_counts_what_was_used_and_a_run_without_ends_before_training(run_cli, tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    words = ["task=jsonl", f"task.train={file}", f"task.test={file}", "eval_test=false", "protocol.num_validation=4"]
+    rules = ["protocol.template='{instruction}='", "protocol.max_length=20"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows_with_long_ones([1, 60, 1, 60])))
+    status, _, err = run_cli(*TINY, *words, *rules, f"run_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["n"] == 2
+    monkeypatch.setattr(FineTuner, "training_step", lambda *args: pytest.fail("it trains"))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows_with_long_ones([60] * 4)))
+    status, _, err = run_cli(*TINY, *words, *rules, f"run_dir={tmp_path / 'other'}")
+    assert status == 2
+    assert "the held-out examples must hold one within the protocol's cut-off, got 4, all too long" in err
 
 
 def test_a_run_counts_what_its_cut_off_took(run_cli, tmp_path):

@@ -43,6 +43,9 @@ def test_bad_files(run_cli, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"txt": "a"}')
     with pytest.raises(UserError, match=r"must have the field 'text', got txt in .*row 1"):
         read_passages(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": null}')
+    with pytest.raises(UserError, match=r"text must be a text, or a number, true or false, got text=null in .*row 2"):
+        read_passages(tmp_path / "rows.jsonl")
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="must hold a passage"):
         read_passages(tmp_path / "empty.txt")

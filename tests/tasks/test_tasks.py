@@ -311,6 +311,93 @@ def test_bad_rows_name_file_row_and_field(make, tmp_path, name, fields, path, ro
     assert str(tmp_path / path) in str(error.value)
 
 
+NO_TEXT = {
+    "null": "got {field}=null",
+    "NaN": "got {field}=nan",
+    "1e400": "got {field}=inf",
+    "-Infinity": "got {field}=-inf",
+    '["item"]': "got {field}=['item']",
+    '{"a": 1}': "got {field}={{'a': 1}}",
+    '"half \\ud83d"': "{field} must be whole characters",
+}
+
+
+FIELDS = ("q", "output", "input", "answer", "id")
+MAY_BE_NULL = FIELDS[2:]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(f, v) for f in FIELDS for v in NO_TEXT if v != "null" or f not in MAY_BE_NULL]
+)
+def test_what_is_no_text_is_refused_by_file_row_and_field(make, tmp_path, field, value):
+    row = {"q": '"x"', "output": '"y"', field: value}
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"q": "a", "output": "b"}\n{' + ", ".join(f'"{k}": {v}' for k, v in row.items()) + "}\n")
+    with pytest.raises(UserError) as error:
+        make("jsonl", train=str(file), fields={"instruction": "q"}).train()
+    message = str(error.value)
+    assert message.startswith(f"task jsonl: row 2: {field} must be ")
+    assert NO_TEXT[value].format(field=field) in message
+    assert f" in {file}; " in message
+    message.encode()
+
+
+def test_numbers_and_truth_values_are_texts_as_json_writes_them(make, tmp_path):
+    rows = '{"instruction": 12, "output": true, "input": 0.5, "answer": false, "id": 7}\n'
+    (tmp_path / "own.jsonl").write_text(rows)
+    (found,) = make("jsonl", train=str(tmp_path / "own.jsonl")).train()
+    assert found == Example("7", "12", "true", "false", "0.5")
+
+
+@pytest.mark.parametrize("value", ["true", '"true"'])
+def test_choices_are_compared_as_the_file_writes_them(tmp_path, value):
+    from highrank.config.words import compose_run
+
+    (tmp_path / "own.jsonl").write_text(f'{{"instruction": "x", "output": {value}}}')
+    for choices in ("[true,false]", "['true','false']"):
+        run = compose_run(["task=jsonl", f"task.train={tmp_path / 'own.jsonl'}", f"task.choices={choices}"])
+        assert run.task_cfg.choices == ["true", "false"]
+        (found,) = run.task(run.task_cfg, 0).train()
+        assert (found.answer, found.choices) == ("true", ("true", "false"))
+    numbers = compose_run(["task=jsonl", "task.choices=[1,2.5,yes]"])
+    assert numbers.task_cfg.choices == ["1", "2.5", "yes"]
+    with pytest.raises(UserError, match=r"choices must be a text, or a number, true or false, got choices=null"):
+        compose_run(["task=jsonl", "task.choices=[1,null]"])
+
+
+PUBLISHED = [
+    ("math10k", {}, "math_10k.json", {"instruction": None, "output": "", "answer": "1"}, "instruction"),
+    ("math10k", {}, "math_10k.json", {"instruction": "x", "output": ["y"], "answer": "1"}, "output"),
+    ("gsm8k", {}, "gsm8k/train.jsonl", {"question": None, "answer": "#### 1"}, "question"),
+    ("metamath", {}, "MetaMathQA-395K.json", {"query": None, "response": "The answer is: 1"}, "query"),
+    (
+        "commonsense170k",
+        {"member": "piqa"},
+        "piqa/train.json",
+        {"goal": None, "sol1": "", "sol2": "", "label": 0},
+        "goal",
+    ),
+    ("commonsense170k", {"member": "boolq"}, "boolq/train.json", {"question": "x", "answer": None}, "answer"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "path", "row", "field"), PUBLISHED)
+def test_so_it_is_in_every_task(make, tmp_path, name, fields, path, row, field):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(json.dumps([row] if path.endswith(".json") else row))
+    with pytest.raises(UserError, match=rf"row 1: {field} must be a text, or a number, true or false, got {field}="):
+        make(name, data=str(tmp_path), **fields).train()
+
+
+def test_a_record_of_a_plugin_that_holds_no_text_is_refused(make, tmp_path, monkeypatch):
+    from highrank.base.registry import load
+
+    monkeypatch.setattr(load("tasks", "jsonl"), "record", lambda self, row, part, id: Example(id, row["a"], "y", "y"))
+    (tmp_path / "own.jsonl").write_text('{"a": ["x"]}')
+    with pytest.raises(UserError, match=r"row 1: instruction must be a text, or a number, true or false, got"):
+        make("jsonl", train=str(tmp_path / "own.jsonl")).train()
+
+
 def test_ids_are_distinct(make, tmp_path):
     rows = [{"id": "a", "instruction": "x", "output": "y"}] * 2
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))

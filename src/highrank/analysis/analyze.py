@@ -115,7 +115,10 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def compare(analyses: Sequence[Analysis], out: Path) -> Path:
-    """Prints one row per run over the weights they share; writes comparison.json and figures into `out`."""
+    """Prints one row per run over the weights they share; writes comparison.json and figures into `out`.
+
+    comparison.json names the runs as seen from its folder, so that both can be moved together.
+    """
     if len({a.base for a in analyses}) > 1:
         given = ", ".join(f"{a.run.model['name']} in {a.folder}" for a in analyses)
         raise UserError(f"analyze: compared runs share one base, got {given}; analyze them one at a time")
@@ -135,7 +138,7 @@ def compare(analyses: Sequence[Analysis], out: Path) -> Path:
     for a in analyses:
         show_expressive(a)
     runs = [
-        {"run": str(a.folder), "label": name, "mean": means(a.rows), "parts": by(a.rows, "part")}
+        {"run": os.path.relpath(a.folder, out), "label": name, "mean": means(a.rows), "parts": by(a.rows, "part")}
         for name, a in zip(labels(analyses), analyses, strict=True)
     ]
     draw(out, analyses)

@@ -1,10 +1,25 @@
 """Files that are whole or not there, and the sha256 of things."""
 
+import dataclasses
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+
+def path_field(default: Any = dataclasses.MISSING) -> Any:
+    """Returns a config field that names a file or folder: it is saved absolute, so that a run can be used from anywhere.
+
+    Whether the file exists is for whoever reads it to say, not for the config: a trained adapter does without its data.
+    """
+    return dataclasses.field(default=default, metadata={"path": True})
+
+
+def shown(path: Path | str) -> str:
+    """Returns a path as people read it: from the working directory if it lies below, else as it is."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if path and Path(path).is_relative_to(here) else str(path)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

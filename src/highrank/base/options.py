@@ -24,10 +24,10 @@ class Words(argparse.ArgumentParser):
         return self.parse_args(list(words))
 
     def split(self, words: Sequence[str]) -> tuple[Any, list[str], list[str]]:
-        """Returns the options, the folders, and the key=value words."""
+        """Returns the options, the folders, and the key=value words; a word that names a folder is one."""
         self.add_argument("given", nargs="*")
         options = self.parse_intermixed_args(list(words))
-        rest = [word for word in options.given if re.match(r"[\w.+]+=", word)]
+        rest = [word for word in options.given if re.match(r"[\w.+]+=", word) and not Path(word).is_dir()]
         folders = [word for word in options.given if word not in rest]
         if not folders:
             self.error(f"a folder is needed, got {' '.join(words) or 'nothing'}")

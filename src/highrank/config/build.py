@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from highrank.base import registry
 from highrank.base.errors import UserError, suggest
+from highrank.base.files import shown
 from highrank.config.run_config import CORE_KEYS, OPTIMIZERS, SCHEDULES, Run, RunConfig
 from highrank.config.trainer_keys import check_trainer_keys
 from highrank.data.protocol import Protocol
@@ -24,7 +25,7 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 
 def build(config: Any) -> Run:
-    """Returns the checked run of a composed config.
+    """Returns the checked run of a composed config, its paths absolute; whether their files exist is not looked at.
 
     Raises:
         UserError: for an unknown field, a wrong type, or a value out of range.
@@ -36,9 +37,10 @@ def build(config: Any) -> Run:
             raise UserError(f"{group}: a name is needed, got {group}={chosen}; choose one with {group}=<name>")
         if group != "trainer" and not isinstance(chosen.get("name"), str):
             raise UserError(f"{group}: a name is a text, got {group}.name={chosen.get('name')}; use {group}=<name>")
-    method, method_cfg = _plugin("methods", values["method"])
+    given: dict[str, str] = values.pop("given", None) or {}
+    method, method_cfg = _plugin("methods", values["method"], given)
     values["task"].pop("version", None)  # in the config of a saved run
-    task, task_cfg = _plugin("tasks", values["task"])
+    task, task_cfg = _plugin("tasks", values["task"], given)
     model = {"revision": None, "attention": None, "shuffled": False, **values["model"]}
     if model.get("quantize") is None:
         model.pop("quantize", None)
@@ -52,7 +54,7 @@ def build(config: Any) -> Run:
         )
     if str(trainer.get("precision")) == "32":
         trainer["precision"] = "32-true"
-    core = RunConfig(**{key: values[key] for key in CORE_KEYS if key in values})
+    core = RunConfig(**_absolute(RunConfig, {key: values[key] for key in CORE_KEYS if key in values}, "", given))
     if not method.family.placed:  # such a run is the same whatever the placement
         core.placement, core.layers, core.fused = "all", "all", "auto"
     core.placement = _one_form(core.placement)
@@ -65,7 +67,15 @@ def build(config: Any) -> Run:
             "leave analyze out"
         )
     protocol = protocol_for(values["protocol"], task.family)
-    return Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer)
+    return Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer, given)
+
+
+def check_files(core: RunConfig) -> None:
+    """Raises UserError unless the files and folders that the core keys name exist."""
+    for key, kind, exists in (("general_text", "file", os.path.isfile), ("path", "folder", os.path.isdir)):
+        path = getattr(core, key)
+        if path is not None and not exists(path):
+            raise UserError(f"run: {key} must be an existing {kind}, got {key}={shown(path)}")
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
@@ -131,10 +141,21 @@ def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
     return dataclass_from(Protocol, {**families.get(family, {}), **given}, "protocol")
 
 
-def _plugin(group: str, values: Mapping[str, Any]) -> tuple[Any, Any]:
+def _plugin(group: str, values: Mapping[str, Any], given: dict[str, str]) -> tuple[Any, Any]:
     name = values["name"]
     cls: Any = registry.load(group, name)
-    return cls, dataclass_from(cls.config, {k: v for k, v in values.items() if k != "name"}, name)
+    fields = {k: v for k, v in values.items() if k != "name"}
+    return cls, dataclass_from(cls.config, _absolute(cls.config, fields, f"{group.removesuffix('s')}.", given), name)
+
+
+def _absolute(cls: type, values: Mapping[str, Any], prefix: str, given: dict[str, str]) -> dict[str, Any]:
+    """Returns a config's values with relative paths made absolute, and notes in `given` how they were typed."""
+    found = dict(values)
+    for field in dataclasses.fields(cls):
+        path = found.get(field.name)
+        if field.metadata.get("path") and isinstance(path, str) and path and not os.path.isabs(path):
+            found[field.name], given[f"{prefix}{field.name}"] = os.path.abspath(path), path
+    return found
 
 
 def dataclass_from(cls: type, values: Mapping[str, Any], owner: str) -> Any:
@@ -157,6 +178,9 @@ def dataclass_from(cls: type, values: Mapping[str, Any], owner: str) -> Any:
             raise UserError(f"{owner}: {key} must be of type {kind}, got {key}={value}") from error
         if isinstance(schema[key], float) and not math.isfinite(schema[key]):
             raise UserError(f"{owner}: {key} must be a finite number, got {key}={value}")
+    missing = sorted(OmegaConf.missing_keys(schema))
+    if missing:
+        raise UserError(f"{owner}: {missing[0]} must be given, got none; it has: {', '.join(known)}")
     return OmegaConf.to_object(schema)
 
 
@@ -187,5 +211,3 @@ def _check_core(core: RunConfig) -> None:
     need(0 <= core.warmup_ratio <= 1, "warmup_ratio", "must be in [0, 1]")
     need(math.isfinite(core.epochs) and core.epochs > 0, "epochs", "must be > 0 and finite")
     need(core.max_steps is None or core.max_steps >= 1, "max_steps", "must be >= 1")
-    need(core.general_text is None or Path(core.general_text).is_file(), "general_text", "must be an existing file")
-    need(core.path is None or Path(core.path).is_dir(), "path", "must be an existing folder")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from highrank.base.files import digest
+from highrank.base.files import digest, path_field
 from highrank.data.protocol import Protocol
 from highrank.data.task import Task
 
@@ -40,7 +40,7 @@ class RunConfig:
     """Arguments of the Lightning Trainer: accelerator, devices, strategy, precision."""
     # only in presets: the axes that `-m` sweeps, {key: [values]}, and `cases` of keys that vary together
     sweep: Any = None
-    path: str | None = None
+    path: str | None = path_field(None)
     """A local folder with config.json, tokenizer and safetensors, used before any other source."""
     placement: Any = "fc_qkv"
     """Which weights are adapted: a set such as fc_qkv, or a list such as [q,down]."""
@@ -90,7 +90,7 @@ class RunConfig:
     """Whether the untrained model is evaluated too."""
     eval_test: bool = True
     """Whether the test sets are evaluated at all; a search over the held-out examples needs none."""
-    general_text: str | None = None
+    general_text: str | None = path_field(None)
     """File of general text (.txt by lines, or a field `text`) on which forgetting is measured after training."""
     analyze: bool = False
     """Whether the singular values of ΔW are analysed after training (see highrank analyze)."""
@@ -119,9 +119,23 @@ LATER: dict[str, Any] = {"head_lr": None}
 """Keys younger than the first runs, and what their absence from a saved config means."""
 
 
+def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a resolved config with its paths as they were typed, by which runs are told apart and shown."""
+    typed = values.get("given") or {}
+    found = {
+        key: {k: typed.get(f"{key}.{k}", v) for k, v in value.items()}
+        if key in GROUPS and isinstance(value, Mapping)
+        else value
+        for key, value in values.items()
+        if key != "given"
+    }
+    return found | {key: path for key, path in typed.items() if "." not in key}
+
+
 def config_hash(values: Mapping[str, Any]) -> str:
     """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
-    return digest({key: value for key, value in values.items() if key not in UNHASHED and value != LATER.get(key, ...)})
+    found = as_given(values).items()
+    return digest({key: value for key, value in found if key not in UNHASHED and value != LATER.get(key, ...)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +152,8 @@ class Run:
     protocol: Protocol
     model: dict[str, Any]
     trainer: dict[str, Any]
+    given: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Relative paths as they were typed, by their key (task.train); the run uses them absolute."""
 
     def make_task(self) -> Task:
         """Returns the run's task; its data are read when they are asked for."""
@@ -157,6 +173,7 @@ class Run:
             "trainer": self.trainer,
             **({} if one else {"step_version": STEP_VERSION}),
             **core,
+            **({"given": self.given} if self.given else {}),
         }
 
     @property

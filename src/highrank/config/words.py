@@ -4,13 +4,19 @@
 
 A bare key is a core key (a field of `RunConfig`) or a field of the chosen method. Dotted keys reach the groups
 `method`, `task`, `model`, `protocol` and `trainer`. Everything wrong is one `UserError`, before any weight loads.
+
+A text or path that is nothing in Hydra's grammar (`run_dir=a=b`, `task.train=rows (1).jsonl`) is taken as it stands, from the
+first `=` to the end; in quotes (`run_dir='a b'`) it is always a text.
 """
 
 import dataclasses
 import functools
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -23,8 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from highrank.base import registry
 from highrank.base.errors import UserError, suggest
-from highrank.config.build import build
+from highrank.config.build import build, check_files
 from highrank.config.run_config import CORE_KEYS, GROUPS, Run, RunConfig
+from highrank.data.protocol import Protocol
 from highrank.model.tiny import TINY
 
 HYDRA_1_3 = hydra.__version__.startswith("1.3.")
@@ -40,11 +47,19 @@ def compose_run(words: Sequence[str]) -> Run:
     """Returns the checked run that command-line words describe.
 
     Raises:
-        UserError: for an unknown key or name (with the nearest ones), a wrong type, or a value out of range.
+        UserError: for an unknown key or name (with the nearest ones), a wrong type, a value out of range, or a core key
+            that names no file.
     """
+    run = compose_trained(words)
+    check_files(run.core)
+    return run
+
+
+def compose_trained(words: Sequence[str]) -> Run:
+    """As `compose_run`, for a run that has its adapter already and may do without the files that it was trained with."""
     words = scaled(words)
     method = method_of(words)
-    overrides = rewrite(words, [method])
+    overrides = rewrite(readable(words), [method])
     config = _compose(overrides)
     if any(key_of(word) == "method" for word in words):  # in a preset's place: its fields stay where this one has them
         given = [key_of(word).removeprefix("method.") for word in overrides]
@@ -68,9 +83,93 @@ def spelled(value: Any) -> str:
         return f"[{','.join(map(spelled, value))}]"
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{spelled(item)}' for key, item in value.items())}}}"
-    if isinstance(value, str) and (value.lower() in NOT_TEXTS or not re.fullmatch(r"[a-zA-Z_/][\w/.+-]*", value)):
-        return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", value).replace("'", "\\'") + "'"
+    if isinstance(value, str) and (
+        value.lower() in NOT_TEXTS or not re.fullmatch(r"[a-zA-Z_/][a-zA-Z0-9_/.+-]*", value)
+    ):
+        return _in_quotes(value)
     return str(value)
+
+
+def _in_quotes(text: str) -> str:
+    return "'" + re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", "\\'") + "'"
+
+
+def parse(word: str) -> Any:
+    """Returns Hydra's reading of a word.
+
+    Raises:
+        UserError: if it is not in Hydra's grammar, with the word in quotes.
+    """
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"config: {first}, got {word}; for a text as it stands write {quoted(word)}") from error
+
+
+def quoted(word: str) -> str:
+    """Returns a word whose value is a text as it stands, ready to paste into a shell."""
+    key, _, value = word.partition("=")
+    whole = f"{key}={_in_quotes(value)}"
+    return f'"{whole}"' if not re.search(r'["$`\\!]', whole) else shlex.quote(whole)
+
+
+def readable(words: Sequence[str], multirun: bool = False) -> list[str]:
+    """Returns the words in Hydra's grammar, texts and paths that are not in it, or that it reads as something else, in quotes.
+
+    A comma separates values with `multirun`; without, it belongs to a path.
+
+    Raises:
+        UserError: for another word outside the grammar.
+    """
+    paths, texts = _text_keys(words)
+    return [_readable(word, key_of(word) in paths, key_of(word) in texts, multirun) for word in words]
+
+
+def _readable(word: str, is_path: bool, is_text: bool, multirun: bool) -> str:
+    key, _, value = word.partition("=")
+    literal = f"{key}={spelled(value)}"
+    try:
+        override = parse(word)
+    except UserError as error:
+        if not (is_path or is_text):
+            raise
+        if multirun and "," in value:
+            raise UserError(f"{error}, and each of several texts in quotes of its own") from error
+        return literal
+    if override.is_sweep_override():
+        if is_path and multirun and Path(value).exists():
+            raise UserError(f"sweep: a comma separates values, got the one path {word}; write {quoted(word)}")
+        one = (is_path and not multirun) or "," not in value
+        return literal if one and (is_path or is_text) else word
+    return word if not (is_path or is_text) or isinstance(override.value(), str | None) else literal
+
+
+def given_text(word: str) -> str | None:
+    """Returns the one text that a word gives, whatever commas it has."""
+    return parse(_readable(word, True, True, False)).value()  # type: ignore[no-any-return]
+
+
+def _text_keys(words: Sequence[str]) -> tuple[set[str], set[str]]:
+    """Returns the keys that hold a path and those that hold a text, for the methods and tasks that the words choose."""
+    names: dict[str, list[str]] = {"method": [], "task": []}
+    for word in words:
+        if key_of(word) in names:
+            names[key_of(word)] += [name.split("/")[0] for name in word.partition("=")[2].split(",")]
+    configs: list[tuple[str, Any]] = [("", RunConfig), ("protocol.", Protocol)]
+    with suppress(UserError):  # whatever is wrong with a name is said where it is used
+        single = (w for w in words if key_of(w) in GROUPS and "," not in w)
+        chosen = _chosen(tuple(r for w in single for r in _rewrite_group(w)))
+        for group, name in zip(names, chosen, strict=True):
+            for each in {name, *names[group]}:
+                config = registry.load(f"{group}s", each).config  # type: ignore[attr-defined]
+                configs += [(f"{group}.", config), *([("", config)] if group == "method" else [])]
+    paths, texts = {"run_dir", "output"}, {f"model.{key}" for key in ("name", "hub", "revision")}
+    for start, config in configs:
+        hints = get_type_hints(config)
+        texts |= {f"{start}{name}" for name, hint in hints.items() if hint in (str, str | None)}
+        paths |= {f"{start}{field.name}" for field in dataclasses.fields(config) if field.metadata.get("path")}
+    return paths, texts
 
 
 def scaled(words: Sequence[str]) -> list[str]:
@@ -102,13 +201,15 @@ def method_of(words: Sequence[str]) -> Any:
     for word in words:
         _check_word(word)
     groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
-    return registry.load("methods", _chosen_method(tuple(r for w in groups for r in _rewrite_group(w))))
+    return registry.load("methods", _chosen(tuple(r for w in groups for r in _rewrite_group(w)))[0])
 
 
 @functools.cache
-def _chosen_method(groups: tuple[str, ...]) -> str:
+def _chosen(groups: tuple[str, ...]) -> tuple[str, str]:
+    """Returns the names of the chosen method and task."""
     register_configs()
-    return str(_compose(groups).method.name)
+    config = _compose(groups)
+    return str(config.method.name), str(config.task.name)
 
 
 def _check_word(word: str) -> None:
@@ -169,7 +270,8 @@ def _rewrite_group(word: str) -> list[str]:
         name, _, member = value.partition("/")
         return [f"task={name}", f"++task.member={member}"]
     if key == "model" and value.startswith("hf:"):
-        return ["model=hf", f"++model.name='{value.removeprefix('hf:').split('/')[-1]}'", f"++model.hub='{value[3:]}'"]
+        hub = value.removeprefix("hf:")
+        return ["model=hf", f"++model.name={spelled(hub.split('/')[-1])}", f"++model.hub={spelled(hub)}"]
     return [f"{key}={value}"]
 
 

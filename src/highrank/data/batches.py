@@ -155,6 +155,15 @@ class TrainingData:
                 f"task {task.name}: the training set must hold an example within the protocol's cut-off, got "
                 f"{len(encoded)} examples, all too long for max_length={protocol.max_length}"
             )
+        held_out = [encode(record, protocol, tokenizer) for record in self.validation]
+        self.held_out = [row for row in held_out if row is not None and num_targets(row)]
+        """The held-out examples within the protocol's cut-off, encoded as in training."""
+        if self.validation and not self.held_out:
+            raise UserError(
+                f"task {task.name}: the held-out examples must hold one within the protocol's cut-off, got "
+                f"{len(held_out)}, all too long for max_length={protocol.max_length}; raise it, or hold out more with "
+                "protocol.num_validation"
+            )
         lengths, targets = [len(row.input_ids) for row in kept], [num_targets(row) for row in kept]
         self.buckets = LengthBuckets(lengths, batch_size, seed, share, accumulate, targets)
 
@@ -171,10 +180,8 @@ class TrainingData:
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Returns the held-out examples, encoded as in training."""
-        encoded = [encode(record, self.protocol, self.tokenizer) for record in self.validation]
         return DataLoader(
-            [row for row in encoded if row is not None and num_targets(row)],  # type: ignore[arg-type]
+            self.held_out,  # type: ignore[arg-type]
             batch_size=self.eval_batch_size,
             collate_fn=lambda batch: collate(batch, self.tokenizer.pad_token_id),
         )
@@ -197,22 +204,27 @@ class Places(Dataset[int]):
 class EvalData:
     """A task's test sets as batches sorted by length.
 
-    `trained_on` are the training examples, among which the questions of a test set may occur.
+    `trained_on` are the training examples, among which the questions of a test set may occur; None where they are gone.
     """
 
     def __init__(
-        self, task: Task, protocol: Protocol, tokenizer: Any, trained_on: Sequence[Any] = (), share: Share = WHOLE
+        self,
+        task: Task,
+        protocol: Protocol,
+        tokenizer: Any,
+        trained_on: Sequence[Any] | None = (),
+        share: Share = WHOLE,
     ):
         self.task, self.protocol, self.tokenizer, self.share = task, protocol, tokenizer, share
         self.trained_on = trained_on
 
     @cached_property
-    def _known(self) -> set[str]:
-        return leak.questions(self.trained_on)
+    def _known(self) -> set[str] | None:
+        return None if self.trained_on is None else leak.questions(self.trained_on)
 
-    def leaked(self, records: Sequence[Any]) -> list[bool]:
-        """Returns per record whether its question occurs in the training data."""
-        return leak.found(records, self._known)
+    def leaked(self, records: Sequence[Any]) -> Sequence[bool | None]:
+        """Returns per record whether its question occurs in the training data; None where that is gone."""
+        return [None] * len(records) if self._known is None else leak.found(records, self._known)
 
     def dataloader(
         self, name: str, records: Sequence[Any], batch_size: int, places: Iterable[int] | None = None

@@ -24,7 +24,7 @@ def found(records: Sequence[Any], known: set[str]) -> list[bool]:
     return [normalise(record.question) in known for record in records]
 
 
-def warn_if_trained_on(name: str, leaked: Sequence[bool]) -> None:
+def warn_if_trained_on(name: str, leaked: Sequence[bool | None]) -> None:
     """Warns if the whole test set was in the training data: then it is the training data."""
     if leaked and all(leaked):
         warnings.warn(

@@ -1,5 +1,6 @@
 """From a model's outputs to prediction rows and metrics, in percent."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,8 +39,7 @@ def prediction_rows(data: EvalData, records: Sequence[Any], outputs: Sequence[An
 
 def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dict[str, Any]:
     if ranked:
-        best = max(sorted(output), key=output.__getitem__)
-        answer = record.choices[best]
+        answer = None if not_finite(output) else record.choices[max(sorted(output), key=output.__getitem__)]
         return {"output": output, "parsed": answer, "gold": record.answer, "correct": answer == record.answer}
     text = output
     for stop in protocol.stop:
@@ -56,14 +56,17 @@ def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dic
 def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns n, the task's metrics and, for generated text, the percentage without a readable answer, per rule.
 
-    `leaked` counts the questions seen in training; if there are some, `<metric>_clean` is that of the others. `cut`
-    counts an encoder's shortened texts, if there are some.
+    `leaked` counts the questions seen in training, None where the training data is gone; if there are some,
+    `<metric>_clean` is that of the others. `cut` counts an encoder's shortened texts, and `not_finite` the predictions that
+    are no number, which count as wrong, if there are some.
     """
     found = _metrics(task, rows)
+    if lost := sum(not_finite(row["output"]) for row in rows):
+        found["not_finite"] = lost
     if any(row.get("cut") for row in rows):
         found["cut"] = sum(row["cut"] for row in rows)
     seen = [row["leaked"] for row in rows]
-    found["leaked"] = sum(seen)
+    found["leaked"] = None if None in seen else sum(seen)
     if any(seen) and not all(seen):
         clean = _metrics(task, [row for row in rows if not row["leaked"]])
         found |= {f"{name}_clean": value for name, value in clean.items()}
@@ -87,29 +90,54 @@ def _share(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return 100 * sum(row[key] for row in rows) / len(rows)
 
 
+def not_finite(output: Any) -> bool:
+    """Whether a prediction is no number: a class of -1, a value or an option's log-probability that is not finite."""
+    if isinstance(output, int):
+        return output == -1
+    values = output.values() if isinstance(output, Mapping) else [output]
+    return any(isinstance(value, float) and not math.isfinite(value) for value in values)
+
+
 def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
     preds, gold = (torch.tensor([float(row[key]) for row in rows], dtype=torch.float64) for key in ("output", "gold"))
     return preds, gold
 
 
+def _classes(task: Task, rows: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns predicted and gold classes; for a prediction that is no class, one that is wrong."""
+    preds, gold = (column.long() for column in _columns(rows))
+    return torch.where(preds < 0, (gold + 1) % max(2, task.num_labels), preds), gold
+
+
+def _values(rows: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns predicted and gold values; for a prediction that is no number, the most wrong of the others: the lowest for
+    a gold value above the mean, else the highest."""
+    preds, gold = _columns(rows)
+    there = preds.isfinite()
+    if not there.any():
+        return torch.zeros_like(preds), gold
+    most_wrong = torch.where(gold > gold.mean(), preds[there].min(), preds[there].max())
+    return torch.where(there, preds, most_wrong), gold
+
+
 def _matthews(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
     """Matthews correlation; 0 where predictions or gold labels are all one class (torchmetrics gives 2.6 % there)."""
-    preds, gold = _columns(rows)
+    preds, gold = _classes(task, rows)
     if min(preds.unique().numel(), gold.unique().numel()) < 2:
         return 0.0
-    return 100 * float(matthews_corrcoef(preds.long(), gold.long(), "multiclass", num_classes=task.num_labels))
+    return 100 * float(matthews_corrcoef(preds, gold, "multiclass", num_classes=task.num_labels))
 
 
 def _f1(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
     """F1 of class 1."""
-    preds, gold = _columns(rows)
-    return 100 * float(binary_f1_score(preds.long(), gold.long()))
+    preds, gold = _classes(task, rows)
+    return 100 * float(binary_f1_score(preds, gold))
 
 
 def _correlation(measure: Any) -> Any:
     def correlation(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
         """Correlation; 0 where predictions or gold values are all equal, and none is defined."""
-        preds, gold = _columns(rows)
+        preds, gold = _values(rows)
         return 100 * float(measure(preds, gold)) if preds.unique().numel() > 1 < gold.unique().numel() else 0.0
 
     return correlation

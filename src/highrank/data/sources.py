@@ -7,9 +7,10 @@ Byte-order marks and CRLF line ends are tolerated; anything else that is wrong n
 import gzip
 import hashlib
 import json
+import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,36 @@ class Table:
     sha256: str | None
     """Of the file as it lies on disk, or of the rows' JSON if they come from the Hub."""
     location: str
+
+
+def as_text(value: Any, name: str) -> str:
+    """Returns a value of a row as text: a text as it is, a number, true or false as JSON writes it.
+
+    Raises:
+        ValueError: with the field's name, for null, a number that is not finite, a list, an object, or half a character.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be whole characters, got {name}={value!r} with half a pair") from error
+        return value
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    got = "null" if value is None else repr(value)
+    raise ValueError(f"{name} must be a text, or a number, true or false, got {name}={got[:80]}")
+
+
+def text_of(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """Returns a field of a row as text, see `as_text`; `default` where the field is null or not there.
+
+    Raises:
+        KeyError: for a field that is not there and has no default.
+        ValueError: for a field that is no text.
+    """
+    if default is not None and row.get(name) is None:
+        return default
+    return as_text(row[name], name)
 
 
 def data_folder(given: str | None) -> Path | None:

@@ -1,13 +1,15 @@
 """The contract of a task: data, and how a model's output is scored."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from highrank.base.errors import UserError, suggest
-from highrank.data.sources import MissingData, Source, Table, data_folder, find, read
+from highrank.base.files import path_field
+from highrank.data.sources import MissingData, Source, Table, as_text, data_folder, find, read
 
 FAMILIES = ("glue", "commonsense", "math", "dialogue", "instruction")
 """What a protocol can tell tasks apart by."""
@@ -52,6 +54,8 @@ class LabelledText:
 
 
 Record = Example | LabelledText
+TEXTS = {"id", "instruction", "output", "answer", "input", "text"}
+"""What is a text in every record."""
 
 
 class Task:
@@ -103,11 +107,23 @@ class Task:
         raise NotImplementedError
 
 
+@contextmanager
+def reading(task: Task) -> Iterator[None]:
+    """Within it a task's data is read: a file that is not there is a UserError with its name, whatever the task raises."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"task {task.name}: a file must exist, got {error.filename}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Fields that every task with files has."""
+    """Fields that every task with files has.
 
-    data: str | None = None
+    A field that names a file or folder is a `path_field`. Values are checked here; files are looked at when they are read.
+    """
+
+    data: str | None = path_field(None)
     """Folder with the files; default: $HIGHRANK_DATA, else the Hugging Face Hub."""
     revision: str | None = None
     """Commit, tag or branch on the Hub."""
@@ -158,7 +174,10 @@ class FileTask(Task):
 
     def _record(self, row: Any, part: str, i: int) -> Record:
         try:
-            return self.record(row, part, f"{part}-{i}")
+            example = self.record(row, part, f"{part}-{i}")
+            for name in TEXTS & vars(example).keys():
+                as_text(getattr(example, name), name)
+            return example
         except KeyError as error:
             raise UserError(f"row {i} must have the field {error}, got {', '.join(row)}") from error
         except (ValueError, TypeError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from highrank.base.files import shown
 from highrank.config.run_config import Run
 from highrank.train.results import read_results
 from highrank.train.saved import words_of
@@ -34,7 +35,9 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
         "base dtype": model["dtype"],
         "trained on": f"the base quantised to {kind}, not its own weights" if (kind := model.get("quantize")) else "",
         "task": run.task.name,
-        "data": "; ".join(f"{d['name']}, {d['rows']} rows, sha256 {d['sha256']}" for d in results.get("data", [])),
+        "data": "; ".join(
+            f"{shown(d['name'])}, {d['rows']} rows, sha256 {d['sha256']}" for d in results.get("data", [])
+        ),
         "protocol": f"{run.protocol.name} version {run.protocol.version}, hash {run.protocol.hash}",
         "training": f"{results['steps']} steps, lr {run.core.lr}, seed {run.core.seed}" if "steps" in results else "",
         "imported": _listed(results.get("imported", {})),
@@ -48,7 +51,7 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
 
 
 def _command(run: Run, results: Mapping[str, Any]) -> str:
-    command = f"\n## Made by\n\n```bash\npython run.py {shlex.join(words_of(run))}\n```\n"
+    command = f"\n## Made by\n\n```bash\npython run.py {shlex.join(words_of(run, typed=True))}\n```\n"
     return "" if "imported" in results else command
 
 

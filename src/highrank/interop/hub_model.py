@@ -2,7 +2,8 @@
 
 What is written is read again and compared with the adapted model, both computed in fp32, so that the difference is the
 rounding of W' to the folder's dtype and nothing else. With y the logits of the adapted model, ŷ those of the folder and
-y0 those of the base, on every position of some of the task's texts, `fidelity.json` holds
+y0 those of the base, on every position of some of the task's texts (of some sentences, where they are gone),
+`fidelity.json` holds
 
     max_logit_difference   max |ŷ - y|
     argmax_agreement       share of positions where ŷ and y have their maximum at the same token
@@ -11,6 +12,7 @@ y0 those of the base, on every position of some of the task's texts, `fidelity.j
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from highrank.base.files import write_atomic
 from highrank.config.run_config import Run
 from highrank.data.batches import collate
 from highrank.data.encoding import Encoded, encode_prompt, encode_text
+from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import DTYPES, Backbone
@@ -33,6 +36,16 @@ from highrank.train.saved import check_new, load_run, read_run, written_whole
 MOST_ERROR = 0.1
 """Greatest `error` of a folder that is written without being asked to."""
 NUM_TEXTS = 8
+SENTENCES = (
+    "Water boils at 100 degrees Celsius at the level of the sea.",
+    "She asked whether the train to the coast had already left.",
+    "What is the capital of the country in which the river ends?",
+    "If 12 apples cost 6 dollars, then 30 apples cost 15 dollars.",
+    "The committee read the report, praised it, and did nothing.",
+    "A triangle with equal sides has three equal angles.",
+    "He fixed the old clock with a paper clip and some patience.",
+    "In winter the days are short and the nights are cold.",
+)
 
 
 def merge_run(
@@ -91,9 +104,15 @@ def merge_run(
 
 
 def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
-    """Returns the first test prompts of the run's task, encoded."""
+    """Returns the first test prompts of the run's task, encoded; where its data is gone, `SENTENCES`."""
     task = run.make_task()
-    records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]
+    try:
+        with reading(task):
+            records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]
+    except UserError as error:
+        print(f"merge: compared on general sentences, for the task's own are gone ({error})", file=sys.stderr)
+        generates = task.kind == "generate"
+        records = [Example("", text, "", "") if generates else LabelledText("", text, 0.0) for text in SENTENCES]
     if task.kind == "generate":
         return [Encoded(encode_prompt(record, run.protocol, backbone.tokenizer), []) for record in records]
     return [encode_text(record, run.protocol, backbone.tokenizer) for record in records]

@@ -8,7 +8,8 @@
 Whatever was done, `use(None)` leaves the base as it was, bit for bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from highrank.base.allocator import keep_freed_memory
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import digest
 from highrank.config.run_config import Run
+from highrank.config.words import key_of
 from highrank.data.batches import EvalData, hold_out
-from highrank.data.task import Task
+from highrank.data.task import Task, reading
 from highrank.interop.hub_model import compare, logits
 from highrank.model.adapters import Adapters, attach
 from highrank.model.backbones import Backbone, head_modules, load_backbone
@@ -163,13 +165,21 @@ class AdapterSwitch:
 def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluates finished runs with their saved adapters; returns the metrics by run directory.
 
-    With another task, leaks are still counted against what each run was trained on.
+    Leaks are counted against what each run was trained on, whatever the task; where that is gone, they are None.
+
+    Raises:
+        UserError: as `on_shared_bases`; for a test set that is gone.
     """
+    tasks = {folder: read_run(folder, words).make_task() for folder in dict.fromkeys(map(Path, folders))}
+
+    def read_tests(folder: Path) -> None:
+        with reading(tasks[folder]):
+            tasks[folder].test()
+
     found = {}
-    for folder, run, backbone, adapters in on_shared_bases(folders, words):
-        task, trained = run.make_task(), read_run(folder)
-        trained_on, _ = hold_out((trained.make_task() if words else task).train(), trained.protocol)
-        data = EvalData(task, run.protocol, backbone.tokenizer, trained_on)
+    for folder, run, backbone, adapters in on_shared_bases(folders, words, needed=read_tests):
+        task = tasks[folder]
+        data = EvalData(task, run.protocol, backbone.tokenizer, trained_on(folder, words))
         module = FineTuner(adapters, task, backbone.tokenizer, run.core, 1, run.protocol)
         keep_freed_memory()
         with quiet():
@@ -178,12 +188,33 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
     return found
 
 
+def trained_on(folder: Path, words: Sequence[str]) -> list[Any] | None:
+    """Returns the examples that a run was trained on: from where they were or, if they were moved, from where `words`
+    say that the task's data lies; None, and a line that says so, where they are gone."""
+    own, moved = read_run(folder), [word for word in words if key_of(word).startswith("task.")]
+    places = [own, read_run(folder, moved)] if moved and not any(key_of(word) == "task" for word in words) else [own]
+    gone = []
+    for place in places:
+        task = place.make_task()
+        try:
+            with reading(task):
+                records = hold_out(task.train(), own.protocol)[0]
+        except UserError as error:
+            gone.append(str(error))
+            continue
+        if gone:
+            print(f"{folder}: leaks are counted against {place.task_cfg}, for {gone[0]}", file=sys.stderr)
+        return records
+    print(f"{folder}: leaked is null, for its training data is gone: {gone[0]}", file=sys.stderr)
+    return None
+
+
 def on_shared_bases(
-    folders: Sequence[Path | str], words: Sequence[str] = ()
+    folders: Sequence[Path | str], words: Sequence[str] = (), needed: Callable[[Path], Any] = lambda folder: None
 ) -> Iterator[tuple[Path, Run, Backbone, Adapters]]:
     """Yields each run with its adapter acting; a base that several runs have is read once.
 
-    `words` give the task, the protocol or the base's folder anew.
+    `words` give the task, the protocol or the base's folder anew; `needed` reads what a run needs beside its folder.
 
     Raises:
         UserError: for a folder without a trained run, or words that do not fit one, before any weight loads.
@@ -193,6 +224,7 @@ def on_shared_bases(
         run = read_run(folder, words)
         task = run.make_task()
         _check_kind(folder, task)
+        needed(folder)
         own = None if run.method.family.keeps_base else str(folder)
         base = digest([run.model, run.core.path, task.kind, task.num_labels, own])
         groups.setdefault(base, []).append((folder, run, task))

@@ -45,7 +45,7 @@ STATUSES = {
 }
 MAIN_COSTS = ("cost/trainable", "cost/total_s")
 """Costs among the first metrics: TensorBoard shows five until a person ticks more."""
-ABOUT_DATA = ("n", "leaked", "cut")
+ABOUT_DATA = ("n", "leaked", "cut", "not_finite")
 """What a test set's metrics say about the set and not about the model."""
 
 

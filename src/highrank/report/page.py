@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from highrank.base.errors import UserError
-from highrank.base.files import write_atomic
+from highrank.base.files import shown, write_atomic
 from highrank.base.options import Words
 from highrank.report import figures, tables
 from highrank.report.runs import Record, flat, read_runs, read_sweep
@@ -183,7 +183,7 @@ def _provenance(source: Source, results: Results) -> list[tuple[str, str]]:
         return own.get("commit", "")[:12] + (" with changes" if own.get("dirty") else "")
 
     data = dict.fromkeys(
-        f"{file['name']} ({file.get('rows')} rows, sha256 {str(file.get('sha256'))[:12]})"
+        f"{shown(file['name'])} ({file.get('rows')} rows, sha256 {str(file.get('sha256'))[:12]})"
         for record in records
         for file in record.results["data"]
     )

@@ -14,15 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Glob
 from omegaconf import OmegaConf
 
 from highrank import configs
 from highrank.base import registry
 from highrank.base.errors import UserError
 from highrank.config.run_config import CORE_KEYS, GROUPS, Run
-from highrank.config.words import compose_run, key_of, method_of, spelled
+from highrank.config.words import compose_run, key_of, method_of, parse, readable, spelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,30 +108,23 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, list[dict[str, An
     for word in words:
         if "=" not in word:
             raise UserError(f"command line: give key=value, got {word}")
-        key = key_of(word)
+    for word in readable(words, multirun=True):
+        key, override = key_of(word), parse(word)
         if key == "cases":
-            axes["cases"] = _cases(_parse(word).value())
+            axes["cases"] = _cases(override.value())
             continue
-        override = _parse(word)
         if not override.is_sweep_override():
             fixed.append(word)
-        elif not override.is_discrete_sweep():
+        elif not override.is_discrete_sweep() or isinstance(override.value(), Glob):
             raise UserError(f"sweep: an axis has listed values, got {word}; write {key}=a,b,c or {key}=range(a,b)")
         else:
-            axes[key] = [{key: typed(value)} for value in override.sweep_string_iterator()]
+            axes[key] = [{key: parse(f"{key}={value}").value()} for value in override.sweep_string_iterator()]
     return fixed, axes
 
 
 def typed(text: str) -> Any:
     """Returns what YAML text spells, as OmegaConf reads it: 1e-3 is a number, which YAML 1.1 takes for a text."""
     return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload,index]
-
-
-def _parse(word: str) -> Any:
-    try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        raise UserError(f"config: {str(error).strip().splitlines()[0]}, got {word}") from error
 
 
 def preset_of(words: Sequence[str]) -> str | None:

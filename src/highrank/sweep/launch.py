@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from highrank.base.errors import UserError, suggest
+from highrank.config.words import spelled
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def run_job(job: Job) -> int:
         fcntl.flock(log, fcntl.LOCK_EX)
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-        return job.main(["run", *job.words, f"run_dir={job.run_dir}"])
+        return job.main(["run", *job.words, f"run_dir={spelled(job.run_dir)}"])
 
 
 class Launcher(Protocol):

@@ -23,7 +23,7 @@ from rich.table import Table
 from highrank.base.console import console, say
 from highrank.base.errors import UserError
 from highrank.base.files import digest, write_atomic
-from highrank.config.words import key_of, scaled
+from highrank.config.words import given_text, key_of, scaled
 from highrank.report import dashboard
 from highrank.sweep import lr_search
 from highrank.sweep.grid import Cell, Grid, expand, preset_of, refuse
@@ -58,7 +58,8 @@ class Sweep:
         preset = preset_of(words)
         self.name = preset.replace("/", "-") if preset else "sweep"
         key = digest([sorted(cell.run.hash for cell in self.grid.cells), own.get("lr_search")])
-        self.folder = Path(own.get("sweep_dir") or Path(own.get("output", "outputs")) / f"{self.name}_{key[:8]}")
+        sweep_dir, output = (given_text(f"{name}={own.get(name, 'null')}") for name in ("sweep_dir", "output"))
+        self.folder = Path(sweep_dir or Path(output or "outputs") / f"{self.name}_{key[:8]}")
 
     def plan(self) -> tuple[list[Cell], list[Plan]]:
         """Returns the cells that are not done yet, with their plans.

@@ -14,7 +14,7 @@ import torch
 from highrank.base.errors import UserError
 from highrank.data.batches import pad
 from highrank.data.encoding import IGNORED
-from highrank.data.sources import read_file
+from highrank.data.sources import read_file, text_of
 from highrank.model.adapters import Adapters
 from highrank.train.loss import language_model_loss
 from highrank.train.memory import halving
@@ -32,10 +32,15 @@ def read_passages(file: Path | str) -> list[str]:
     if not Path(file).is_file():
         raise UserError(f"forgetting: general_text must be an existing file, got general_text={file}")
     rows = read_file(Path(file))
+    texts = []
     for i, row in enumerate(rows, start=1):
         if not isinstance(row, str) and "text" not in row:
             raise UserError(f"forgetting: a row must have the field 'text', got {', '.join(row)} in {file} row {i}")
-    passages = [text for text in (row if isinstance(row, str) else row["text"] for row in rows) if text.strip()]
+        try:
+            texts.append(row if isinstance(row, str) else text_of(row, "text"))
+        except ValueError as error:
+            raise UserError(f"forgetting: {error} in {file} row {i}") from error
+    passages = [text for text in texts if text.strip()]
     if not passages:
         raise UserError(f"forgetting: general_text must hold a passage, got none in {file}")
     return passages

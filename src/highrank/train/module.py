@@ -145,13 +145,15 @@ class FineTuner(lightning.LightningModule):
             return [(LACKING, described(error))]
 
     def outputs(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
-        """Returns (place, output) per row: a generated text, a class index, a value, or {option: log-probability}."""
+        """Returns (place, output) per row: a generated text, a class index (-1 where a logit is no number),
+        a value, or {option: log-probability}."""
         if "owner" in batch:
             return rank_options(self.model, batch)
         places = batch["index"].tolist()
         if self.task.kind != "generate":
             logits = self._logits(batch)
-            outputs = logits.argmax(-1) if self.task.kind == "classify" else logits.squeeze(-1)
+            classes = logits.argmax(-1).where(logits.isfinite().all(-1), -1)  # of NaN, argmax makes a class
+            outputs = classes if self.task.kind == "classify" else logits.squeeze(-1)
             return list(zip(places, outputs.tolist(), strict=True))
         seed = 1_000_003 * self.core.seed + self.eval_share.number(index)
         texts = generate(self.model, self.tokenizer, batch, decoding(self.task, self.protocol), seed)

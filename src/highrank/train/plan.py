@@ -8,7 +8,7 @@ from typing import Any
 from highrank.base.errors import UserError
 from highrank.config.run_config import Run
 from highrank.data.batches import hold_out
-from highrank.data.task import Task
+from highrank.data.task import Task, reading
 from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
 from highrank.model.placement import WeightView
 from highrank.model.quantised import BITS, linears
@@ -95,7 +95,10 @@ def make_plan(run: Run, task: Task) -> Plan:
             f"run: head_lr is the rate of a new head, which this model does not get, got head_lr={core.head_lr} with "
             f"task={run.task.name}; leave it out"
         )
-    num_train, tokens_each = _training_size(task, run)
+    with reading(task):
+        num_train, tokens_each = _training_size(task, run)
+        if task.has_data or not core.dry_run:
+            task.test()  # what is wrong with a test set is said before weights load
     steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4
     hidden = max((view.in_features for view in views), default=config.hidden_size)

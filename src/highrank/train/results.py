@@ -1,6 +1,7 @@
 """The run directory and what is written into it."""
 
 import datetime
+import glob
 import importlib.metadata
 import json
 import platform
@@ -21,7 +22,7 @@ from yaml import YAMLError
 
 from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
-from highrank.config.run_config import UNHASHED, Run
+from highrank.config.run_config import UNHASHED, Run, as_given
 from highrank.train.devices import share_of
 
 
@@ -67,10 +68,11 @@ class RunDirectory:
     def _differences(self) -> str:
         """Returns which values of the folder's config are others than this run's."""
         try:
-            saved = _flat(OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml")))
+            values: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+            saved = _flat(as_given(values))
         except (OSError, YAMLError, OmegaConfBaseException):
             return "a config.yaml that is missing or damaged"
-        own = _flat(OmegaConf.to_container(OmegaConf.create(self.run.resolved)))
+        own = _flat(as_given(OmegaConf.to_container(OmegaConf.create(self.run.resolved))))  # type: ignore[arg-type]
         keys = [key for key in {**saved, **own} if key not in UNHASHED and saved.get(key) != own.get(key)]
         return (
             ", ".join(f"{key}={saved.get(key)} instead of {own.get(key)}" for key in keys) or "another version's config"
@@ -96,7 +98,9 @@ class RunDirectory:
             kept["time"] = {"eval_before_s": earlier["time"]["eval_before_s"]}
         if "metrics" in kept or checkpoints.exists():
             _compare("model", *model_files(model, earlier["model"]))
-            _compare("data", *({row["name"]: row["sha256"] for row in rows} for rows in (data, earlier["data"])))
+            new, old = ({row["name"]: row["sha256"] for row in rows} for rows in (data, earlier["data"]))
+            if list(new.values()) != list(old.values()):  # a file that was only moved is the same data
+                _compare("data", new, old)
         return kept
 
     def open(self, earlier: Mapping[str, Any] = {}) -> None:
@@ -192,7 +196,7 @@ def _flat(values: Any, start: str = "") -> dict[str, Any]:
 def _default_path(run: Run) -> Path:
     """Returns <output>/<date>/<name>_<hash>: of the day on which this run was first started, else today."""
     name = f"{run.name}_{run.hash[:8]}"
-    started = sorted(Path(run.core.output).glob(f"*/{name}/results.json"))
+    started = sorted(Path(run.core.output).glob(f"*/{glob.escape(name)}/results.json"))
     return started[-1].parent if started else Path(run.core.output) / datetime.date.today().isoformat() / name
 
 

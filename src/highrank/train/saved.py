@@ -1,9 +1,10 @@
 """What a finished run can be turned back into: its config, the words that make it, its model."""
 
+import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from yaml import YAMLError
 
 from highrank.base.errors import UserError, refused_by_disk, suggest
 from highrank.config.build import build
-from highrank.config.run_config import CORE_KEYS, UNHASHED, Run, config_hash
-from highrank.config.words import compose_run, register_configs, spelled
+from highrank.config.run_config import CORE_KEYS, UNHASHED, Run, as_given, config_hash
+from highrank.config.words import compose_trained, register_configs, spelled
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import Backbone
 from highrank.train.build import build_model
@@ -75,32 +76,41 @@ def _with(run: Run, words: Sequence[str]) -> Run:
                 f"given anew: {', '.join(GIVEN_ANEW)}"
             )
     kept = [word for word in words_of(run) if not any(_replaces(key, word.partition("=")[0]) for key in keys)]
-    return compose_run([*kept, *words])
+    return compose_trained([*kept, *words])
 
 
 def _replaces(key: str, old: str) -> bool:
     return old == key or old.startswith(f"{key}.")
 
 
-def words_of(run: Run) -> list[str]:
-    """Returns the command-line words that make this run: the chosen names, then every value that is not their default."""
-    chosen = _choices(run)
-    found, usual = run.resolved, _usual(tuple(chosen))
-    words = list(chosen)
-    for group in ("method", "task", "model", "protocol", "trainer"):
-        prefix = "" if group == "method" else f"{group}."
+def words_of(run: Run, typed: bool = False) -> list[str]:
+    """Returns the command-line words that make this run: the chosen names, then every value that is not their default;
+    paths absolute, or as they were `typed`."""
+    found, words = as_given(run.resolved) if typed else run.resolved, _choices(run)
+    words += [f"{key}={spelled(value)}" for key, value in _given(run.method.config, found["method"]).items()]
+    fields = _given(run.task.config, found["task"])
+    words += [f"task.{key}={spelled(value)}" for key, value in fields.items() if key != "member" or not value]
+    usual = _usual(tuple(words))
+    for group in ("model", "protocol", "trainer"):
         words += [
-            f"{prefix}{key}={spelled(value)}"
+            f"{group}.{key}={spelled(value)}"
             for key, value in found[group].items()
-            if (group, key) != ("task", "version") and (key not in usual[group] or value != usual[group][key])
+            if key not in usual[group] or value != usual[group][key]
         ]
     words += [f"{key}={spelled(found[key])}" for key in CORE_KEYS if key not in UNHASHED and found[key] != usual[key]]
     return words
 
 
+def _given(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a plugin's fields whose value is not their default; one without a default has always been given."""
+    fields = dataclasses.fields(config)
+    made = {field.name: field.default_factory() for field in fields if field.default_factory is not dataclasses.MISSING}
+    return {f.name: values[f.name] for f in fields if values[f.name] != made.get(f.name, f.default)}
+
+
 @functools.cache
 def _usual(chosen: tuple[str, ...]) -> dict[str, Any]:
-    return compose_run(chosen).resolved
+    return compose_trained(chosen).resolved
 
 
 def _choices(run: Run) -> list[str]:

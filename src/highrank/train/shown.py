@@ -49,11 +49,12 @@ def dry_run(run: Run) -> Path:
 
 def _shown(found: dict[str, Any]) -> str:
     """Returns the headline rule's metrics; results.json has the other rules' and the clean subset's."""
-    skipped = ("n", "leaked", "cut")
+    skipped = ("n", "leaked", "cut", "not_finite")
     values = [f"{k} {v:.1f} %" for k, v in found.items() if k not in skipped and not k.endswith(SECONDARY)]
     seen = f", {found['leaked']} seen in training" if found["leaked"] else ""
     cut = f", {found['cut']} cut to the longest length" if found.get("cut") else ""
-    return f"{', '.join(values)} (n = {found['n']}{seen}{cut})"
+    lost = f", {found['not_finite']} predictions are no number" if found.get("not_finite") else ""
+    return f"{', '.join(values)} (n = {found['n']}{seen}{cut}{lost})"
 
 
 def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:

@@ -25,6 +25,7 @@ from highrank.model.tiny import tiny_tokenizer
 from highrank.train.devices import quiet
 from highrank.train.evaluation import predict
 from highrank.train.module import FineTuner
+from highrank.train.objectives import OBJECTIVES
 
 PLAIN = Protocol(name="plain", version=1, template="{instruction}=", max_length=40)
 
@@ -264,9 +265,8 @@ def test_a_prediction_that_is_no_number_is_wrong_and_counted():
 
 def test_no_class_and_no_option_is_made_of_nan():
     logits = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [1.0, 0.0]])
-    module = SimpleNamespace(task=stub([], "classify"), _logits=lambda batch: logits)
-    found = FineTuner.outputs(module, {"index": torch.arange(3)})
-    assert found == [(0, 1), (1, -1), (2, 0)]
+    found = OBJECTIVES["classify"].answers(lambda: SimpleNamespace(logits=logits), {}, None, {}, 0)
+    assert found == [1, -1, 0]
     record = example("q", answer="a", choices=("a", "b"), options=("a", "b"))
     rules = replace(PLAIN, choose="likelihood")
     rows, found = evaluate_rows(eval_data(stub([example("p")]), rules), "set", [record], [{0: float("nan"), 1: -3.0}])

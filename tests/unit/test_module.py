@@ -16,6 +16,7 @@ from highrank.model.placement import resolve
 from highrank.model.tiny import ENCODERS, TINY, tiny_config
 from highrank.train.loss import TokenCrossEntropy, language_model_loss
 from highrank.train.module import FineTuner
+from highrank.train.objectives import OBJECTIVES
 from highrank.train.optimizer import make_optimizer
 
 SOFT_CAPPED = {
@@ -182,7 +183,7 @@ def test_losses_of_classes_and_values():
     module.eval()
     logits = module.model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(module.loss(batch)[0], F.cross_entropy(logits, torch.tensor([0, 1])))
-    module.task.kind = "regress"
+    module.objective = OBJECTIVES["regress"]
     module.model.classifier = torch.nn.Linear(16, 1)
     logits = module.model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(module.loss(batch)[0], ((logits.squeeze(-1) - batch["labels"]) ** 2).mean())

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from highrank.base.errors import UserError
 from highrank.base.processes import WHOLE, Share
 from highrank.data import leak
-from highrank.data.encoding import IGNORED, Encoded, encode, encode_prompt, encode_text, num_targets
+from highrank.data.encoding import IGNORED, Encoded, encode, encode_question, num_targets
 from highrank.data.protocol import Protocol
-from highrank.data.task import Example, Task
+from highrank.data.task import Example, LabelledText, Record, Task
 from highrank.data.token_cache import cached_encoding
 
 
@@ -105,17 +105,17 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor
     return torch.tensor(filled)
 
 
-def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
-    """Returns input_ids, attention_mask and labels, padded on the right to the longest row."""
+def collate(batch: Sequence[Encoded], pad_id: int, left: bool = False) -> dict[str, Tensor]:
+    """Returns input_ids, attention_mask and, unless these are prompts, labels, padded to the longest row."""
     ids = [row.input_ids for row in batch]
-    out = {"input_ids": pad(ids, pad_id), "attention_mask": pad([[1] * len(r) for r in ids], 0)}
+    out = {"input_ids": pad(ids, pad_id, left), "attention_mask": pad([[1] * len(r) for r in ids], 0, left)}
     if batch[0].token_type_ids is not None:
-        out["token_type_ids"] = pad([row.token_type_ids or [] for row in batch], 0)
+        out["token_type_ids"] = pad([row.token_type_ids or [] for row in batch], 0, left)
     labels: Any = [row.labels for row in batch]
-    if isinstance(labels[0], list):
-        out["labels"] = pad(labels, IGNORED)
-    else:
+    if isinstance(labels[0], float | int):
         out["labels"] = torch.tensor(labels)
+    elif labels[0]:
+        out["labels"] = pad(labels, IGNORED, left)
     return out
 
 
@@ -234,25 +234,19 @@ class EvalData:
         For generation the prompts are padded on the left, so that every row's answer starts at the same column. For
         likelihood ranking a record's prompt is one row and each of its options a `tail`, whose `owner` is that row.
         """
-        pad_id = self.tokenizer.pad_token_id
         places = range(len(records)) if places is None else places
-        if self.task.kind != "generate":
-            rows = [encode_text(r, self.protocol, self.tokenizer) for r in records]
-            return self._sorted(name, places, rows, batch_size, lambda index: collate([rows[i] for i in index], pad_id))
         if ranks(records, self.protocol):
             return self._option_dataloader(name, records, batch_size, places)
-        prompts = [self.prompt(record) for record in records]
+        rows = [self.question(record) for record in records]
+        left = not isinstance(records[0], LabelledText)
+        pad_id = self.tokenizer.pad_token_id
+        return self._sorted(
+            name, places, rows, batch_size, lambda index: collate([rows[i] for i in index], pad_id, left)
+        )
 
-        def build(index: Sequence[int]) -> dict[str, Tensor]:
-            ids = [prompts[i].input_ids for i in index]
-            mask = pad([[1] * len(r) for r in ids], 0, left=True)
-            return {"input_ids": pad(ids, pad_id, left=True), "attention_mask": mask}
-
-        return self._sorted(name, places, prompts, batch_size, build)
-
-    def prompt(self, record: Example) -> Encoded:
-        """Returns the tokens from which a record's answer is generated."""
-        return Encoded(encode_prompt(record, self.protocol, self.tokenizer), [])
+    def question(self, record: Record) -> Encoded:
+        """Returns what the model is shown of a record."""
+        return encode_question(record, self.protocol, self.tokenizer)
 
     def _sorted(
         self, name: str, places: Iterable[int], rows: Sequence[Encoded], batch_size: int, build: Any
@@ -306,7 +300,7 @@ def shared_prefix(options: Sequence[Encoded]) -> int:
 
 def ranks(records: Sequence[Any], protocol: Protocol) -> bool:
     """Whether these questions are answered by likelihood ranking: the protocol says so and all have options."""
-    return protocol.choose == "likelihood" and all(record.options for record in records)
+    return protocol.choose == "likelihood" and all(getattr(record, "options", ()) for record in records)
 
 
 def hold_out(records: Sequence[Any], protocol: Protocol) -> tuple[list[Any], list[Any]]:

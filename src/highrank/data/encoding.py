@@ -85,6 +85,13 @@ def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool 
     return Encoded(ids, [IGNORED] * len(prompt) + target if protocol.mask_prompt else list(ids), cut=cut)
 
 
+def encode_question(record: Record, protocol: Protocol, tokenizer: Any) -> Encoded:
+    """Returns what a model is shown of a record in evaluation: a prompt to go on from, or a text with its label."""
+    if isinstance(record, LabelledText):
+        return encode_text(record, protocol, tokenizer)
+    return Encoded(encode_prompt(record, protocol, tokenizer), [])
+
+
 def encode_text(record: LabelledText, protocol: Protocol, tokenizer: Any) -> Encoded:
     """Returns an encoder's input; texts too long for the protocol or the tokenizer's model are cut, as encoders'
     tokenizers do, the longer one first."""

@@ -11,9 +11,9 @@ from torchmetrics.functional.classification import binary_f1_score
 from highrank.data import leak
 from highrank.data.answers import RULES, reported
 from highrank.data.batches import EvalData, ranks
-from highrank.data.encoding import encode_text, prompt_text
+from highrank.data.encoding import prompt_text
 from highrank.data.protocol import Protocol
-from highrank.data.task import Example, Task
+from highrank.data.task import Example, LabelledText, Task
 
 
 def prediction_rows(data: EvalData, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
@@ -25,14 +25,13 @@ def prediction_rows(data: EvalData, records: Sequence[Any], outputs: Sequence[An
     """
     rows: list[dict[str, Any]] = []
     for record, output, leaked in zip(records, outputs, data.leaked(records), strict=True):
-        if data.task.kind == "generate":
+        if isinstance(record, LabelledText):
+            row = {"id": record.id, "output": output, "gold": record.label, "cut": bool(data.question(record).cut)}
+            if isinstance(output, int):  # a class
+                row["correct"] = output == record.label
+        else:
             row = {"id": record.id, "prompt": prompt_text(record, data.protocol, evaluation=True)}
             row |= _read(record, output, data.protocol, ranked=ranks(records, data.protocol))
-        else:
-            cut = bool(encode_text(record, data.protocol, data.tokenizer).cut)
-            row = {"id": record.id, "output": output, "gold": record.label, "cut": cut}
-            if data.task.kind == "classify":
-                row["correct"] = output == record.label
         rows.append({**row, "leaked": leaked})
     return rows
 

@@ -24,7 +24,7 @@ from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
 from highrank.config.run_config import Run
 from highrank.data.batches import collate
-from highrank.data.encoding import Encoded, encode_prompt, encode_text
+from highrank.data.encoding import Encoded, encode_question
 from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
@@ -113,9 +113,7 @@ def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
         print(f"merge: compared on general sentences, for the task's own are gone ({error})", file=sys.stderr)
         generates = task.kind == "generate"
         records = [Example("", text, "", "") if generates else LabelledText("", text, 0.0) for text in SENTENCES]
-    if task.kind == "generate":
-        return [Encoded(encode_prompt(record, run.protocol, backbone.tokenizer), []) for record in records]
-    return [encode_text(record, run.protocol, backbone.tokenizer) for record in records]
+    return [encode_question(record, run.protocol, backbone.tokenizer) for record in records]
 
 
 @torch.no_grad()

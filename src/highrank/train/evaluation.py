@@ -53,9 +53,8 @@ def evaluate(
     """
     module.eval()
     by_set, test_sets = {}, data.task.test()
-    if data.task.kind == "generate":
-        first = next(iter(test_sets.values()))[0]
-        check_decoding(module.adapters, data.prompt(first).input_ids)
+    first = next(iter(test_sets.values()))[0]
+    check_decoding(module.adapters, data.question(first).input_ids)
     for name, records in test_sets.items():
         outputs, batch_size = predict(trainer, module, data, name, records, batch_size)
         rows, by_set[name] = evaluate_rows(data, name, records, outputs)

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -22,10 +21,10 @@ from highrank.model.adapters import Adapters
 from highrank.model.sharding import is_sharded
 from highrank.model.torch_internals import leave_out_of_ddp
 from highrank.train.fsdp import shard
-from highrank.train.loss import language_model_loss
 from highrank.train.memory import DoesNotFit, halving, out_of_memory
+from highrank.train.objectives import OBJECTIVES
 from highrank.train.optimizer import SCHEDULERS, make_optimizer, warmup_steps
-from highrank.train.outputs import decoding, generate, rank_options
+from highrank.train.outputs import decoding, rank_options
 
 LACKING = -1
 """In the place of an example's number: memory did not suffice."""
@@ -55,6 +54,7 @@ class FineTuner(lightning.LightningModule):
         self.model: Any = adapters.model
         self.adapters, self.task, self.tokenizer = adapters, task, tokenizer
         self.core, self.total_steps, self.protocol = core, total_steps, protocol
+        self.objective = OBJECTIVES[task.kind]
         self.eval_share = eval_share
         self.num_tokens = 0
         """Tokens that this process saw in training, padding not counted."""
@@ -96,7 +96,7 @@ class FineTuner(lightning.LightningModule):
         Cross-entropy in nats for language models and classes, squared error for regression.
         """
         with self.compiled():
-            return self._loss(batch)
+            return self.objective.loss(self.model, batch)
 
     def loss_by_rows(self, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, int]:
         """As `loss`, with the activations of `rows` rows in memory at a time: backward computes each part again."""
@@ -106,18 +106,6 @@ class FineTuner(lightning.LightningModule):
         found = [checkpoint(self.loss, dict(zip(batch, part, strict=True)), use_reentrant=False) for part in parts]
         num_targets = sum(n for _, n in found)
         return sum(loss * (n / num_targets) for loss, n in found), num_targets
-
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        if self.task.kind == "generate":
-            return language_model_loss(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        labels, logits = batch["labels"], self._logits(batch)
-        if self.task.kind == "regress":
-            return F.mse_loss(logits.squeeze(-1), labels.float()), len(labels)
-        return F.cross_entropy(logits, labels.long()), len(labels)
-
-    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns a classification model's logits (B, num_labels) in fp32."""
-        return self.model(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits.float()
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         rows = min(self.validation_rows, len(batch["labels"]))
@@ -145,19 +133,12 @@ class FineTuner(lightning.LightningModule):
             return [(LACKING, described(error))]
 
     def outputs(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
-        """Returns (place, output) per row: a generated text, a class index (-1 where a logit is no number),
-        a value, or {option: log-probability}."""
+        """Returns (place, output) per row: the task's kind of answer, or {option: log-probability}."""
         if "owner" in batch:
             return rank_options(self.model, batch)
-        places = batch["index"].tolist()
-        if self.task.kind != "generate":
-            logits = self._logits(batch)
-            classes = logits.argmax(-1).where(logits.isfinite().all(-1), -1)  # of NaN, argmax makes a class
-            outputs = classes if self.task.kind == "classify" else logits.squeeze(-1)
-            return list(zip(places, outputs.tolist(), strict=True))
         seed = 1_000_003 * self.core.seed + self.eval_share.number(index)
-        texts = generate(self.model, self.tokenizer, batch, decoding(self.task, self.protocol), seed)
-        return list(zip(places, texts, strict=True))
+        answers = self.objective.answers(self.model, batch, self.tokenizer, decoding(self.task, self.protocol), seed)
+        return list(zip(batch["index"].tolist(), answers, strict=True))
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):

@@ -80,6 +80,13 @@ def _auto_class(kind: str) -> Any:
 
 
 def _for_task(config: Any, kind: str, num_labels: int) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+
+    if getattr(config, "is_encoder_decoder", False) and (kind != "generate" or config.model_type not in DECODERS):
+        raise UserError(
+            f"model: an encoder and a decoder in one model are not supported for a {kind} task, got {config.model_type}; "
+            "give a decoder such as model=smollm2_135m, or for classes an encoder such as model=minilm_l6"
+        )
     if kind == "generate":
         if config.model_type in ENCODERS:
             raise UserError(

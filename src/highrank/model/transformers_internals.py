@@ -50,6 +50,28 @@ def with_cache(module: Any, arguments: Mapping[str, Any], cache: Any) -> dict[st
     return {**others, cache_name(module): cache}
 
 
+def text_config(config: Any) -> Any:
+    """Returns the part of a config that tells of the text decoder; the config itself if it tells of nothing else."""
+    return config.get_text_config(decoder=True)
+
+
+def setting(config: Any, name: str) -> Any:
+    """Returns a value of a config, or None where it has none or another one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception as error:  # transformers' own, which is no AttributeError
+        if "PerLayer" in type(error).__name__:
+            return None
+        raise
+
+
+def decoder_of(model: Any) -> Any:
+    """Returns the module below the head that holds the blocks and takes tokens or embeddings: a language model's decoder
+    (it is not always `base_model`), or an encoder."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return found if hasattr(found, "get_input_embeddings") else getattr(model, "base_model", model)
+
+
 def block_names(model: Any) -> set[str]:
     """Returns the names of the classes that a model wants on one device each: its blocks."""
     return set(getattr(model, "_no_split_modules", None) or ())

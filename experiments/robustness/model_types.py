@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from highrank.base.errors import UserError
 from highrank.base.registry import load
 from highrank.data.batches import pad
 from highrank.data.encoding import IGNORED
 from highrank.model.adapters import Adapters, attach
 from highrank.model.backbones import empty_model, prepare_tokenizer
+from highrank.model.language import check_causal, padding_moves
 from highrank.model.placement import resolve
 from highrank.model.tiny import tiny_tokenizer
 from highrank.train.loss import language_model_loss
-from highrank.train.outputs import generate, rank_options
+from highrank.train.outputs import generate, of_one_length, rank_options
 
 SIZES = {
     "hidden_size": 32,
@@ -125,7 +127,7 @@ TYPES: dict[str, Type] = {
         | under("feed_forward", gate="w1", up="w3", down="w2"),
         layer_types=["full_attention", "full_attention"],
     ),
-    "persimmon": decoder(rows("self_attn.query_key_value", BY_HEAD) | {"o": "self_attn.dense"} | H_TO_4H),
+    "persimmon": Type("model.layers", rows("self_attn.query_key_value", BY_HEAD) | {"o": "self_attn.dense"} | H_TO_4H),
     "mpt": Type(
         "transformer.blocks",
         rows("attn.Wqkv", IN_A_ROW) | {"o": "attn.out_proj"} | under("ffn", up="up_proj", down="down_proj"),
@@ -196,12 +198,17 @@ TYPES: dict[str, Type] = {
     "biogpt": Type("biogpt.layers", OPT),
     **{
         name: Type("model.decoder.layers", OPT, {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4})
-        for name in ()
+        for name in ("bart", "pegasus")
     },
     **{
         name: decoder(ATTENTION, **EXPERTS)
         for name in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "phimoe", "minimax_m2", "flex_olmo")
     },
+    "llama4_text": decoder(
+        ATTENTION | under("feed_forward.shared_expert", gate="gate_proj", up="up_proj", down="down_proj"),
+        attention_chunk_size=4,
+        **EXPERTS,
+    ),
     "qwen2_moe": decoder(SHARED_EXPERT, shared_expert_intermediate_size=24, **EXPERTS),
     "ernie4_5_moe": decoder(
         ATTENTION | MLP, second=ATTENTION | SHARED_EXPERTS, moe_num_experts=4, moe_k=2, moe_layer_start_index=1
@@ -250,10 +257,14 @@ TYPES: dict[str, Type] = {
 
 
 def tiny(name: str) -> Any:
-    """Returns the config of a tiny model of a type."""
+    """Returns the config of a tiny model of a type; a window that slides is shorter than the prompts."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(name.partition("/")[0], **{**SIZES, **TYPES[name].fields})
+    model_type, fields = name.partition("/")[0], {**SIZES, **TYPES[name].fields}
+    config = AutoConfig.for_model(model_type, **fields)
+    if getattr(config, "sliding_window", None):
+        config = AutoConfig.for_model(model_type, **fields, sliding_window=4)
+    return config
 
 
 def built(name: str) -> Any:
@@ -360,21 +371,52 @@ def loss(name: str) -> None:
     assert abs(float(found - own)) < 1e-4 * float(own), f"loss {found} for the model's own {own}"
 
 
+def causality(name: str) -> None:
+    """A model that sees later tokens is refused for texts, and no other one is."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITERS
+
+    config = tiny(name)
+    if TYPES[name].kind == "generate":
+        check_causal(built(name))
+    elif config.model_type in WRITERS:
+        try:
+            check_causal(AutoModelForCausalLM.from_config(config).eval())
+        except UserError as error:
+            assert "needs a causal language model" in str(error), error  # noqa: PT017
+        else:
+            raise AssertionError("trained on what it sees")
+
+
 def generation(name: str) -> None:
     """A text does not depend on what else is in the batch."""
-    _texts(adapted(name).model)
+    _texts(adapted(name))
 
 
-def _texts(model: Any) -> None:
+def _parts(adapters: Adapters, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Returns a batch as evaluation computes it."""
+    by_length = adapters.num_positions > 0 or padding_moves(adapters.model)
+    return of_one_length(batch) if by_length else [batch]
+
+
+def _prompts(prompts: list[list[int]]) -> dict[str, Tensor]:
+    return {
+        "input_ids": pad(prompts, 0, left=True),
+        "attention_mask": pad([[1] * len(row) for row in prompts], 0, left=True),
+        "index": torch.arange(len(prompts)),
+    }
+
+
+def _texts(adapters: Adapters) -> None:
     tokenizer = tiny_tokenizer()
     decoding = {"max_new_tokens": 5, "do_sample": False}
 
     def texts(prompts: list[list[int]]) -> list[str]:
-        batch = {
-            "input_ids": pad(prompts, 0, left=True),
-            "attention_mask": pad([[1] * len(row) for row in prompts], 0, left=True),
-        }
-        return generate(model, tokenizer, batch, decoding, 0)
+        found = {}
+        for part in _parts(adapters, _prompts(prompts)):
+            written = generate(adapters.model, tokenizer, part, decoding, 0)
+            found |= dict(zip(part["index"].tolist(), written, strict=True))
+        return [found[i] for i in range(len(prompts))]
 
     with torch.no_grad():
         together, alone = texts(PROMPTS), [text for row in PROMPTS for text in texts([row])]
@@ -383,26 +425,26 @@ def _texts(model: Any) -> None:
 
 def ranking(name: str) -> None:
     """Nor do an option's log-probabilities, which are those of the whole text."""
-    _rankings(adapted(name).model)
+    _rankings(adapted(name))
 
 
 TAILS = [[20, 21, 2], [30, 2]]
 
 
-def _rankings(model: Any) -> None:
+def _rankings(adapters: Adapters) -> None:
+    model = adapters.model
+
     def ranked(prompts: list[list[int]]) -> Tensor:
-        owner = torch.tensor([at for at in range(len(prompts)) for _ in TAILS])
         tails = TAILS * len(prompts)
         batch = {
-            "input_ids": pad(prompts, 0, left=True),
-            "attention_mask": pad([[1] * len(row) for row in prompts], 0, left=True),
-            "owner": owner,
+            **_prompts(prompts),
+            "owner": torch.tensor([at for at in range(len(prompts)) for _ in TAILS]),
             "tail_ids": pad(tails, 0),
             "tail_mask": pad([[1] * len(row) for row in tails], 0),
             "tail_labels": pad(tails, IGNORED),
-            "index": torch.arange(len(prompts)),
         }
-        return torch.tensor([[options[i] for i in range(len(TAILS))] for _, options in rank_options(model, batch)])
+        found = dict(pair for part in _parts(adapters, batch) for pair in rank_options(model, part))
+        return torch.tensor([[found[row][i] for i in range(len(TAILS))] for row in range(len(prompts))])
 
     def whole(prompt: list[int], tail: list[int]) -> float:
         ids = torch.tensor([prompt + tail])
@@ -415,10 +457,38 @@ def _rankings(model: Any) -> None:
         close(ranked(PROMPTS), right, "log-probabilities in a batch and alone")
 
 
+def prompt(name: str) -> None:
+    """The same with virtual tokens in front; and they learn."""
+    _virtual(name, "prompt_tuning")
+
+
+def prefix(name: str) -> None:
+    """The same with a prefix in the cache; where a model's cache holds none, that is said."""
+    try:
+        _virtual(name, "prefix")
+    except UserError as error:
+        assert name in NO_PREFIX, error  # noqa: PT017
+    else:
+        assert name not in NO_PREFIX, "a prefix is possible"
+
+
+NO_PREFIX = ("openai-gpt", "deepseek_v2", "deepseek_v3")
+
+
+def _virtual(name: str, method: str) -> None:
+    adapters = adapted(name, method, num_virtual_tokens=3)
+    _texts(adapters)
+    _rankings(adapters)
+    ids = torch.tensor(PROMPTS[:1])
+    language_model_loss(adapters.model, ids, torch.ones_like(ids), ids)[0].backward()
+    learns = [bool(p.grad is not None and p.grad.flatten(1).any(1).all()) for _, p in adapters.named_parameters()]
+    assert all(learns), "a virtual token has no gradient"
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
-    check.__name__: check for check in (placement, roles, merging, loss, generation, ranking)
+    check.__name__: check for check in (placement, roles, merging, loss, causality, generation, ranking, prompt, prefix)
 }
-OF_TEXTS = ("generation", "ranking")
+OF_TEXTS = ("generation", "ranking", "prompt", "prefix")
 
 
 def checks_of(name: str) -> list[str]:

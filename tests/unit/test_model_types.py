@@ -12,8 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from highrank.base.errors import UserError
 from highrank.base.registry import load
 from highrank.model.adapters import attach
-from highrank.model.backbones import empty_model
+from highrank.model.backbones import empty_model, load_backbone
+from highrank.model.language import padding_moves
 from highrank.model.placement import notes, resolve, weight_of
+from highrank.model.tiny import tiny_tokenizer
+from highrank.train.outputs import of_one_length
 
 FILE = Path(__file__).parents[2] / "experiments" / "robustness" / "model_types.py"
 spec = importlib.util.spec_from_file_location("model_types", FILE)
@@ -29,6 +32,55 @@ def test_a_model_type_passes_a_check(name, check):
 
 def test_there_are_at_least_sixty_model_types():
     assert len({name.partition("/")[0] for name in robustness.TYPES}) >= 60
+
+
+# What a model does with its tokens
+
+
+def folder(path, model):
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return {"name": "x", "dtype": "float32"}, str(path)
+
+
+def test_a_model_that_sees_the_future_is_refused_when_it_loads(tmp_path):
+    model = AutoModelForCausalLM.from_config(robustness.tiny("xlm-roberta"))
+    spec = folder(tmp_path, model)
+    with pytest.raises(UserError, match=r"causal language model, got one whose logits move by .*: xlm-roberta; try"):
+        load_backbone(*spec)
+    model.config.is_decoder = True
+    load_backbone(*folder(tmp_path, AutoModelForCausalLM.from_config(model.config)))
+
+
+def test_a_batch_is_cut_into_prompts_of_one_length():
+    batch = {
+        "input_ids": torch.tensor([[0, 0, 5], [6, 7, 8], [0, 0, 9]]),
+        "attention_mask": torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 1]]),
+        "index": torch.tensor([3, 1, 2]),
+        "owner": torch.tensor([0, 0, 1, 2]),
+        **{name: torch.tensor([[10], [11], [12], [13]]) for name in ("tail_ids", "tail_mask", "tail_labels")},
+    }
+    short, long = of_one_length(batch)
+    assert short["input_ids"].tolist() == [[5], [9]]
+    assert long["input_ids"].tolist() == [[6, 7, 8]]
+    assert all(part["attention_mask"].all() for part in (short, long))
+    assert (short["index"].tolist(), long["index"].tolist()) == ([3, 2], [1])
+    assert (short["owner"].tolist(), long["owner"].tolist()) == ([0, 0, 1], [0])
+    assert (short["tail_ids"].tolist(), long["tail_ids"].tolist()) == ([[10], [11], [13]], [[12]])
+
+
+@pytest.mark.parametrize(("name", "moves"), [("llama", False), ("opt", False), ("mpt", False), ("bart", True)])
+def test_padding_that_moves_a_row_is_found(name, moves):
+    assert padding_moves(robustness.built(name)) == moves
+
+
+@pytest.mark.parametrize(("name", "method"), [("gemma4_text", "prompt_tuning"), ("mamba", "prefix")])
+def test_a_model_that_takes_no_virtual_tokens_is_named(name, method):
+    sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 260}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **robustness.SIZES, **sizes))
+    cls = load("methods", method)
+    with pytest.raises(UserError, match=rf"^{method}: .*{name}"):
+        attach(model, [], cls, cls.config())
 
 
 # Classes

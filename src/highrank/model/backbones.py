@@ -11,6 +11,7 @@ from torch import nn
 from highrank.base.errors import UserError
 from highrank.base.hub import hub
 from highrank.model import quantised
+from highrank.model.language import check_causal
 from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
 from highrank.model.transformers_internals import tied_weights
 from highrank.model.weights import Source, find_source, reading
@@ -152,7 +153,10 @@ def load_backbone(
     if spec.get("quantize"):
         quantised.quantise(model, spec["quantize"])
     prepare_tokenizer(tokenizer, model)
-    return Backbone(model.eval(), tokenizer, source)
+    model.eval()
+    if kind == "generate":
+        check_causal(model)
+    return Backbone(model, tokenizer, source)
 
 
 def _check_loaded(model: Any, found: Mapping[str, Any], folder: str) -> None:

@@ -47,6 +47,22 @@ def generate(
     return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def of_one_length(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Returns the rows of a batch as batches of prompts of one length, without padding in front."""
+    lengths = batch["attention_mask"].sum(1)
+    parts = []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        part = {name: batch[name][rows, -length:] for name in ("input_ids", "attention_mask")}
+        part["index"] = batch["index"][rows]
+        if "owner" in batch:
+            tails = torch.isin(batch["owner"], rows)
+            part["owner"] = torch.searchsorted(rows, batch["owner"][tails])
+            part |= {name: batch[name][tails] for name in ("tail_ids", "tail_mask", "tail_labels")}
+        parts.append(part)
+    return parts
+
+
 def rank_options(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
     """Returns (place, {option: sum of the target tokens' log-probabilities in nats}) per row.
 

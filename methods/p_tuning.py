@@ -48,7 +48,7 @@ class PTuning(VirtualTokens):
 
     def __init__(self, model: Any, cfg: PTuningConfig):
         super().__init__(model, cfg)
-        d = model.config.hidden_size
+        d = model.get_input_embeddings().embedding_dim
         h = cfg.hidden_size or d
         self.Z = nn.Parameter(torch.empty(cfg.num_virtual_tokens, d))
         self.L1, self.L2, self.L3 = nn.Linear(d, h), nn.Linear(h, h), nn.Linear(h, d)
@@ -63,6 +63,6 @@ class PTuning(VirtualTokens):
 
     @classmethod
     def num_trainable(cls, model: Any, cfg: PTuningConfig) -> int:
-        p, d = cfg.num_virtual_tokens, model.config.hidden_size
+        p, d = cfg.num_virtual_tokens, model.get_input_embeddings().embedding_dim
         h = cfg.hidden_size or d
         return p * d + 2 * d * h + h * h + 2 * h + d

@@ -27,10 +27,15 @@ from highrank.plugin import (
     UserError,
     VirtualTokens,
     by_name,
+    cache_name,
     cache_of,
+    decoder_of,
     is_start,
+    kept_shapes,
     make_room,
     register_method,
+    setting,
+    text_config,
     with_cache,
 )
 
@@ -54,11 +59,20 @@ class Prefix(VirtualTokens):
         layers, heads, width = _shape(model.config)
         self.P = nn.Parameter(torch.empty(layers, 2, heads, cfg.num_virtual_tokens, width))
 
+    @torch.no_grad()
     def reset_parameters(self, model: Any, tokenizer: Any) -> None:
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        layers, _, heads, _, width = self.P.shape
+        kept = kept_shapes(cache_of(model(input_ids=token, use_cache=True)))
+        if kept != [((heads, width), (heads, width))] * layers:
+            raise UserError(
+                f"prefix: every layer keeps keys and values of {heads} heads and {width} numbers, got {kept} in "
+                f"{model.config.model_type}, as (heads, numbers) of both, per layer; use prompt_tuning"
+            )
         nn.init.normal_(self.P)
 
     def hooks(self, model: Any) -> list[RemovableHandle]:
-        return [model.base_model.register_forward_pre_hook(self._fill_cache, with_kwargs=True)]
+        return [decoder_of(model).register_forward_pre_hook(self._fill_cache, with_kwargs=True)]
 
     def _fill_cache(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         from transformers import DynamicCache
@@ -79,6 +93,11 @@ class Prefix(VirtualTokens):
         return (), make_room(kwargs, self.cfg.num_virtual_tokens, 0)
 
     @classmethod
+    def validate(cls, model: Any, cfg: PrefixConfig) -> None:
+        super().validate(model, cfg)
+        cache_name(decoder_of(model))
+
+    @classmethod
     def num_trainable(cls, model: Any, cfg: PrefixConfig) -> int:
         layers, heads, width = _shape(model.config)
         return 2 * cfg.num_virtual_tokens * layers * heads * width
@@ -86,6 +105,14 @@ class Prefix(VirtualTokens):
 
 def _shape(config: Any) -> tuple[int, int, int]:
     """Returns L, g and d_h."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config, heads = text_config(config), setting(config, "num_key_value_heads") or config.num_attention_heads
+    multi_query = setting(
+        config, "multi_query"
+    )  # falcon and gpt_bigcode, whose number of key-value heads is another one
+    if multi_query is not None:
+        grouped = setting(
+            config, "new_decoder_architecture"
+        )  # whose keys are repeated for each query before they are kept
+        heads = 1 if multi_query and not grouped else config.num_attention_heads
+    width = setting(config, "head_dim") or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, width

@@ -52,7 +52,7 @@ class PromptTuningConfig:
 class PromptTuning(VirtualTokens):
     def __init__(self, model: Any, cfg: PromptTuningConfig):
         super().__init__(model, cfg)
-        self.P = nn.Parameter(torch.empty(cfg.num_virtual_tokens, model.config.hidden_size))
+        self.P = nn.Parameter(torch.empty(cfg.num_virtual_tokens, model.get_input_embeddings().embedding_dim))
 
     def reset_parameters(self, model: Any, tokenizer: Any) -> None:
         if self.cfg.start == "random":
@@ -74,4 +74,4 @@ class PromptTuning(VirtualTokens):
 
     @classmethod
     def num_trainable(cls, model: Any, cfg: PromptTuningConfig) -> int:
-        return cfg.num_virtual_tokens * model.config.hidden_size
+        return cfg.num_virtual_tokens * model.get_input_embeddings().embedding_dim

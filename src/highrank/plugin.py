@@ -6,7 +6,16 @@ from highrank.base.registry import load, register_method, register_task
 from highrank.data.sources import Source, as_text, find, text_of
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
 from highrank.model.method import Method, Site, kaiming_uniform_
-from highrank.model.transformers_internals import by_name, cache_of, with_cache
+from highrank.model.transformers_internals import (
+    by_name,
+    cache_name,
+    cache_of,
+    decoder_of,
+    kept_shapes,
+    setting,
+    text_config,
+    with_cache,
+)
 from highrank.model.weight_adapters import FullAdapters
 from highrank.model.whole_model import VirtualTokens, WholeModelMethod, is_start, make_room
 
@@ -25,10 +34,13 @@ __all__ = [
     "WholeModelMethod",
     "as_text",
     "by_name",
+    "cache_name",
     "cache_of",
+    "decoder_of",
     "find",
     "is_start",
     "kaiming_uniform_",
+    "kept_shapes",
     "label_of",
     "load",
     "make_room",
@@ -36,7 +48,9 @@ __all__ = [
     "path_field",
     "register_method",
     "register_task",
+    "setting",
     "shown",
+    "text_config",
     "text_of",
     "with_cache",
 ]

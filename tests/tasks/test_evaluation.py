@@ -358,7 +358,7 @@ def tuner(task, protocol, tokenizer, model="tiny_llama"):
     with torch.no_grad():  # a random model of usual scale answers every question alike
         for parameter in backbone.model.parameters():
             parameter.mul_(6)
-    adapters = SimpleNamespace(model=backbone.model)
+    adapters = SimpleNamespace(model=backbone.model, num_positions=0)
     return FineTuner(adapters, task, tokenizer, RunConfig(), 1, protocol).eval()
 
 

@@ -18,7 +18,7 @@ KNOWS = {
 LATE = {
     **dict.fromkeys(("cli", "interop.commands"), ("highrank", "ast", "inspect", "itertools", "dataclasses", "rich")),
     **dict.fromkeys(
-        ("base.hub", "model.backbones", "model.tiny", "model.weights"),
+        ("base.hub", "model.backbones", "model.language", "model.tiny", "model.weights"),
         ("transformers", "tokenizers", "huggingface_hub"),
     ),
     **{

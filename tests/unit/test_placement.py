@@ -88,9 +88,7 @@ def test_conv1d_is_seen_as_out_by_in():
 
 def test_any_model_through_an_explicit_map():
     model = tiny("llama")
-    model.config.model_type = "newcomer"
-    with pytest.raises(UserError, match=r"no built-in map, got model_type=newcomer"):
-        resolve(model, "q")
+    assert resolve(model, "q", architecture={"blocks": "layers", "q": "self_attn.q_proj"}) == resolve(model, "q")
     custom = {"blocks": "model.layers", "q": "self_attn.q_proj", "up": "mlp.up_proj[4:20]"}
     views = resolve(model, ["q", "up"], architecture=custom)
     assert [(v.part, v.rows, v.shape) for v in views[:2]] == [("q", None, (16, 16)), ("up", (4, 20), (16, 16))]
@@ -101,7 +99,9 @@ def test_any_model_through_an_explicit_map():
     with pytest.raises(UserError, match=r"rows of .* lie in \[0, 32\)"):
         resolve(model, "up", architecture={"blocks": "model.layers", "up": "mlp.up_proj[4:200]"})
     with pytest.raises(UserError, match=r"rows of .* are matched once"):
-        resolve(model, ["q", "k"], architecture={"blocks": "layers", "q": "mlp.up_proj[0:9]", "k": "mlp.up_proj[8:16]"})
+        resolve(
+            model, ["q", "k"], architecture={"blocks": "layers", "q": "mlp.up_proj[0:16]", "k": "mlp.up_proj[8:24]"}
+        )
     with pytest.raises(UserError, match="needs 'blocks'"):
         resolve(model, "q", architecture={"q": "self_attn.q_proj"})
 

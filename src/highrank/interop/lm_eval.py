@@ -8,6 +8,7 @@ import lightning
 
 from highrank.base.errors import UserError
 from highrank.interop.loaded import on_shared_bases
+from highrank.model.language import padding_moves
 from highrank.train.devices import alone, quiet
 from highrank.train.effect import check_decoding
 
@@ -45,7 +46,9 @@ def evaluate_runs(
             trainer = lightning.Trainer(**alone(run.trainer), logger=False, enable_checkpointing=False)
         backbone.model.to(trainer.strategy.root_device)
         check_decoding(adapters, backbone.tokenizer("One, two, three").input_ids)
-        model = HFLM(pretrained=backbone.model, tokenizer=backbone.tokenizer, batch_size=run.core.eval_batch_size)
+        one_by_one = adapters.num_positions > 0 or padding_moves(backbone.model)  # the harness pads what it has written
+        batch_size = 1 if one_by_one else run.core.eval_batch_size
+        model = HFLM(pretrained=backbone.model, tokenizer=backbone.tokenizer, batch_size=batch_size)
         results: Any = simple_evaluate(
             model=model,
             tasks=list(tasks),

@@ -42,7 +42,7 @@ from highrank.config.words import compose_run, spelled
 from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import empty_model, head_modules, model_config
-from highrank.model.placement import WeightView, is_transposed, resolve, weight_of
+from highrank.model.placement import WeightView, is_transposed, resolve, row_index, weight_of
 from highrank.model.weight_adapters import WeightAdapters
 from highrank.model.whole_model import WholeModelAdapters
 from highrank.train.build import adapted_views, build_model
@@ -196,7 +196,7 @@ def _module(adapters: WeightAdapters, views: Sequence[WeightView], form: Form, r
     if "m" in form.tensors:  # rows without an adapter keep their norm
         joined["m"] = adapters.base_weight(replace(views[0], rows=None)).detach().float().cpu().norm(dim=1)
     for i, (view, part) in enumerate(zip(views, parts, strict=True)):
-        rows, columns = slice(*view.rows) if view.rows else slice(None), slice(i * r, (i + 1) * r)
+        rows, columns = row_index(view.rows, n), slice(i * r, (i + 1) * r)
         joined[left][rows, columns], joined[right][columns] = part[left], part[right]
         if "m" in part:
             joined["m"][rows] = part["m"]

@@ -11,6 +11,7 @@ from torch import nn
 from highrank.base.errors import UserError
 from highrank.base.hub import hub
 from highrank.model import quantised
+from highrank.model.language import check_causal
 from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
 from highrank.model.transformers_internals import tied_weights
 from highrank.model.weights import Source, find_source, reading
@@ -80,6 +81,13 @@ def _auto_class(kind: str) -> Any:
 
 
 def _for_task(config: Any, kind: str, num_labels: int) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+
+    if getattr(config, "is_encoder_decoder", False) and (kind != "generate" or config.model_type not in DECODERS):
+        raise UserError(
+            f"model: an encoder and a decoder in one model are not supported for a {kind} task, got {config.model_type}; "
+            "give a decoder such as model=smollm2_135m, or for classes an encoder such as model=minilm_l6"
+        )
     if kind == "generate":
         if config.model_type in ENCODERS:
             raise UserError(
@@ -145,7 +153,10 @@ def load_backbone(
     if spec.get("quantize"):
         quantised.quantise(model, spec["quantize"])
     prepare_tokenizer(tokenizer, model)
-    return Backbone(model.eval(), tokenizer, source)
+    model.eval()
+    if kind == "generate":
+        check_causal(model)
+    return Backbone(model, tokenizer, source)
 
 
 def _check_loaded(model: Any, found: Mapping[str, Any], folder: str) -> None:

@@ -1,9 +1,8 @@
 """Where adapters go: placement parts (q, k, v, o, gate, up, down) resolved to views of base weights.
 
-A view is a whole `nn.Linear`, quantised or not, a GPT-2 `Conv1D` (which stores W transposed), or a row slice of a fused
-projection.
-Modules are matched by their full path inside a block, never by suffix, so that heads, poolers and embeddings cannot be
-hit by accident.
+A view is a whole `nn.Linear`, quantised or not, a GPT-2 `Conv1D` (which stores W transposed), or rows of a fused
+projection. Parts are found by the names that transformers' models give their linear layers: by full path inside a block,
+never by suffix, so that heads, poolers and embeddings cannot be hit by accident, and by class, so that routers cannot.
 """
 
 import re
@@ -11,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from highrank.base.errors import UserError, suggest
 from highrank.model.quantised import QuantisedWeight, is_quantised
+from highrank.model.transformers_internals import decoder_of, setting, text_config
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -37,98 +38,148 @@ PLACEMENTS: dict[str, tuple[str, ...]] = {
 """Named sets. `fc` is up and down, never gate (HiRA Table 5); `all` takes the parts an architecture has."""
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Where one family of models keeps its parts.
+Rows = tuple[int, int] | tuple[int, int, int]
+"""Output rows of a slice, (start, stop), or of every `period` rows those from start to stop, (start, stop, period): what a
+projection that holds queries, keys and values head by head needs."""
+Member = tuple[str, Rows | None]
+"""A module's path inside a block, and the rows of it; None for the whole module."""
 
-    `blocks` is the path of the list of blocks; `parts(config)` maps a part to a module path inside a block, with
-    `[start:stop]` behind it where the part is a range of output rows of a fused module.
-    """
-
-    blocks: str
-    parts: Callable[[Any], Mapping[str, str]]
-
-
-def _llama(config: Any) -> Mapping[str, str]:
-    return {
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    }
-
-
-def _phi3(config: Any) -> Mapping[str, str]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    q, kv, inter = (
-        config.num_attention_heads * head_dim,
-        config.num_key_value_heads * head_dim,
-        config.intermediate_size,
-    )
-    return {
-        "q": f"self_attn.qkv_proj[0:{q}]",
-        "k": f"self_attn.qkv_proj[{q}:{q + kv}]",
-        "v": f"self_attn.qkv_proj[{q + kv}:{q + 2 * kv}]",
-        "o": "self_attn.o_proj",
-        "gate": f"mlp.gate_up_proj[0:{inter}]",
-        "up": f"mlp.gate_up_proj[{inter}:{2 * inter}]",
-        "down": "mlp.down_proj",
-    }
-
-
-def _gpt2(config: Any) -> Mapping[str, str]:
-    d = config.hidden_size
-    return {
-        "q": f"attn.c_attn[0:{d}]",
-        "k": f"attn.c_attn[{d}:{2 * d}]",
-        "v": f"attn.c_attn[{2 * d}:{3 * d}]",
-        "o": "attn.c_proj",
-        "up": "mlp.c_fc",
-        "down": "mlp.c_proj",
-    }
-
-
-def _bert(config: Any) -> Mapping[str, str]:
-    return {
-        "q": "attention.self.query",
-        "k": "attention.self.key",
-        "v": "attention.self.value",
-        "o": "attention.output.dense",
-        "up": "intermediate.dense",
-        "down": "output.dense",
-    }
-
-
-def _distilbert(config: Any) -> Mapping[str, str]:
-    return {
-        "q": "attention.q_lin",
-        "k": "attention.k_lin",
-        "v": "attention.v_lin",
-        "o": "attention.out_lin",
-        "up": "ffn.lin1",
-        "down": "ffn.lin2",
-    }
-
-
-_LLAMA, _ENCODER = Architecture("layers", _llama), Architecture("encoder.layer", _bert)
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "phi3": Architecture("layers", _phi3),
-    "gpt2": Architecture("h", _gpt2),
-    "bert": _ENCODER,
-    "roberta": _ENCODER,
-    "distilbert": Architecture("transformer.layer", _distilbert),
+PATHS: dict[str, tuple[str, ...]] = {
+    "q": (
+        *("self_attn.q_proj", "self_attn.q_b_proj", "attn.q_proj", "attn.attention.q_proj", "attention.self.query"),
+        *("attention.self.query_proj", "attention.query", "attention.q_lin", "attention.attn.q", "mixer.q_proj"),
+        "temporal_block.q_proj",
+    ),
+    "k": (
+        *("self_attn.k_proj", "attn.k_proj", "attn.attention.k_proj", "attention.self.key"),
+        *("attention.self.key_proj", "attention.key", "attention.k_lin", "attention.attn.k", "mixer.k_proj"),
+        "temporal_block.k_proj",
+    ),
+    "v": (
+        *("self_attn.v_proj", "attn.v_proj", "attn.attention.v_proj", "attention.self.value"),
+        *("attention.self.value_proj", "attention.value", "attention.v_lin", "attention.attn.v", "mixer.v_proj"),
+        "temporal_block.v_proj",
+    ),
+    "o": (
+        *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.out_proj", "attn.c_proj", "attn.Wo"),
+        *("attn.attention.out_proj", "attention.output.dense", "attention.dense", "self_attention.dense"),
+        *("attention.out_lin", "attention.attn.o", "mixer.o_proj", "temporal_block.o_proj"),
+    ),
+    "gate": (
+        *("mlp.gate_proj", "feed_forward.gate_proj", "feed_forward.w1", "mlp_block.gate_proj"),
+        *("mlp.shared_experts.gate_proj", "mlp.shared_expert.gate_proj", "feed_forward.shared_expert.gate_proj"),
+    ),
+    "up": (
+        *("mlp.up_proj", "feed_forward.up_proj", "feed_forward.w3", "ffn.up_proj", "mlp.fc1", "fc1", "mlp.fc_in"),
+        *(
+            "mlp.c_fc",
+            "mlp.dense_h_to_4h",
+            "intermediate.dense",
+            "ffn.lin1",
+            "ffn",
+            "mixer.up_proj",
+            "mlp_block.up_proj",
+        ),
+        *("mlp.shared_experts.up_proj", "mlp.shared_expert.up_proj", "feed_forward.shared_expert.up_proj"),
+    ),
+    "down": (
+        *(
+            "mlp.down_proj",
+            "feed_forward.down_proj",
+            "feed_forward.w2",
+            "ffn.down_proj",
+            "mlp.fc2",
+            "fc2",
+            "mlp.fc_out",
+        ),
+        *("mlp.c_proj", "mlp.Wo", "mlp.dense_4h_to_h", "output.dense", "ffn.lin2", "ffn_output", "mixer.down_proj"),
+        *("mlp_block.down_proj", "shared_mlp.output_linear"),
+        *("mlp.shared_experts.down_proj", "mlp.shared_expert.down_proj", "feed_forward.shared_expert.down_proj"),
+    ),
 }
-"""By `model_type`. Any other model works with an explicit map, `architecture={blocks: ..., q: ..., ...}`."""
+"""Where the blocks of transformers' models keep a part: the first of these paths at which a block has a linear layer.
+
+Behind a low-rank bottleneck (DeepSeek) q is the second of the two matrices. Of a block with experts, up, gate and down are
+those of the shared expert, which every token takes.
+"""
+
+Layout = Callable[[Any, int], Mapping[str, Rows]]
+"""From a config and a fused module's number of rows to each part's rows."""
+
+
+def _in_a_row(config: Any, n: int) -> Mapping[str, Rows]:
+    q = config.num_attention_heads * _head_dim(config)
+    kv = (n - q) // 2
+    return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, n)}
+
+
+def _head_by_head(config: Any, n: int) -> Mapping[str, Rows]:
+    period = n // config.num_attention_heads
+    d = period // 3
+    return {"q": (0, d, period), "k": (d, 2 * d, period), "v": (2 * d, period, period)}
+
+
+def _gpt_bigcode(config: Any, n: int) -> Mapping[str, Rows]:
+    return (_in_a_row if config.multi_query else _head_by_head)(config, n)
+
+
+def _falcon(config: Any, n: int) -> Mapping[str, Rows]:
+    """Each group of query heads is followed by its key and value; without groups there is one, or one per head."""
+    if not config.new_decoder_architecture:
+        return _gpt_bigcode(config, n)
+    d, period = _head_dim(config), n // config.num_kv_heads
+    return {
+        "q": (0, period - 2 * d, period),
+        "k": (period - 2 * d, period - d, period),
+        "v": (period - d, period, period),
+    }
+
+
+def _codegen(config: Any, n: int) -> Mapping[str, Rows]:
+    """Four parts, as if for four devices, each of queries, values and keys."""
+    period = n // 4
+    d = period // 3
+    return {"q": (0, d, period), "k": (2 * d, period, period), "v": (d, 2 * d, period)}
+
+
+def _latent(config: Any, n: int) -> Mapping[str, Rows]:
+    d, period = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim
+    return {"k": (0, d, period), "v": (d, period, period)}
+
+
+def _gate_up(config: Any, n: int) -> Mapping[str, Rows]:
+    return {"gate": (0, n // 2), "up": (n // 2, n)}
+
+
+_PHI3: dict[str, Layout] = {"self_attn.qkv_proj": _in_a_row, "mlp.gate_up_proj": _gate_up}
+FUSED: dict[str, dict[str, Layout]] = {
+    "phi3": _PHI3,
+    "phi4_multimodal": _PHI3,
+    "glm": {"mlp.gate_up_proj": _gate_up},
+    "glm4": {"mlp.gate_up_proj": _gate_up},
+    "gpt2": {"attn.c_attn": _in_a_row},
+    "openai-gpt": {"attn.c_attn": _in_a_row},
+    "gpt_bigcode": {"attn.c_attn": _gpt_bigcode},
+    "mpt": {"attn.Wqkv": _in_a_row},
+    "modernbert": {"attn.Wqkv": _in_a_row, "mlp.Wi": _gate_up},
+    "modernbert-decoder": {"mlp.Wi": _gate_up},
+    "gpt_neox": {"attention.query_key_value": _head_by_head},
+    "gpt_neox_japanese": {"attention.query_key_value": _head_by_head},
+    "bloom": {"self_attention.query_key_value": _head_by_head},
+    "persimmon": {"self_attn.query_key_value": _head_by_head},
+    "falcon": {"self_attention.query_key_value": _falcon},
+    "codegen": {"attn.qkv_proj": _codegen},
+    "deberta": {"attention.self.in_proj": _head_by_head},
+    "granitemoeshared": {"shared_mlp.input_linear": _gate_up},
+    "granitemoehybrid": {"shared_mlp.input_linear": _gate_up},
+}
+"""Modules that hold several parts, by `model_type`: the order of their rows is in the model's code alone."""
+LATENT: dict[str, Layout] = {"self_attn.kv_b_proj": _latent}
+"""The same, where the config of any model type gives the sizes (DeepSeek's latent attention)."""
+
+
+def _head_dim(config: Any) -> int:
+    return int(setting(config, "head_dim") or config.hidden_size // config.num_attention_heads)
 
 
 @dataclass(frozen=True)
@@ -142,7 +193,7 @@ class WeightView:
     part: str
     """The part, or parts joined by `+` for a fused module adapted whole."""
     layer: int
-    rows: tuple[int, int] | None
+    rows: Rows | None
     """Output rows of the slice, or None for the whole weight."""
     in_features: int
     out_features: int
@@ -157,17 +208,37 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def weight_of(module: nn.Module, rows: tuple[int, int] | None = None) -> Tensor:
-    """Returns the module's W (out_features, in_features), or rows of it, sharing storage with the module.
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes x Wᵀ + bias with its weight, and nothing else.
 
-    Of a quantised module: a stand-in without storage, or the dequantised rows.
+    A weight matrix does not tell: routers, embeddings and subclasses of `nn.Linear` have one and return something else.
+    """
+    if is_transposed(module) or (isinstance(module, nn.Linear) and is_quantised(module)):
+        return True
+    plain = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+    return isinstance(module, nn.Linear) and plain
+
+
+def row_index(rows: Rows | None, n: int) -> slice | Tensor:
+    """Returns the index of `rows` into a dimension of n: a slice, or one number per row where they are not in a row."""
+    if rows is None or len(rows) == 2:
+        return slice(*(rows or (0, n)))
+    start, stop, period = rows
+    return torch.arange(n).unflatten(0, (-1, period))[:, start:stop].flatten()
+
+
+def weight_of(module: nn.Module, rows: Rows | None = None) -> Tensor:
+    """Returns the module's W (out_features, in_features), sharing storage with the module, or rows of it.
+
+    Rows from one head after the other are a copy. Of a quantised module: a stand-in without storage, or the dequantised
+    rows.
     """
     if is_quantised(module):
         quantised = QuantisedWeight(module)
-        return quantised if rows is None else quantised[rows[0] : rows[1]]
+        return quantised if rows is None else quantised[row_index(rows, len(quantised))]
     weight: Any = module.weight
     W = weight.t() if is_transposed(module) else weight
-    return W if rows is None else W[rows[0] : rows[1]]
+    return W if rows is None else W[row_index(rows, len(W))]
 
 
 def weight_reader(module: nn.Module) -> Callable[[], Tensor]:
@@ -232,71 +303,178 @@ def resolve(
 
     `fused` says what to do with a projection that holds several parts: `fused` puts one adapter on the whole matrix,
     `split` one on each part's rows, and `auto` takes `fused` if every touched matrix is wanted whole, else `split`.
-    `architecture` maps parts to paths for a model that is not built in.
+    `architecture` maps parts to paths for a model whose linear layers carry other names than those in `PATHS`. Of a model
+    whose blocks differ, a part is adapted in those that have it.
 
     Raises:
-        UserError: for a part that the architecture lacks, a placement that matches nothing, a module matched twice,
-            or `fused=fused` with only some parts of a matrix.
+        UserError: for a part that no block has, a placement that matches nothing, a module matched twice, or
+            `fused=fused` with only some parts of a matrix.
     """
-    config: Any = model.config
-    arch = _architecture(config.model_type, architecture)
-    paths = {part: _parse_path(path) for part, path in arch.parts(config).items()}
+    config, model_type = text_config(model.config), model.config.model_type  # type: ignore[union-attr]
+    blocks, members = _mapped(model, config, architecture) if architecture is not None else _known(model, config)
     parts = parse_placement(placement)
-    missing = [p for p in parts if p not in paths]
+    has = [p for p in PARTS if any(p in found for found in members.values())]
+    missing = [p for p in parts if p not in has]
     if placement == "all":
-        parts = tuple(p for p in parts if p in paths)
+        parts = tuple(p for p in parts if p in has)
     elif missing:
         raise UserError(
-            f"placement: {config.model_type} has no part {', '.join(missing)}, got placement={placement}; "
-            f"it has: {', '.join(paths)}"
+            f"placement: {model_type} has no part {', '.join(missing)}, got placement={placement}; "
+            f"it has: {', '.join(has)}"
         )
-    modules = _blocks(model, arch.blocks)
-    chosen_layers = parse_layers(layers, 1 + max(modules, default=-1)) if modules else []
-    groups = _groups(parts, paths, fused)
-    views = [
+    chosen = parse_layers(layers, 1 + max(blocks))
+    if absent := [p for p in parts if not any(p in members[layer] for layer in chosen)]:
+        raise UserError(
+            f"placement: {model_type} has no {', '.join(absent)} in these layers, got layers={layers}; layers with it: "
+            f"{', '.join(str(layer) for layer, found in members.items() if absent[0] in found)}"
+        )
+    split = _is_split(parts, {layer: members[layer] for layer in chosen}, fused)
+    return [
         view
-        for layer in chosen_layers
-        for path, members, whole in groups
-        for view in _views_of(modules[layer], layer, path, members, whole)
+        for layer in chosen
+        for path, group in _groups(parts, members[layer]).items()
+        for view in _views_of(blocks[layer], layer, path, group, split)
     ]
-    if not views:
+
+
+def notes(config: Any, views: Sequence[WeightView]) -> list[str]:
+    """Returns what a count of views per part does not tell: parts that not every adapted layer has, shared layers."""
+    by_part: dict[str, set[int]] = {}
+    for view in views:
+        for part in view.part.split("+"):
+            by_part.setdefault(part, set()).add(view.layer)
+    num_layers = len({view.layer for view in views})
+    found = [f"{part} in {len(has)} of {num_layers} layers" for part, has in by_part.items() if len(has) < num_layers]
+    groups = setting(config, "num_hidden_groups")
+    if views and groups and groups < config.num_hidden_layers:
+        found.append(f"{config.num_hidden_layers} layers share the weights, and so the adapters, of {groups}")
+    return found
+
+
+Block = tuple[str, nn.Module]
+"""A block's path and module."""
+Members = dict[str, Member]
+"""Of one block: each of its parts, and where it is."""
+
+
+def _known(model: nn.Module, config: Any) -> tuple[dict[int, Block], dict[int, Members]]:
+    """Returns the blocks of a model by layer, and where each keeps its parts, all found by name."""
+    body = decoder_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is body)
+    lists: dict[str, dict[str, nn.Module]] = {}
+    for name, module in body.named_modules(prefix=prefix):
+        if name.rpartition(".")[2].isdigit():
+            lists.setdefault(re.sub(r"\.\d+(?=\.|$)", ".#", name), {})[name] = module
+    found = {}
+    for pattern, modules in lists.items():
+        members = [_members_of(module, config) for module in modules.values()]
+        if any("q" in each and "o" in each for each in members):
+            found[pattern] = list(zip(modules.items(), members, strict=True))
+    if not found:
         raise UserError(
-            f"placement: must match at least one weight, got placement={placement} with no blocks at "
-            f"'{arch.blocks}' in this {config.model_type}; give the paths with architecture={{blocks: ..., q: ...}}"
+            f"architecture: no built-in map fits its names, got model_type={model.config.model_type}; give one with "  # type: ignore[union-attr]
+            "architecture={blocks: model.layers, q: self_attn.q_proj, ...}"
         )
-    return views
-
-
-def _architecture(model_type: str, custom: Mapping[str, str] | None) -> Architecture:
-    if custom is not None:
-        if not isinstance(custom, Mapping):
-            raise UserError(
-                f"architecture: a map of parts to paths is needed, got architecture={custom}; give one such as "
-                "{blocks: model.layers, q: self_attn.q_proj}"
-            )
-        wrong = [key for key, path in custom.items() if not isinstance(path, str)]
-        if wrong:
-            raise UserError(f"architecture: a path is a text, got {wrong[0]}={custom[wrong[0]]}")
-        rest = {k: v for k, v in custom.items() if k != "blocks"}
-        unknown = [k for k in rest if k not in PARTS]
-        if "blocks" not in custom or unknown or not rest:
-            raise UserError(
-                f"architecture: needs 'blocks' and parts out of {', '.join(PARTS)}, got keys={', '.join(map(str, custom))}"
-            )
-        return Architecture(custom["blocks"], lambda config: rest)
-    if model_type not in ARCHITECTURES:
+    nearest = min(pattern.count(".") for pattern in found)
+    found = {pattern: blocks for pattern, blocks in found.items() if pattern.count(".") == nearest}
+    if len(found) > 1:
+        first, second = list(found)[:2]
         raise UserError(
-            f"architecture: no built-in map, got model_type={model_type}; built in: {', '.join(ARCHITECTURES)}; give one "
-            "with architecture={blocks: model.layers, q: self_attn.q_proj, ...}"
+            f"placement: a block is matched once, got layer 0 at both {_first(found[first])} and {_first(found[second])}; "
+            "say which with architecture={blocks: ..., q: ...}"
         )
-    return ARCHITECTURES[model_type]
+    (each,) = found.values()
+    return {i: block for i, (block, _) in enumerate(each)}, {i: members for i, (_, members) in enumerate(each)}
 
 
-def _parse_path(path: str) -> tuple[str, tuple[int, int] | None]:
-    match = re.fullmatch(r"([\w.]+)(?:\[(\d+):(\d+)\])?", path)
+def _first(blocks: Sequence[tuple[Block, Members]]) -> str:
+    return blocks[0][0][0]
+
+
+def _members_of(block: nn.Module, config: Any) -> Members:
+    """Returns where a block keeps its parts, by the known names."""
+    linear = {name: module for name, module in block.named_modules() if is_linear(module)}
+    found: Members = {}
+    for part, paths in PATHS.items():
+        if path := next((path for path in paths if path in linear), None):
+            found[part] = path, None
+    for path, layout in _layouts(config).items():
+        if path in linear:
+            found |= {part: (path, rows) for part, rows in layout(config, len(weight_of(linear[path]))).items()}
+    return found
+
+
+def _layouts(config: Any) -> dict[str, Layout]:
+    return {**FUSED.get(config.model_type, {}), **(LATENT if setting(config, "qk_nope_head_dim") else {})}
+
+
+def _mapped(model: nn.Module, config: Any, custom: Mapping[str, str]) -> tuple[dict[int, Block], dict[int, Members]]:
+    """Returns the blocks of a model by layer, and where each keeps its parts, by a map from parts to paths."""
+    if not isinstance(custom, Mapping):
+        raise UserError(
+            f"architecture: a map of parts to paths is needed, got architecture={custom}; give one such as "
+            "{blocks: model.layers, q: self_attn.q_proj}"
+        )
+    wrong = [key for key, path in custom.items() if not isinstance(path, str)]
+    if wrong:
+        raise UserError(f"architecture: a path is a text, got {wrong[0]}={custom[wrong[0]]}")
+    unknown = [key for key in custom if key not in ("blocks", *PARTS)]
+    if "blocks" not in custom or unknown or len(custom) < 2:
+        raise UserError(
+            f"architecture: needs 'blocks' and parts out of {', '.join(PARTS)}, got keys={', '.join(map(str, custom))}"
+        )
+    blocks = _blocks(model, custom["blocks"])
+    if not blocks:
+        raise UserError(
+            f"placement: must match at least one weight, got no blocks at '{custom['blocks']}' in this "
+            f"{config.model_type}; give the paths with architecture={{blocks: ..., q: ...}}"
+        )
+    parsed = {part: _parse_path(path) for part, path in custom.items() if part != "blocks"}
+    names = {layer: dict(module.named_modules()) for layer, (_, module) in blocks.items()}
+    for part, (path, rows) in parsed.items():
+        if not any(path in found for found in names.values()):
+            first = min(blocks)
+            raise UserError(
+                f"placement: no module {blocks[first][0]}.{path} in this model{suggest(path, filter(None, names[first]))}"
+            )
+        _check_heads(config, part, path, rows, next(found[path] for found in names.values() if path in found))
+    return blocks, {
+        layer: {part: member for part, member in parsed.items() if member[0] in found} for layer, found in names.items()
+    }
+
+
+def _check_heads(config: Any, part: str, path: str, rows: Rows | None, module: nn.Module) -> None:
+    """Refuses rows of a map that cut through heads, or take those of other parts where they are stored head by head."""
+    if rows is None or part not in ("q", "k", "v") or not is_linear(module):
+        return
+    layout = _layouts(config).get(path)
+    right = layout(config, len(weight_of(module))).get(part) if layout else None
+    if right is not None and len(right) == 3 and rows != right:
+        raise UserError(
+            f"architecture: {path} of {config.model_type} holds q, k and v head by head, got {part}={path}{_spelled(rows)}; "
+            f"its {part} is {path}{_spelled(right)}, which needs no map"
+        )
+    d = _head_dim(config) if getattr(config, "num_attention_heads", None) else 1
+    if layout is None and any(number % d for number in rows):
+        raise UserError(
+            f"architecture: rows of {part} must not cut through a head, got {part}={path}{_spelled(rows)} with heads of "
+            f"{d} rows; give multiples of {d}"
+        )
+
+
+def _spelled(rows: Rows) -> str:
+    return f"[{rows[0]}:{rows[1]}" + (f" of {rows[2]}]" if len(rows) == 3 else "]")
+
+
+def _parse_path(path: str) -> Member:
+    match = re.fullmatch(r"([\w.]+)(?:\[(\d+):(\d+)(?: of (\d+))?\])?", path)
     if not match:
-        raise UserError(f"architecture: a part is a module path, with [start:stop] for rows of it, got {path}")
-    return match[1], (int(match[2]), int(match[3])) if match[2] else None
+        raise UserError(
+            "architecture: a part is a module path, with [start:stop] or [start:stop of period] for rows of it, got "
+            f"{path}"
+        )
+    numbers = tuple(int(number) for number in match.groups()[1:] if number)
+    return match[1], numbers or None  # type: ignore[return-value]
 
 
 def _blocks(model: nn.Module, blocks: str) -> dict[int, tuple[str, nn.Module]]:
@@ -316,61 +494,68 @@ def _blocks(model: nn.Module, blocks: str) -> dict[int, tuple[str, nn.Module]]:
     return found
 
 
-Member = tuple[str, tuple[int, int] | None]
-"""A part and the rows it takes, None for the whole module."""
-
-
-def _groups(parts: Sequence[str], paths: Mapping[str, Member], fused: str) -> list[tuple[str, list[Member], bool]]:
-    """Groups the parts by module; the last item says whether the module is adapted whole."""
+def _is_split(parts: Sequence[str], members: Mapping[int, Members], fused: str) -> bool:
+    """Whether each part of a module that holds several has an adapter of its own."""
     if fused not in ("auto", "fused", "split"):
         raise UserError(f"fused: the policy is auto, fused or split, got fused={fused}")
-    by_path: dict[str, list[Member]] = {}
-    for part in parts:
-        path, rows = paths[part]
-        by_path.setdefault(path, []).append((part, rows))
-    every_part = {path: [p for p, (other, _) in paths.items() if other == path] for path in by_path}
-    incomplete = [path for path, members in by_path.items() if len(members) < len(every_part[path])]
+    lacking: dict[str, list[str]] = {}
+    for found in members.values():
+        touched = {found[part][0] for part in parts if part in found}
+        for part, (path, _) in found.items():
+            if path in touched and part not in parts and part not in lacking.setdefault(path, []):
+                lacking[path].append(part)
+    incomplete = {path: others for path, others in lacking.items() if others}
     if fused == "fused" and incomplete:
-        lacking = [p for path in incomplete for p in every_part[path] if p not in parts]
         raise UserError(
-            f"placement: fused=fused adapts a fused matrix whole, got a placement without {', '.join(lacking)} of "
-            f"{', '.join(incomplete)}; add them or use fused=split"
+            "placement: fused=fused adapts a fused matrix whole, got a placement without "
+            f"{', '.join(part for others in incomplete.values() for part in others)} of {', '.join(incomplete)}; add them "
+            "or use fused=split"
         )
-    split = fused == "split" or bool(incomplete)
-    return [(path, members, len(members) > 1 and not split) for path, members in by_path.items()]
+    return fused == "split" or bool(incomplete)
+
+
+def _groups(parts: Sequence[str], members: Members) -> dict[str, dict[str, Rows | None]]:
+    """Returns the rows of each part that a module of a block holds, by the module's path."""
+    by_path: dict[str, dict[str, Rows | None]] = {}
+    for part in parts:
+        if part in members:
+            path, rows = members[part]
+            by_path.setdefault(path, {})[part] = rows
+    return by_path
 
 
 def _views_of(
-    block: tuple[str, nn.Module], layer: int, path: str, members: Sequence[Member], whole: bool
+    block: Block, layer: int, path: str, members: Mapping[str, Rows | None], split: bool
 ) -> Iterator[WeightView]:
-    prefix, module = block
-    names = dict(module.named_modules())
-    full_path = f"{prefix}.{path}"
-    if path not in names:
-        raise UserError(f"placement: no module {full_path} in this model{suggest(path, (n for n in names if n))}")
-    weight = getattr(names[path], "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(names[path], nn.Embedding):
+    full_path, module = f"{block[0]}.{path}", block[1].get_submodule(path)
+    if not is_linear(module):
         raise UserError(
-            f"placement: an adapted module is a linear layer with a weight matrix, got {full_path}="
-            f"{type(names[path]).__name__}; point the part to a linear layer"
+            f"placement: an adapted module is a linear layer (Linear, Conv1D or a quantised one), got {full_path}="
+            f"{type(module).__name__}; point the part to a linear layer"
         )
-    out_features, in_features = weight_of(names[path]).shape
+    n, in_features = weight_of(module).shape
+    periods = {rows[2] if rows and len(rows) == 3 else n for rows in members.values()}
+    period, whole = max(periods), len(members) > 1 and not split
+    if len(periods) > 1 or n % period:
+        raise UserError(
+            f"placement: the rows of {full_path} repeat after one period that divides {n}, got "
+            f"{', '.join(map(str, sorted(periods)))}"
+        )
     taken: set[int] = set()
-    for part, rows in members:
-        span = range(*(rows or (0, out_features)))
-        if not span or span.stop > out_features or taken.intersection(span):
+    for part, rows in members.items():
+        span = range(*(rows[:2] if rows else (0, n)))
+        if not span or span.stop > period or taken.intersection(span):
             raise UserError(
-                f"placement: rows of {full_path} are matched once and lie in [0, {out_features}), got {part} at {rows}"
+                f"placement: rows of {full_path} are matched once and lie in [0, {period}), got {part} at {rows}"
             )
         taken.update(span)
         if not whole:
             name = full_path if rows is None else f"{full_path}[{part}]"
-            yield WeightView(name, full_path, part, layer, rows, in_features, len(span))
+            yield WeightView(name, full_path, part, layer, rows, in_features, len(span) * (n // period))
     if whole:
-        if len(taken) < out_features:
+        if len(taken) < period:
             raise UserError(
-                f"placement: a matrix adapted whole must be covered by its parts, got {len(taken)} of {out_features} "
+                f"placement: a matrix adapted whole must be covered by its parts, got {len(taken)} of {period} "
                 f"rows of {full_path}; use fused=split"
             )
-        parts = "+".join(part for part, _ in members)
-        yield WeightView(full_path, full_path, parts, layer, None, in_features, out_features)
+        yield WeightView(full_path, full_path, "+".join(members), layer, None, in_features, n)

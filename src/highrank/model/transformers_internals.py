@@ -44,10 +44,42 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
+def kept_shapes(cache: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Returns, per layer, heads and numbers of the keys and of the values that a cache holds; zeros where it holds none."""
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    return [tuple((0, 0) if t is None else (t.shape[1], t.shape[3]) for t in pair) for pair in pairs]  # type: ignore[misc]
+
+
 def with_cache(module: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """Returns a decoder's arguments with this cache among them."""
     others = {key: value for key, value in arguments.items() if key not in CACHE_NAMES}
     return {**others, cache_name(module): cache}
+
+
+def text_config(config: Any) -> Any:
+    """Returns the part of a config that tells of the text decoder; the config itself if it tells of nothing else."""
+    return config.get_text_config(decoder=True)
+
+
+def setting(config: Any, name: str) -> Any:
+    """Returns a value of a config, or None where it has none or another one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception as error:  # transformers' own, which is no AttributeError
+        if "PerLayer" in type(error).__name__:
+            return None
+        raise
+
+
+def decoder_of(model: Any) -> Any:
+    """Returns the module below the head that holds the blocks and takes tokens or embeddings: a language model's decoder
+    (it is not always `base_model`), or an encoder."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not hasattr(found, "get_input_embeddings"):  # a head that is called decoder
+        found = getattr(model, "base_model", model)
+    if found is model and hasattr(model, "lm_head"):  # whose base is known by another name than its own
+        found = next((child for child in model.children() if hasattr(child, "get_input_embeddings")), model)
+    return found
 
 
 def block_names(model: Any) -> set[str]:

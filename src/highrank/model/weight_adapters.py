@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters, set_module, site_seed
-from highrank.model.placement import WeightView, resolve, weight_of, weight_reader
+from highrank.model.placement import Rows, WeightView, resolve, row_index, weight_of, weight_reader
 from highrank.model.quantised import is_quantised
 from highrank.model.sharding import gathered
+from highrank.model.torch_internals import version_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleList()
-        self.spans: list[tuple[int, int] | None] = []
+        self.spans: list[Rows | None] = []
         self.enabled = True
+        self._copies: dict[Rows, tuple[Any, ...]] = {}
         self.merged_from: Tensor | None = None
         """The pristine weight while an adapter is merged into `base`."""
 
@@ -45,7 +47,7 @@ class AdaptedLinear(nn.Module):
         if name == "base":
             self.read = weight_reader(value)
 
-    def add(self, adapter: nn.Module, rows: tuple[int, int] | None) -> None:
+    def add(self, adapter: nn.Module, rows: Rows | None) -> None:
         """Puts `adapter` on `rows` of the weight (None: all rows); slices are kept in row order."""
         at = sum(1 for span in self.spans if span is not None and rows is not None and span[0] < rows[0])
         self.adapters.insert(at, adapter)
@@ -59,7 +61,7 @@ class AdaptedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias  # type: ignore[return-value]
 
-    def pairs(self) -> Iterator[tuple[Any, tuple[int, int] | None]]:
+    def pairs(self) -> Iterator[tuple[Any, Rows | None]]:
         return zip(self.adapters, self.spans, strict=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,16 +71,35 @@ class AdaptedLinear(nn.Module):
         W, bias = self.read(), self.bias
         if self.spans == [None]:
             return self.adapters[0](x, W, bias)
-        pieces, at = [], 0
+        period = next((span[2] for span in self.spans if span and len(span) == 3), len(W))
+        pieces: list[Tensor] = []
+
+        def add(start: int, stop: int, product: Callable[..., Tensor]) -> None:
+            rows = (start, stop) if period == len(W) else (start, stop, period)
+            piece = product(x, self._rows(W, rows), None if bias is None else bias[row_index(rows, len(W))])
+            pieces.append(piece if period == len(W) else piece.unflatten(-1, (-1, stop - start)))
+
+        at = 0
         for adapter, span in self.pairs():
-            start, stop = span  # type: ignore[misc]
+            start, stop = span[:2]  # type: ignore[index]
             if start > at:
-                pieces.append(F.linear(x, W[at:start], None if bias is None else bias[at:start]))
-            pieces.append(adapter(x, W[start:stop], None if bias is None else bias[start:stop]))
+                add(at, start, F.linear)
+            add(start, stop, adapter)
             at = stop
-        if at < W.shape[0]:
-            pieces.append(F.linear(x, W[at:], None if bias is None else bias[at:]))
-        return torch.cat(pieces, dim=-1)
+        if at < period:
+            add(at, period, F.linear)
+        y = torch.cat(pieces, dim=-1)
+        return y if period == len(W) else y.flatten(-2)
+
+    def _rows(self, W: Tensor, rows: Rows) -> Tensor:
+        """Returns those rows of W; where they are a copy, it is kept until W changes, but not of a sharded model."""
+        if len(rows) == 2 or torch.compiler.is_compiling() or not self.adapters[0].keeps:
+            return W[row_index(rows, len(W))]
+        state = (W.data_ptr(), W.dtype, version_of(W))
+        if self._copies.get(rows, (None,))[0] != state:
+            with torch.inference_mode(False):  # training may use what an evaluation made
+                self._copies[rows] = state, W.detach()[row_index(rows, len(W))]
+        return self._copies[rows][1]
 
 
 class WeightAdapters(Adapters):
@@ -150,8 +171,7 @@ class WeightAdapters(Adapters):
         layer = self.layers[view.path]
         if layer.merged_from is None:
             return weight_of(layer.base, view.rows)
-        rows = view.rows or (0, None)
-        return layer.merged_from[rows[0] : rows[1]]
+        return layer.merged_from[row_index(view.rows, len(layer.merged_from))]
 
     def delta_weight(self, view: WeightView) -> Tensor:
         """Returns ΔW (out_features, in_features) of a view in fp32, from the parameters."""
@@ -174,7 +194,7 @@ class WeightAdapters(Adapters):
             W = weight_of(layer.base)
             layer.merged_from = W.clone()
             for adapter, span in layer.pairs():
-                rows = slice(*span) if span else slice(None)
+                rows = row_index(span, len(W))
                 W[rows] = adapter.effective_weight(layer.merged_from[rows]).to(W.dtype)
 
     @torch.no_grad()

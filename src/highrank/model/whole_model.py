@@ -15,9 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters, site_seed
+from highrank.model.language import some_tokens, write
 from highrank.model.placement import WeightView
 from highrank.model.sharding import whole
-from highrank.model.transformers_internals import by_name, cache_of
+from highrank.model.transformers_internals import by_name, cache_of, decoder_of
+from highrank.model.weights import reading
 
 
 class WholeModelAdapters(Adapters):
@@ -52,6 +54,13 @@ class WholeModelAdapters(Adapters):
         self.module.to(next(model.parameters()).device)
         self.by_view[method.name] = self.module
         self.plug()
+        if self.num_positions:
+            model_type = model.config.model_type  # type: ignore[union-attr]
+            with (
+                reading(f"{method.name}: the model must take virtual tokens, got model_type={model_type}"),
+                torch.no_grad(),
+            ):
+                write(model, some_tokens(model, 2), 2)
 
     @property
     def num_positions(self) -> int:  # type: ignore[override]
@@ -200,7 +209,7 @@ class VirtualTokens(WholeModelMethod):
         raise NotImplementedError
 
     def hooks(self, model: Any) -> list[RemovableHandle]:
-        body = model.base_model
+        body = decoder_of(model)
         return [
             body.register_forward_pre_hook(self._prepend, with_kwargs=True),
             body.register_forward_hook(self._drop),

@@ -12,10 +12,10 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from transformers import GenerationConfig
 
 from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters
+from highrank.model.language import write
 from highrank.model.sharding import whole
 from highrank.model.transformers_internals import cache_of
 
@@ -88,18 +88,7 @@ def _decode(model: Any, ids: Tensor) -> tuple[float, int]:
 
     That is the mean |difference| over the logits' standard deviation.
     """
-    decoded = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=GenerationConfig(
-            max_new_tokens=NEW_TOKENS + 1,
-            min_new_tokens=NEW_TOKENS + 1,
-            do_sample=False,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        ),
-    )
+    decoded = write(model, ids, NEW_TOKENS + 1)
     sequence = decoded.sequences[:, :-1]
     logits = model(input_ids=sequence, attention_mask=torch.ones_like(sequence), use_cache=False).logits
     cached, plain = torch.stack(decoded.logits[1:], dim=1).float(), logits[:, ids.shape[1] :].float()

@@ -18,13 +18,14 @@ from highrank.config.run_config import RunConfig
 from highrank.data.protocol import Protocol
 from highrank.data.task import Task
 from highrank.model.adapters import Adapters
+from highrank.model.language import padding_moves
 from highrank.model.sharding import is_sharded
 from highrank.model.torch_internals import leave_out_of_ddp
 from highrank.train.fsdp import shard
 from highrank.train.memory import DoesNotFit, halving, out_of_memory
 from highrank.train.objectives import OBJECTIVES
 from highrank.train.optimizer import SCHEDULERS, make_optimizer, warmup_steps
-from highrank.train.outputs import decoding, rank_options
+from highrank.train.outputs import decoding, of_one_length, rank_options
 
 LACKING = -1
 """In the place of an example's number: memory did not suffice."""
@@ -51,6 +52,8 @@ class FineTuner(lightning.LightningModule):
         parts: int = 1,
     ):
         super().__init__()
+        self.one_length = False
+        """Whether prompts are computed with others of their own length only, because padding would move them."""
         self.model: Any = adapters.model
         self.adapters, self.task, self.tokenizer = adapters, task, tokenizer
         self.core, self.total_steps, self.protocol = core, total_steps, protocol
@@ -116,6 +119,8 @@ class FineTuner(lightning.LightningModule):
 
     def on_predict_start(self) -> None:
         self.out_of_memory = False
+        # What is put in front of a row stands in front of its padding, which moves it where distance is counted in places.
+        self.one_length = self.model.can_generate() and (self.adapters.num_positions > 0 or padding_moves(self.model))
 
     def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
         """Returns `outputs`. Where memory runs out: (LACKING, how), and nothing for the batches after it; nothing is
@@ -134,6 +139,11 @@ class FineTuner(lightning.LightningModule):
 
     def outputs(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
         """Returns (place, output) per row: the task's kind of answer, or {option: log-probability}."""
+        if self.one_length:
+            return [pair for part in of_one_length(batch) for pair in self._outputs(part, index)]
+        return self._outputs(batch, index)
+
+    def _outputs(self, batch: dict[str, Tensor], index: int) -> list[tuple[int, Any]]:
         if "owner" in batch:
             return rank_options(self.model, batch)
         seed = 1_000_003 * self.core.seed + self.eval_share.number(index)

@@ -47,6 +47,22 @@ def generate(
     return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def of_one_length(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Returns the rows of a batch as batches of prompts of one length, without padding in front."""
+    lengths = batch["attention_mask"].sum(1)
+    parts = []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        part = {name: batch[name][rows, -length:] for name in ("input_ids", "attention_mask")}
+        part["index"] = batch["index"][rows]
+        if "owner" in batch:
+            tails = torch.isin(batch["owner"], rows)
+            part["owner"] = torch.searchsorted(rows, batch["owner"][tails])
+            part |= {name: batch[name][tails] for name in ("tail_ids", "tail_mask", "tail_labels")}
+        parts.append(part)
+    return parts
+
+
 def rank_options(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
     """Returns (place, {option: sum of the target tokens' log-probabilities in nats}) per row.
 
@@ -61,6 +77,8 @@ def rank_options(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
         logits_to_keep=1,
     )
     cache = cache_of(prompt)
+    if cache is None:
+        return _rank_whole(model, batch)
     cache.batch_select_indices(owner)
     lengths = mask.sum(1)[owner]
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -76,8 +94,25 @@ def rank_options(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
     losses = torch.zeros(labels.shape, device=logits.device)
     losses[predicts] = F.cross_entropy(logits.float(), following[predicts], reduction="none")
     first = F.cross_entropy(prompt.logits[:, -1].float()[owner], labels[:, 0], ignore_index=IGNORED, reduction="none")
-    scores = (-losses.sum(1) - first).tolist()
-    found: dict[int, dict[int, float]] = {place: {} for place in range(len(mask))}
-    for row, score in zip(owner.tolist(), scores, strict=True):
+    return _by_option(batch, -losses.sum(1) - first)
+
+
+def _rank_whole(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
+    """As `rank_options`, of a model that keeps no cache: each option is computed with its prompt."""
+    owner, labels = batch["owner"], batch["tail_labels"]
+    mask = torch.cat([batch["attention_mask"][owner], batch["tail_mask"]], dim=1)
+    start = batch["input_ids"].shape[1]
+    logits = model(
+        input_ids=torch.cat([batch["input_ids"][owner], batch["tail_ids"]], dim=1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+    ).logits[:, start - 1 : -1]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return _by_option(batch, -losses.sum(1))
+
+
+def _by_option(batch: dict[str, Tensor], scores: Tensor) -> list[tuple[int, Any]]:
+    found: dict[int, dict[int, float]] = {row: {} for row in range(len(batch["attention_mask"]))}
+    for row, score in zip(batch["owner"].tolist(), scores.tolist(), strict=True):
         found[row][len(found[row])] = score
     return [(place, found[row]) for row, place in enumerate(batch["index"].tolist())]

@@ -10,7 +10,7 @@ from highrank.config.run_config import Run
 from highrank.data.batches import hold_out
 from highrank.data.task import Task, reading
 from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
-from highrank.model.placement import WeightView
+from highrank.model.placement import WeightView, notes
 from highrank.model.quantised import BITS, linears
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
@@ -51,6 +51,8 @@ class Plan:
     """Training tokens, estimated at four characters per token."""
     memory_bytes: dict[str, int]
     """Estimated bytes: weights, adapters (fp32 value, gradient, two moments), activations kept for backward."""
+    notes: tuple[str, ...] = ()
+    """What `matched` does not tell of where the adapters are."""
     warnings: tuple[str, ...] = ()
     """What is allowed and seldom meant."""
 
@@ -119,6 +121,7 @@ def make_plan(run: Run, task: Task) -> Plan:
         steps=steps,
         tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * tokens_each),
         memory_bytes=memory,
+        notes=tuple(notes(config, views)),
         warnings=tuple(_warnings(run, num_train, steps)),
     )
 

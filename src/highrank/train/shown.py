@@ -20,6 +20,8 @@ def show_plan(plan: Plan) -> None:
     params = plan.params
     table = Table("", "", show_header=False, title=f"{plan.method} on {plan.model}", title_justify="left")
     table.add_row("adapted weights", ", ".join(f"{part} × {n}" for part, n in plan.matched.items()))
+    for note in plan.notes:
+        table.add_row("", note)
     table.add_row("trainable", f"{params.trainable:,}")
     table.add_row("total", f"{params.total:,}")
     table.add_row("percent", f"{params.percent:.4f} %")

@@ -1,0 +1,88 @@
+"""What a language model does with the tokens it is given: whether it sees later ones, and whether padding moves it.
+
+Both are tried on the model, with a handful of tokens, because no list of model types could tell.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from highrank.base.errors import UserError
+from highrank.model.weights import reading
+
+EXACT: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1e-5}
+"""By how much of the logits' spread what is the same may differ, by dtype; a later token that is seen moves an untrained
+model of width 32 by 1e-3."""
+ROUNDED = 2e-2
+"""The same in 16 bits, where experts may take their tokens in another order."""
+PADDED: Mapping[torch.dtype, float] = {torch.float64: 1e-3, torch.float32: 1e-3}
+PADDED_ROUNDED = 0.1
+"""As for decoding with a cache: sums of other lengths."""
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Raises UserError if changing a token moves the logits of an earlier one: such a model sees what it is to predict."""
+    ids = some_tokens(model, 6)
+    changed = ids.clone()
+    changed[0, -1] = ids[0, 0]
+    before, after = _logits(model, ids)[:, :-1], _logits(model, changed)[:, :-1]
+    moved = _difference(after, before)
+    if not moved <= EXACT.get(model.dtype, ROUNDED):
+        raise UserError(
+            "model: a text-generating task needs a causal language model, got one whose logits move by "
+            f"{moved:.1%} of their spread when a later token changes: {model.config.model_type}; try model=smollm2_135m, or "
+            "a classification task"
+        )
+
+
+@torch.no_grad()
+def padding_moves(model: Any) -> bool:
+    """Whether the same tokens give other logits with padding in front of them, computed at once or written in turn."""
+    ids = some_tokens(model, 6)
+    padded = torch.cat([torch.full_like(ids, model.config.pad_token_id), ids], dim=1)
+    alone, behind = _logits(model, ids)[:, -1], _logits(model, padded, padding=ids.shape[1])[:, -1]
+    allowed = PADDED.get(model.dtype, PADDED_ROUNDED)
+    if not _difference(behind, alone) <= allowed:
+        return True
+    alone, behind = (
+        torch.stack(write(model, given, 2, padding).logits, dim=1).float()
+        for given, padding in ((ids, 0), (padded, ids.shape[1]))
+    )
+    return not _difference(behind, alone) <= allowed
+
+
+def write(model: Any, ids: Tensor, new_tokens: int, padding: int = 0) -> Any:
+    """Returns what `generate` does with ids (1, T), the first `padding` of them masked: so many tokens, greedily, with the
+    logits of each."""
+    from transformers import GenerationConfig
+
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    config = GenerationConfig(**settings, return_dict_in_generate=True, output_logits=True)
+    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+
+def some_tokens(model: Any, n: int) -> Tensor:
+    """Returns n tokens (1, n) from over the whole vocabulary, none of them one to pad with."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.linspace(0, vocabulary - 1, n + 2).long()[1:-1]
+    ids = torch.where(ids == model.config.pad_token_id, ids + 1, ids)
+    return ids[None].to(next(model.parameters()).device)
+
+
+def _logits(model: Any, ids: Tensor, padding: int = 0) -> Tensor:
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    with reading(f"model: a language model gives logits for a few tokens, got model_type={model.config.model_type}"):
+        logits: Tensor = model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False
+        ).logits
+    return logits.float()
+
+
+def _difference(found: Tensor, right: Tensor) -> float:
+    return float((found - right).abs().mean() / right.std())

@@ -15,7 +15,6 @@ FOR_OTHERS = {
     "accelerate": "transformers reads GGUF with it",
     "gguf": "transformers reads GGUF with it",
     "protobuf": "transformers reads tokenizer.model with it",
-    "sentencepiece": "transformers reads tokenizer.model with it",
     "tiktoken": "transformers reads tiktoken files with it",
 }
 """Base dependencies that no file of ours imports, and who does."""

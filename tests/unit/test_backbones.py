@@ -26,7 +26,7 @@ from highrank.cli import main
 from highrank.config.words import compose_run
 from highrank.data.batches import pad
 from highrank.model import weights as weights_module
-from highrank.model.backbones import load_backbone, model_config, prepare_tokenizer, shuffle_weights
+from highrank.model.backbones import check_pieces, load_backbone, model_config, prepare_tokenizer, shuffle_weights
 from highrank.model.tiny import tiny_tokenizer
 from highrank.model.weights import _unpack, find_source
 
@@ -731,6 +731,34 @@ def test_a_folder_whose_only_vocabulary_is_a_sentencepiece_model(folder, tmp_pat
     expected = sentencepiece.SentencePieceProcessor(model_proto=raw.getvalue()).encode("one plus three")
     assert tokenizer("one plus three").input_ids == expected
     assert tokenizer.decode(expected) == "one plus three"
+
+
+def test_a_bare_sentencepiece_model_is_read_as_it_says_or_refused(folder, tmp_path, monkeypatch):
+    """As transformers 5.23 read it: without the space in front."""
+    bare = without_tokenizer_json(folder, tmp_path)
+    raw = io.BytesIO()
+    lines = iter(["one, two and three words", " ".join("Oabcdefghijklmnopqrstuvwxyz,3")])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=raw, vocab_size=45, model_type="bpe", minloglevel=2
+    )
+    (bare / "tokenizer.model").write_bytes(raw.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=raw.getvalue())
+
+    class Read:
+        def __init__(self, drop):
+            self.drop = drop
+
+        def __call__(self, text, add_special_tokens):
+            return SimpleNamespace(input_ids=pieces.encode(text)[self.drop :])
+
+        def convert_ids_to_tokens(self, ids):
+            return [pieces.id_to_piece(i) for i in ids]
+
+    check_pieces(Read(0), bare)
+    with pytest.raises(UserError, match=r"must be read as SentencePiece reads it, got .* tokenizer_config.json too"):
+        check_pieces(Read(1), bare)
+    (bare / "tokenizer_config.json").write_text("{}")  # which says how
+    check_pieces(Read(1), bare)
 
 
 def test_a_folder_whose_only_vocabulary_is_a_tiktoken_file(folder, tmp_path):

@@ -73,6 +73,17 @@ def test_without_a_hub_each_error_says_so_at_once(endpoint, monkeypatch, tmp_pat
         read(Source(("a.json",), "ask", hub="no/such"), None)
 
 
+def test_a_hub_that_did_not_answer_is_asked_once_in_a_while(endpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub_module, "_asked", lambda where: asked.append(where) or "why")
+    endpoint(1)
+    assert [hub_module.unreachable() for _ in range(3)] == ["why"] * 3
+    assert len(asked) == 1
+    monkeypatch.setattr(hub_module, "ASKED_AGAIN_S", 0)
+    assert hub_module.unreachable() == "why"
+    assert len(asked) == 2
+
+
 def test_an_index_that_does_not_answer_is_named_as_such(monkeypatch, tmp_path):
     monkeypatch.setenv("HIGHRANK_CACHE", str(tmp_path))
     for key in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_RETRIES", "PIP_NO_INDEX"):

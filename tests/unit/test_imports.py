@@ -19,7 +19,7 @@ LATE = {
     **dict.fromkeys(("cli", "interop.commands"), ("highrank", "ast", "inspect", "itertools", "dataclasses", "rich")),
     **dict.fromkeys(
         ("base.hub", "model.backbones", "model.language", "model.tiny", "model.weights"),
-        ("transformers", "tokenizers", "huggingface_hub"),
+        ("transformers", "tokenizers", "huggingface_hub", "sentencepiece"),
     ),
     **{
         "train.devices": ("lightning",),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,13 @@ def silent_unless(speaks: bool) -> Iterator[None]:
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextmanager
+def result_alone() -> Iterator[None]:
+    """Within it what is said on the way goes to standard error, so that a command's standard output is its result."""
+    with contextlib.redirect_stdout(sys.stderr):
         yield
 
 

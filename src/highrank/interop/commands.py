@@ -3,6 +3,7 @@
 import json
 import os
 
+from highrank.base.console import result_alone
 from highrank.base.options import Words
 
 RUN_WORDS = "[task=... protocol=... path=...]"
@@ -16,7 +17,9 @@ def merge(words: list[str]) -> int:
     options, folder, rest = parser.one(words)
     from highrank.interop.hub_model import merge_run
 
-    print(merge_run(folder, options.out, options.dtype, options.force, rest))
+    with result_alone():
+        done = merge_run(folder, options.out, options.dtype, options.force, rest)
+    print(done)
     return 0
 
 
@@ -27,7 +30,9 @@ def export(words: list[str]) -> int:
     options, folder, rest = parser.one(words)
     from highrank.interop.peft import export_run
 
-    print(export_run(folder, options.out, rest))
+    with result_alone():
+        done = export_run(folder, options.out, rest)
+    print(done)
     return 0
 
 
@@ -37,7 +42,9 @@ def import_(words: list[str]) -> int:
     options, folder, rest = parser.one(words)
     from highrank.interop.peft import import_adapter
 
-    print(import_adapter(folder, options.out, rest))
+    with result_alone():
+        done = import_adapter(folder, options.out, rest)
+    print(done)
     return 0
 
 
@@ -54,13 +61,15 @@ def evaluate(words: list[str]) -> int:
             parser.error("--engine lm_eval needs --tasks, got none")
         from highrank.interop.lm_eval import evaluate_runs as with_harness
 
-        found = with_harness(folders, options.tasks.split(","), options.limit, options.include, rest)
+        with result_alone():
+            found = with_harness(folders, options.tasks.split(","), options.limit, options.include, rest)
     else:
         others = [f"--{name}" for name in ("tasks", "limit", "include") if getattr(options, name) is not None]
         if others:
             parser.error(f"{others[0]} belongs to --engine lm_eval, got --engine highrank")
         from highrank.interop.loaded import evaluate_runs
 
-        found = evaluate_runs(folders, rest)
+        with result_alone():
+            found = evaluate_runs(folders, rest)
     print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=1))
     return 0

@@ -148,6 +148,7 @@ def load_backbone(
             _check_loaded(model, found, source.location)
             with _reading_part("tokenizer", source.location):
                 tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+            check_pieces(tokenizer, Path(source.location))
         if spec.get("shuffled"):
             shuffle_weights(model)
     if spec.get("quantize"):
@@ -183,6 +184,29 @@ def _check_loaded(model: Any, found: Mapping[str, Any], folder: str) -> None:
 def _first(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_pieces(tokenizer: Any, folder: Path) -> None:
+    """Raises UserError if a tokenizer.model without a word on how to read it is not read as SentencePiece does.
+
+    transformers 5.23 reads such a file without the space in front of a text: every number would change, and none say so.
+    """
+    file = folder / "tokenizer.model"
+    if not file.is_file() or any((folder / f"tokenizer{end}").is_file() for end in ("_config.json", ".json")):
+        return
+    import transformers
+    from sentencepiece import SentencePieceProcessor
+
+    text = "One, two and 3 words"
+    own = SentencePieceProcessor(model_file=str(file))
+    pieces = [own.id_to_piece(i) for i in own.encode(text)]
+    found = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
+    if found != pieces:
+        raise UserError(
+            f"model: a tokenizer.model must be read as SentencePiece reads it, got {found} instead of {pieces} for "
+            f"{text!r} with transformers {transformers.__version__} in {folder}; give the model's tokenizer_config.json "
+            "too, or use transformers>=5.24"
+        )
 
 
 def prepare_tokenizer(tokenizer: Any, model: Any) -> None:

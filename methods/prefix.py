@@ -54,6 +54,8 @@ class PrefixConfig:
 
 @register_method(config=PrefixConfig)
 class Prefix(VirtualTokens):
+    examples = ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 20})
+
     def __init__(self, model: Any, cfg: PrefixConfig):
         super().__init__(model, cfg)
         layers, heads, width = _shape(model.config)

@@ -93,9 +93,6 @@ def test_hyperadapt_gradients_in_both_regimes(tokens, zero):
         torch.testing.assert_close(one, other)
 
 
-FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}} | {
-    name: {"r": 2} for name in ("hira", "lora", "dora", "mora")
-}
 WEIGHT_METHODS = [m for m in sorted(available("methods")) if load("methods", m).family.changes_weights]
 
 
@@ -107,7 +104,7 @@ CASES.remove(("dora", torch.complex64))  # whose definition has no complex form
 @pytest.mark.parametrize(("method", "held"), CASES, ids=str)
 def test_other_dtypes_fall_back_to_the_definition_and_say_so_once(method, held):
     cls = load("methods", method)
-    cfg = cls.config(**FIELDS.get(method, {}))
+    cfg = cls.config(**cls.examples[0])
     adapter = cls(8, 8, cfg, cls.shared([(8, 8)], cfg))
     torch.manual_seed(0)
     W = (3 * torch.randn(8, 8)).to(held)

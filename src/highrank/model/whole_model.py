@@ -5,7 +5,7 @@ what a module returns. The model is called as ever: tokens, masks, labels and lo
 counts positions from behind the virtual tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -134,6 +134,8 @@ class WholeModelMethod(nn.Module):
     family: ClassVar[type[Adapters]] = WholeModelAdapters
     default_lr: ClassVar[float] = 1e-3
     no_decay: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Fields that show what the method can do, on a tiny model: the tests run over them, the first where one is enough."""
     mergeable: ClassVar[bool] = False
     """Whether the base can hold what the method learns; such a method has `merge` and `unmerge`."""
 

@@ -56,7 +56,10 @@ TEXTS = {"id", "instruction", "output", "answer", "input", "text"}
 
 
 class Task:
-    """One data set family with its scorer; subclasses live in `tasks/` under `@register_task`."""
+    """One data set family with its scorer; subclasses live in `tasks/` under `@register_task`.
+
+    A config with a field `member` lets `task=<name>/<member>` choose one set of the family, which then names the run.
+    """
 
     name: ClassVar[str]
     config: ClassVar[type]

@@ -91,6 +91,21 @@ def encoder(blocks: str, parts: Mapping[str, str] = BERT, **fields: Any) -> Type
     return Type(blocks, parts, {"type_vocab_size": 2, **fields}, "classify")
 
 
+OTHER_PAD = {"pad_token_id": 3}
+"""Another id than the tokenizer's, which a decoder that classifies must not go by."""
+
+
+def seeing(text: str, parts: Mapping[str, str], kind: str = "generate", **fields: Any) -> Type:
+    """A model that also sees, whose config keeps that of its language model apart."""
+    sizes = {**SIZES, **GROUPED, **EXPERTS, **OTHER_PAD, "model_type": text, "attention_chunk_size": 4}
+    if text == "qwen3_5_text":
+        sizes["layer_types"] = ["full_attention"] * 2
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8, "vision_use_head": False}
+    blocks = "model.layers" if text in ("llama4_text", "qwen3_5_text") else "model.language_model.layers"
+    return Type(blocks, parts, {"text_config": sizes, "vision_config": vision, **fields}, kind)
+
+
 LATENT_SIZES = {
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     **{"head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
@@ -222,6 +237,25 @@ TYPES: dict[str, Type] = {
         LLAMA,
         {**GROUPED, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         second=ATTENTION | SHARED_EXPERTS,
+    ),
+    "gemma3": seeing("gemma3_text", LLAMA, mm_tokens_per_image=4),
+    "llama4": seeing(
+        "llama4_text",
+        ATTENTION | under("feed_forward.shared_expert", gate="gate_proj", up="up_proj", down="down_proj"),
+    ),
+    "qwen3_5": seeing("qwen3_5_text", LLAMA),
+    "llama/classes": Type("model.layers", LLAMA, {**GROUPED, **OTHER_PAD}, "classify"),
+    "gemma3/classes": seeing("gemma3_text", LLAMA, "classify", mm_tokens_per_image=4),
+    "opt/classes": Type(
+        "model.decoder.layers", OPT, {"ffn_dim": 48, "word_embed_proj_dim": 32, **OTHER_PAD}, "classify"
+    ),
+    "falcon/classes": Type(
+        "transformer.h",
+        rows("self_attention.query_key_value", {"q": "[0:32]", "k": "[32:40]", "v": "[40:48]"})
+        | {"o": "self_attention.dense"}
+        | H_TO_4H,
+        {"multi_query": True, "ffn_hidden_size": 48, **OTHER_PAD},
+        "classify",
     ),
     "bert": encoder("bert.encoder.layer"),
     "roberta": encoder("roberta.encoder.layer"),
@@ -379,7 +413,7 @@ def causality(name: str) -> None:
     config = tiny(name)
     if TYPES[name].kind == "generate":
         check_causal(built(name))
-    elif config.model_type in WRITERS:
+    elif config.model_type in WRITERS and "/" not in name:
         try:
             check_causal(AutoModelForCausalLM.from_config(config).eval())
         except UserError as error:

@@ -12,6 +12,7 @@ from highrank.data.task import Task, reading
 from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
 from highrank.model.placement import WeightView, notes
 from highrank.model.quantised import BITS, linears
+from highrank.model.transformers_internals import text_config
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
 from highrank.train.optimizer import warmup_steps
@@ -103,8 +104,8 @@ def make_plan(run: Run, task: Task) -> Plan:
             task.test()  # what is wrong with a test set is said before weights load
     steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4
-    hidden = max((view.in_features for view in views), default=config.hidden_size)
-    num_layers = len({view.layer for view in views}) or config.num_hidden_layers
+    hidden = max((view.in_features for view in views), default=text_config(config).hidden_size)
+    num_layers = len({view.layer for view in views}) or text_config(config).num_hidden_layers
     trained = params.trainable + params.head
     memory = {
         "weights": weight_bytes(model, run.model) + 4 * params.frozen_extra,

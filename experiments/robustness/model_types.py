@@ -422,15 +422,29 @@ def causality(name: str) -> None:
             raise AssertionError("trained on what it sees")
 
 
+def learning(name: str) -> None:
+    """Methods whose backward keeps more than inputs have the same gradients in each step, all of them."""
+    ids = torch.tensor(PROMPTS[:1])
+    for method in ("hyperadapt", "dora"):
+        adapters = adapted(name, method)
+        steps = []
+        for _ in range(2):
+            adapters.model.zero_grad()
+            adapters.model(input_ids=ids.expand(8, -1)).logits.square().mean().backward()
+            steps.append({key: p.grad for key, p in adapters.named_parameters()})
+        for key, first in steps[0].items():
+            assert first is not None, f"{method}: no gradient at {key}"
+            close(steps[1][key], first, f"{method}: gradients of two steps at {key}")
+
+
 def generation(name: str) -> None:
     """A text does not depend on what else is in the batch."""
     _texts(adapted(name))
 
 
-def _parts(adapters: Adapters, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Returns a batch as evaluation computes it."""
-    by_length = adapters.num_positions > 0 or padding_moves(adapters.model)
-    return of_one_length(batch) if by_length else [batch]
+def _cut(adapters: Adapters) -> Callable[[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Returns what evaluation makes of a batch: one of each length, if padding matters, else itself."""
+    return of_one_length if adapters.num_positions > 0 or padding_moves(adapters.model) else lambda batch: [batch]
 
 
 def _prompts(prompts: list[list[int]]) -> dict[str, Tensor]:
@@ -442,12 +456,12 @@ def _prompts(prompts: list[list[int]]) -> dict[str, Tensor]:
 
 
 def _texts(adapters: Adapters) -> None:
-    tokenizer = tiny_tokenizer()
-    decoding = {"max_new_tokens": 5, "do_sample": False}
+    tokenizer, parts = tiny_tokenizer(), _cut(adapters)
+    decoding = {"max_new_tokens": 4, "do_sample": False}
 
     def texts(prompts: list[list[int]]) -> list[str]:
         found = {}
-        for part in _parts(adapters, _prompts(prompts)):
+        for part in parts(_prompts(prompts)):
             written = generate(adapters.model, tokenizer, part, decoding, 0)
             found |= dict(zip(part["index"].tolist(), written, strict=True))
         return [found[i] for i in range(len(prompts))]
@@ -466,7 +480,7 @@ TAILS = [[20, 21, 2], [30, 2]]
 
 
 def _rankings(adapters: Adapters) -> None:
-    model = adapters.model
+    model, parts = adapters.model, _cut(adapters)
 
     def ranked(prompts: list[list[int]]) -> Tensor:
         tails = TAILS * len(prompts)
@@ -477,7 +491,7 @@ def _rankings(adapters: Adapters) -> None:
             "tail_mask": pad([[1] * len(row) for row in tails], 0),
             "tail_labels": pad(tails, IGNORED),
         }
-        found = dict(pair for part in _parts(adapters, batch) for pair in rank_options(model, part))
+        found = dict(pair for part in parts(batch) for pair in rank_options(model, part))
         return torch.tensor([[found[row][i] for i in range(len(TAILS))] for row in range(len(prompts))])
 
     def whole(prompt: list[int], tail: list[int]) -> float:
@@ -520,7 +534,8 @@ def _virtual(name: str, method: str) -> None:
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
-    check.__name__: check for check in (placement, roles, merging, loss, causality, generation, ranking, prompt, prefix)
+    check.__name__: check
+    for check in (placement, roles, merging, loss, learning, causality, generation, ranking, prompt, prefix)
 }
 OF_TEXTS = ("generation", "ranking", "prompt", "prefix")
 

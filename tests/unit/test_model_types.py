@@ -234,3 +234,11 @@ def test_head_by_head_rows_compute_what_merging_writes(method, placement):
         assert not torch.equal(check(), first)
     model(input_ids=ids).logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for _, p in adapters.named_parameters())
+
+
+def test_a_layer_that_is_written_into_gives_a_copy_away_and_no_other_does():
+    adapters = robustness.adapted("falcon", "hyperadapt")
+    for _ in range(2):
+        adapters.model(input_ids=torch.tensor([[5, 6, 7, 8]] * 8)).logits.square().sum().backward()
+    overwritten = {path for path, layer in adapters.layers.items() if layer.overwritten}
+    assert overwritten == {f"transformer.h.{layer}.mlp.dense_4h_to_h" for layer in (0, 1)}

@@ -169,7 +169,14 @@ def test_a_run_adapts_experts_and_merges_them(tmp_path, run_cli):
     config.max_position_embeddings = 1024
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    words = ["model=hf:org/mixtral", f"path={tmp_path / 'base'}", "placement=experts", "method=hira", "r=2"]
+    words = [
+        "model=hf:org/mixtral",
+        f"path={tmp_path / 'base'}",
+        "model.dtype=float32",
+        "placement=experts",
+        "method=hira",
+        "r=2",
+    ]
     words += ["task.n_train=8", "task.n_test=2", "max_steps=2", "batch_size=2", "protocol.max_new_tokens=4"]
     status, out, err = run_cli(*words, f"run_dir={tmp_path / 'run'}")
     assert status == 0, err
@@ -177,8 +184,9 @@ def test_a_run_adapts_experts_and_merges_them(tmp_path, run_cli):
     plan = json.loads((tmp_path / "run" / "results.json").read_text())["params"]
     assert plan["trainable"] == 2 * 4 * 2 * (2 * (48 + 32))
     assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
-    merged = load_backbone({"name": "x", "dtype": "float32"}, str(tmp_path / "merged")).model
-    base = load_backbone({"name": "x", "dtype": "float32"}, str(tmp_path / "base")).model
+    base, merged = (
+        load_backbone({"name": "x", "dtype": "float32"}, str(tmp_path / f)).model for f in ("base", "merged")
+    )
     after, before = dict(merged.named_parameters()), dict(base.named_parameters())
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(after[name], before[name])}
     assert after.keys() == before.keys()

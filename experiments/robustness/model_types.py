@@ -422,6 +422,40 @@ def causality(name: str) -> None:
             raise AssertionError("trained on what it sees")
 
 
+def experts(name: str) -> None:
+    """With an adapter on each expert's up and down: none changes nothing, some compute what merging writes, all learn."""
+    ids = torch.tensor(PROMPTS[:1])
+    model = built(name)
+    with torch.no_grad():
+        base = model(input_ids=ids).logits
+    views = resolve(model, "experts")
+    for method in ("hira", "hyperadapt", "dora", "lora"):
+        cls = load("methods", method)
+        adapters = attach(model, views, cls, cls.config())
+        with torch.no_grad():
+            close(model(input_ids=ids).logits, base, f"{method}: logits at the start")
+            generator = torch.Generator().manual_seed(1)
+            for _, parameter in adapters.named_parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            found = model(input_ids=ids).logits
+            assert not torch.allclose(found, base, atol=1e-3), f"{method}: nothing changed"
+            adapters.merge()
+            close(model(input_ids=ids).logits, found, f"{method}: merged and adapted logits")
+            adapters.unmerge()
+        model(input_ids=ids).logits.square().mean().backward()
+        assert all(p.grad is not None for _, p in adapters.named_parameters()), f"{method}: an expert has no gradient"
+        adapters.unload()
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, base), f"{method}: traces are left"
+
+
+EXPERTS_OF = {
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "phimoe", "minimax_m2", "flex_olmo"),
+    *("ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe"),
+}
+"""Types with experts that can be adapted."""
+
+
 def learning(name: str) -> None:
     """Methods whose backward keeps more than inputs have the same gradients in each step, all of them."""
     ids = torch.tensor(PROMPTS[:1])
@@ -535,14 +569,15 @@ def _virtual(name: str, method: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
-    for check in (placement, roles, merging, loss, learning, causality, generation, ranking, prompt, prefix)
+    for check in (placement, roles, merging, experts, loss, learning, causality, generation, ranking, prompt, prefix)
 }
 OF_TEXTS = ("generation", "ranking", "prompt", "prefix")
 
 
 def checks_of(name: str) -> list[str]:
     """Returns the checks that a model type goes through."""
-    return [check for check in CHECKS if TYPES[name].kind == "generate" or check not in OF_TEXTS]
+    texts = TYPES[name].kind == "generate"
+    return [c for c in CHECKS if (texts or c not in OF_TEXTS) and (c != "experts" or name in EXPERTS_OF)]
 
 
 def verdict(name: str, check: str) -> str:
@@ -573,7 +608,17 @@ def about() -> str:
     asked = [f"- `{name}`: {' '.join(check.__doc__.split())}" for name, check in CHECKS.items()]  # type: ignore[union-attr]
     head = f"Made by `python experiments/robustness/model_types.py --write`, transformers {transformers.__version__}, fp32."
     return "\n".join(
-        ["# Model types", "", head, "", *asked, "", "– : the check is for models that write text.", "", ""]
+        [
+            "# Model types",
+            "",
+            head,
+            "",
+            *asked,
+            "",
+            "– : the check is for models that write text, or have experts.",
+            "",
+            "",
+        ]
     )
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from highrank.base.errors import UserError
 from highrank.base.registry import load
+from highrank.cli import main
 from highrank.model.adapters import attach
 from highrank.model.backbones import empty_model, load_backbone
 from highrank.model.language import padding_moves
@@ -143,9 +144,55 @@ def test_a_subclass_that_computes_something_else_is_no_linear_layer():
         resolve(model, "q", architecture={"blocks": "layers", "q": "self_attn.q_proj"})
 
 
-def test_experts_are_no_parts_and_the_error_says_what_there_is():
-    with pytest.raises(UserError, match=r"mixtral has no part up, down, got placement=fc_qkv; it has: q, k, v, o$"):
-        resolve(tiny("mixtral"), "fc_qkv")
+def test_experts_are_a_part_by_its_own_name():
+    model = empty_model(robustness.tiny("mixtral"))
+    with pytest.raises(
+        UserError, match=r"mixtral has no part up, down, got placement=fc_qkv; it has: q, k, v, o, experts"
+    ):
+        resolve(model, "fc_qkv")
+    assert {view.part for view in resolve(model, "all")} == {"q", "k", "v", "o"}
+    views = resolve(model, ["q", "experts"], layers=1)
+    assert [(view.path, view.rows, view.shape) for view in views[:3]] == [
+        ("model.layers.1.self_attn.q_proj", None, (32, 32)),
+        ("model.layers.1.mlp.experts.up.0", (48, 96), (48, 32)),
+        ("model.layers.1.mlp.experts.down.0", None, (32, 48)),
+    ]
+    assert len(views) == 1 + 2 * 4
+    (up, *_) = resolve(empty_model(robustness.tiny("gpt_oss")), "experts")
+    assert (up.rows, up.shape) == ((1, 2, 2), (48, 32))  # gates and ups take turns
+    with pytest.raises(UserError, match="llama has no part experts"):
+        resolve(empty_model(robustness.tiny("llama")), "experts")
+
+
+def test_a_run_adapts_experts_and_merges_them(tmp_path, run_cli):
+    config = robustness.tiny("mixtral")
+    config.max_position_embeddings = 1024
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    words = [
+        "model=hf:org/mixtral",
+        f"path={tmp_path / 'base'}",
+        "model.dtype=float32",
+        "placement=experts",
+        "method=hira",
+        "r=2",
+    ]
+    words += ["task.n_train=8", "task.n_test=2", "max_steps=2", "batch_size=2", "protocol.max_new_tokens=4"]
+    status, out, err = run_cli(*words, f"run_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert "experts × 16" in out
+    plan = json.loads((tmp_path / "run" / "results.json").read_text())["params"]
+    assert plan["trainable"] == 2 * 4 * 2 * (2 * (48 + 32))
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    base, merged = (
+        load_backbone({"name": "x", "dtype": "float32"}, str(tmp_path / f)).model for f in ("base", "merged")
+    )
+    after, before = dict(merged.named_parameters()), dict(base.named_parameters())
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(after[name], before[name])}
+    assert after.keys() == before.keys()
+    assert changed == {"gate_up_proj", "down_proj"}
+    gate = after["model.layers.0.mlp.experts.gate_up_proj"][:, :48]
+    assert torch.equal(gate, before["model.layers.0.mlp.experts.gate_up_proj"][:, :48])
 
 
 # Blocks

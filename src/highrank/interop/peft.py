@@ -42,7 +42,7 @@ from highrank.config.words import compose_run, spelled
 from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import empty_model, head_modules, model_config
-from highrank.model.placement import WeightView, is_transposed, resolve, row_index, weight_of
+from highrank.model.placement import EXPERTS, WeightView, is_transposed, resolve, row_index, weight_of
 from highrank.model.weight_adapters import WeightAdapters
 from highrank.model.whole_model import WholeModelAdapters
 from highrank.train.build import adapted_views, build_model
@@ -136,6 +136,8 @@ def check_expressible(run: Run, model: Any, views: Sequence[WeightView]) -> None
     if name == "hira" and (cfg.R != "w0" or cfg.official_numerics):
         got = f"R={cfg.R}" if cfg.R != "w0" else "official_numerics=True"
         raise UserError(f"export: PEFT's HiRA has R = W in full precision, got {got}{instead}")
+    if experts := [view.path for view in views if view.part == EXPERTS]:
+        raise UserError(f"export: PEFT's {name} adapts linear layers, got the expert {experts[0]}{instead}")
     sliced = [view.name for view in views if view.rows is not None]
     if sliced and name != "hyperadapt" and FORMS[name].factors is None:
         raise UserError(f"export: PEFT's {name} adapts a fused matrix whole, got the slice {sliced[0]}{instead}")

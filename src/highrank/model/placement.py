@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from highrank.base.errors import UserError, suggest
+from highrank.model.experts import Expert, is_experts, matrices
 from highrank.model.quantised import QuantisedWeight, is_quantised
 from highrank.model.transformers_internals import decoder_of, setting, text_config
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
+
+EXPERTS = "experts"
+"""The part that is each expert's up and down; only by its name, no set holds it."""
 
 PLACEMENTS: dict[str, tuple[str, ...]] = {
     "q": ("q",),
@@ -34,6 +38,7 @@ PLACEMENTS: dict[str, tuple[str, ...]] = {
     "fc": ("up", "down"),
     "fc_qkv": ("q", "k", "v", "up", "down"),
     "all": PARTS,
+    EXPERTS: (EXPERTS,),
 }
 """Named sets. `fc` is up and down, never gate (HiRA Table 5); `all` takes the parts an architecture has."""
 
@@ -213,7 +218,7 @@ def is_linear(module: nn.Module) -> bool:
 
     A weight matrix does not tell: routers, embeddings and subclasses of `nn.Linear` have one and return something else.
     """
-    if is_transposed(module) or (isinstance(module, nn.Linear) and is_quantised(module)):
+    if is_transposed(module) or isinstance(module, Expert) or (isinstance(module, nn.Linear) and is_quantised(module)):
         return True
     plain = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
     return isinstance(module, nn.Linear) and plain
@@ -262,7 +267,7 @@ def parse_placement(placement: str | Sequence[str]) -> tuple[str, ...]:
         if not isinstance(name, str) or name not in PLACEMENTS:
             raise UserError(f"placement: unknown set or part, got placement={name}{suggest(str(name), PLACEMENTS)}")
         chosen.update(PLACEMENTS[name])
-    return tuple(p for p in PARTS if p in chosen)
+    return tuple(p for p in (*PARTS, EXPERTS) if p in chosen)
 
 
 def parse_layers(layers: str | int | Sequence[int], num_layers: int) -> range | list[int]:
@@ -313,7 +318,7 @@ def resolve(
     config, model_type = text_config(model.config), model.config.model_type  # type: ignore[union-attr]
     blocks, members = _mapped(model, config, architecture) if architecture is not None else _known(model, config)
     parts = parse_placement(placement)
-    has = [p for p in PARTS if any(p in found for found in members.values())]
+    has = [p for p in (*PARTS, EXPERTS) if any(p in found for found in members.values())]
     missing = [p for p in parts if p not in has]
     if placement == "all":
         parts = tuple(p for p in parts if p in has)
@@ -333,7 +338,7 @@ def resolve(
         view
         for layer in chosen
         for path, group in _groups(parts, members[layer]).items()
-        for view in _views_of(blocks[layer], layer, path, group, split)
+        for view in (_experts_of if EXPERTS in group else _views_of)(blocks[layer], layer, path, group, split)
     ]
 
 
@@ -401,6 +406,9 @@ def _members_of(block: nn.Module, config: Any) -> Members:
     for path, layout in _layouts(config).items():
         if path in linear:
             found |= {part: (path, rows) for part, rows in layout(config, len(weight_of(linear[path]))).items()}
+    for name, module in block.named_modules():
+        if is_experts(module):
+            found[EXPERTS] = name, None
     return found
 
 
@@ -559,3 +567,13 @@ def _views_of(
                 f"rows of {full_path}; use fused=split"
             )
         yield WeightView(full_path, full_path, "+".join(members), layer, None, in_features, n)
+
+
+def _experts_of(
+    block: Block, layer: int, path: str, members: Mapping[str, Rows | None], split: bool
+) -> Iterator[WeightView]:
+    full_path, module = f"{block[0]}.{path}", block[1].get_submodule(path)
+    for number in range(len(module.down_proj)):  # type: ignore[arg-type]
+        for place, rows, n, k in matrices(module):
+            name = f"{full_path}.{place.format(number)}"
+            yield WeightView(f"{name}[up]" if rows else name, name, EXPERTS, layer, rows, k, n)

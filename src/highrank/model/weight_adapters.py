@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters, set_module, site_seed
-from highrank.model.placement import Rows, WeightView, resolve, row_index, weight_of, weight_reader
+from highrank.model.experts import Experts
+from highrank.model.placement import EXPERTS, Rows, WeightView, resolve, row_index, weight_of, weight_reader
 from highrank.model.quantised import is_quantised
 from highrank.model.sharding import gathered
 from highrank.model.torch_internals import version_of
@@ -126,6 +127,8 @@ class WeightAdapters(Adapters):
         super().__init__(model, views, method, cfg, seed)
         self.layers: dict[str, AdaptedLinear] = {}
         """The wrappers by the path of what they wrap."""
+        self.experts: dict[str, Experts] = {}
+        """Experts that are seen as layers, by their path."""
         self.shared: nn.Module | None = None
         """Frozen tensors that all adapters point to."""
 
@@ -149,6 +152,9 @@ class WeightAdapters(Adapters):
 
     def put_on(self, tokenizer: Any) -> None:
         model, views, method, cfg = self.model, self.views, self.method, self.cfg
+        for path in dict.fromkeys(view.path.rsplit(".", 2)[0] for view in views if view.part == EXPERTS):
+            self.experts[path] = Experts(model.get_submodule(path))
+            set_module(model, path, self.experts[path])
         self._check_owners()
         self.shared = method.shared([view.shape for view in views], cfg)
         if self.shared is not None:
@@ -176,7 +182,7 @@ class WeightAdapters(Adapters):
         """Raises UserError if two views lie in one weight that goes by two names."""
         owners: dict[int, str] = {}
         for view in self.views:
-            first = owners.setdefault(id(self.model.get_submodule(view.path).weight), view.path)
+            first = owners.setdefault(weight_of(self.model.get_submodule(view.path)).data_ptr(), view.path)
             if first != view.path:
                 raise UserError(f"placement: two adapted layers must not share a weight, got {first} and {view.path}")
 
@@ -233,11 +239,15 @@ class WeightAdapters(Adapters):
     def unload(self) -> nn.Module:
         for path, layer in self.layers.items():
             set_module(self.model, path, layer.base)
+        for path, experts in self.experts.items():
+            set_module(self.model, path, experts.base)
         if self.shared is not None:
             del self.model.highrank_shared
         return self.model
 
     def plug(self) -> None:
+        for path, experts in self.experts.items():
+            set_module(self.model, path, experts)
         for path, layer in self.layers.items():
             set_module(self.model, path, layer)
         if self.shared is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters
 from highrank.model.language import write
+from highrank.model.placement import EXPERTS
 from highrank.model.sharding import whole
 from highrank.model.transformers_internals import cache_of
 
@@ -41,8 +42,12 @@ class EveryAdapterLearns(Callback):
         if self.seen:
             return
         self.seen = True
-        if idle := [name for name, adapter in module.adapters.by_view.items() if not _has_gradient(adapter)]:
-            raise _no_effect(module.adapters, idle)
+        adapters = module.adapters
+        # To some experts no token of a step may go: of a layer's, one at least learns.
+        layers = {view.name: view.path.rpartition(".")[0] for view in adapters.views if view.part == EXPERTS}
+        learning = {layers.get(name, name) for name, adapter in adapters.by_view.items() if _has_gradient(adapter)}
+        if idle := [name for name in adapters.by_view if layers.get(name, name) not in learning]:
+            raise _no_effect(adapters, idle)
 
 
 def _has_gradient(adapter: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from highrank.base.errors import UserError
 from highrank.base.processes import WHOLE, Share
 from highrank.data import leak
+from highrank.data.chat import stop_tokens
 from highrank.data.encoding import IGNORED, Encoded, encode, encode_question, num_targets
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, LabelledText, Record, Task
@@ -240,8 +241,10 @@ class EvalData:
         rows = [self.question(record) for record in records]
         left = not isinstance(records[0], LabelledText)
         pad_id = self.tokenizer.pad_token_id
+        spoken = next((record for record in records if getattr(record, "messages", ())), None)
+        stop = {"stop": torch.tensor(stop_tokens(spoken, self.tokenizer))} if spoken else {}
         return self._sorted(
-            name, places, rows, batch_size, lambda index: collate([rows[i] for i in index], pad_id, left)
+            name, places, rows, batch_size, lambda index: {**collate([rows[i] for i in index], pad_id, left), **stop}
         )
 
     def question(self, record: Record) -> Encoded:

@@ -131,7 +131,15 @@ def prepare(
     stop.check()
     tokenizer = backbone.tokenizer
     data = TrainingData(
-        task, run.protocol, tokenizer, core.batch_size, core.eval_batch_size, core.seed, share, core.accumulate
+        task,
+        run.protocol,
+        tokenizer,
+        core.batch_size,
+        core.eval_batch_size,
+        core.seed,
+        share,
+        core.accumulate,
+        core.packing,
     )
     tests = EvalData(task, run.protocol, tokenizer, data.records, eval_share)
     checkpoints = Checkpoints(

@@ -57,7 +57,8 @@ def of_one_length(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         rows = (lengths == length).nonzero()[:, 0]
         part = {name: batch[name][rows, -length:] for name in ("input_ids", "attention_mask")}
         part["index"] = batch["index"][rows]
-        part |= {name: batch[name] for name in ("stop",) if name in batch}
+        if "stop" in batch:
+            part["stop"] = batch["stop"]
         if "owner" in batch:
             tails = torch.isin(batch["owner"], rows)
             part["owner"] = torch.searchsorted(rows, batch["owner"][tails])

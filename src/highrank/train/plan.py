@@ -12,6 +12,7 @@ from highrank.data.task import Task, reading
 from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
 from highrank.model.placement import WeightView, notes
 from highrank.model.quantised import BITS, linears
+from highrank.model.whole_model import VirtualTokens
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
 from highrank.train.optimizer import warmup_steps
@@ -96,6 +97,12 @@ def make_plan(run: Run, task: Task) -> Plan:
         raise UserError(
             f"run: head_lr is the rate of a new head, which this model does not get, got head_lr={core.head_lr} with "
             f"task={run.task.name}; leave it out"
+        )
+    if core.packing and (task.kind != "generate" or issubclass(run.method, VirtualTokens)):
+        what = f"task={task.name}" if task.kind != "generate" else f"method={run.method.name}"
+        raise UserError(
+            f"run: packing is for language models without virtual tokens, which stand before each example, got {what}; "
+            "leave out packing=true"
         )
     with reading(task):
         num_train, tokens_each = _training_size(task, run)

@@ -2,6 +2,7 @@
 
     python3 .ci/stranger.py first     the README's first command, literally; the main job must gain at least 40 points
     python3 .ci/stranger.py second    its second command: the tests end green
+    python3 .ci/stranger.py second FOLDER    the same; its environment stays, in FOLDER/venv
     python3 .ci/stranger.py wheel     the built wheel, without a clone: the main job from an empty folder
 
 Exit status 0 if it holds. Standard library only; packages come from pip's configured index.
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,8 +64,8 @@ def check_gain(folder: Path) -> None:
         sys.exit(f"main job: it must gain {GAIN} points, got {final - before:.1f}")
 
 
-def main(what: str) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+def main(what: str, kept: str | None = None) -> None:
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         env, clone = stranger(folder), folder / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
@@ -82,6 +84,6 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["first"], ["second"], ["wheel"]):
-        sys.exit("usage: stranger.py first|second|wheel")
-    main(sys.argv[1])
+    if sys.argv[1:2] not in (["first"], ["second"], ["wheel"]) or len(sys.argv) > 3:
+        sys.exit("usage: stranger.py first|second|wheel [FOLDER]")
+    main(*sys.argv[1:])

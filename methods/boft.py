@@ -60,6 +60,15 @@ class BOFTConfig:
 @register_method(config=BOFTConfig)
 class BOFT(Method):
     no_decay = ("s",)
+    examples = (
+        {"butterfly_factor": 2},
+        {"butterfly_factor": 1},
+        {"butterfly_factor": 3},
+        {"block_size": 2, "butterfly_factor": 4},
+        {"block_size": 8, "butterfly_factor": 2},
+        {"block_size": 16},
+        {"block_size": 0, "block_num": 8, "butterfly_factor": 3},
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: BOFTConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

@@ -56,6 +56,7 @@ class DoRAConfig:
 class DoRA(Method):
     no_decay = ("m",)
     exact_gradient = False  # the detached norm: finite differences see it move, the gradient does not
+    examples = ({"r": 2}, {"r": 2, "alpha": 3.0})
 
     def __init__(self, in_features: int, out_features: int, cfg: DoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

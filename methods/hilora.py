@@ -50,6 +50,7 @@ class HiLoRAConfig:
 @register_method(config=HiLoRAConfig)
 class HiLoRA(Method):
     default_lr = 2e-3
+    examples = ({"r1": 2, "r2": 2}, {"r1": 2, "r2": 3, "s": 0.5}, {"r1": 0, "r2": 3, "s": 0.5}, {"r1": 3, "r2": 0})
 
     def __init__(self, in_features: int, out_features: int, cfg: HiLoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

@@ -68,6 +68,11 @@ class HiRAConfig:
 @register_method(config=HiRAConfig)
 class HiRA(Method):
     default_lr = 5e-3
+    examples = (
+        {"r": 2},
+        *({"r": 2, "R": R} for R in ("random_uniform", "random_scaled", "w0_smooth", "ones")),
+        {"r": 2, "R": "w0_trunc", "R_rank": 3},
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: HiRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

@@ -49,6 +49,8 @@ class LoRAConfig:
 
 @register_method(config=LoRAConfig)
 class LoRA(Method):
+    examples = ({"r": 2}, {"r": 3, "alpha": 4.5}, {"r": 1})
+
     def __init__(self, in_features: int, out_features: int, cfg: LoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)
         self.A = nn.Parameter(torch.empty(cfg.r, in_features))

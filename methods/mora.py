@@ -62,6 +62,7 @@ class MoRAConfig:
 @register_method(config=MoRAConfig)
 class MoRA(Method):
     default_lr = 3e-4
+    examples = ({"r": 2}, {"r": 1}, {"r": 3}, {"r": 8}, {"r": 1, "type": 1}, {"r": 3, "type": 1})
 
     def __init__(self, in_features: int, out_features: int, cfg: MoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

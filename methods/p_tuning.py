@@ -45,6 +45,7 @@ class PTuningConfig:
 @register_method(config=PTuningConfig)
 class PTuning(VirtualTokens):
     default_lr = 1e-4
+    examples = ({"num_virtual_tokens": 3}, {"hidden_size": 5})
 
     def __init__(self, model: Any, cfg: PTuningConfig):
         super().__init__(model, cfg)

@@ -21,12 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from highrank.plugin import (
     UserError,
     VirtualTokens,
-    by_name,
     cache_name,
     cache_of,
     decoder_of,
@@ -54,6 +52,8 @@ class PrefixConfig:
 
 @register_method(config=PrefixConfig)
 class Prefix(VirtualTokens):
+    examples = ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 20})
+
     def __init__(self, model: Any, cfg: PrefixConfig):
         super().__init__(model, cfg)
         layers, heads, width = _shape(model.config)
@@ -71,17 +71,13 @@ class Prefix(VirtualTokens):
             )
         nn.init.normal_(self.P)
 
-    def hooks(self, model: Any) -> list[RemovableHandle]:
-        return [decoder_of(model).register_forward_pre_hook(self._fill_cache, with_kwargs=True)]
-
-    def _fill_cache(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    def before(self, body: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         from transformers import DynamicCache
 
         if body.training and any(getattr(module, "gradient_checkpointing", False) for module in body.modules()):
             raise UserError(
                 "prefix: activation checkpointing keeps no cache for a prefix to be in, got checkpoint_activations=true"
             )
-        kwargs = by_name(body, args, kwargs)
         if is_start(kwargs):
             cache = cache_of(kwargs)
             if cache is None:
@@ -90,7 +86,10 @@ class Prefix(VirtualTokens):
             rows = len(kwargs["input_ids"])
             for layer, (K, V) in enumerate(self.P.to(body.dtype)):
                 cache.update(K.expand(rows, -1, -1, -1), V.expand(rows, -1, -1, -1), layer)
-        return (), make_room(kwargs, self.cfg.num_virtual_tokens, 0)
+        return make_room(kwargs, self.cfg.num_virtual_tokens, 0)
+
+    def after(self, output: Any) -> Any:
+        return output
 
     @classmethod
     def validate(cls, model: Any, cfg: PrefixConfig) -> None:
@@ -105,7 +104,8 @@ class Prefix(VirtualTokens):
 
 def _shape(config: Any) -> tuple[int, int, int]:
     """Returns L, g and d_h."""
-    config, heads = text_config(config), setting(config, "num_key_value_heads") or config.num_attention_heads
+    config = text_config(config)
+    heads = setting(config, "num_key_value_heads") or config.num_attention_heads
     multi_query = setting(
         config, "multi_query"
     )  # falcon and gpt_bigcode, whose number of key-value heads is another one

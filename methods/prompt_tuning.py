@@ -50,6 +50,8 @@ class PromptTuningConfig:
 
 @register_method(config=PromptTuningConfig)
 class PromptTuning(VirtualTokens):
+    examples = ({"num_virtual_tokens": 3}, {"start": "sample_vocab"}, {"start": "text", "start_text": "Answer:"})
+
     def __init__(self, model: Any, cfg: PromptTuningConfig):
         super().__init__(model, cfg)
         self.P = nn.Parameter(torch.empty(cfg.num_virtual_tokens, model.get_input_embeddings().embedding_dim))

@@ -65,6 +65,7 @@ class Projections(nn.Module):
 @register_method(config=VeRAConfig)
 class VeRA(Method):
     default_lr = 3e-3
+    examples = ({"r": 4},)
 
     def __init__(self, in_features: int, out_features: int, cfg: VeRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

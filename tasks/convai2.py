@@ -22,9 +22,6 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-from torchmetrics.functional.text import bert_score, rouge_score, sacre_bleu_score
-
 from highrank.plugin import DataConfig, Example, FileTask, Source, UserError, path_field, register_task, shown
 
 GET = "the files are in ParlAI's ConvAI2 download, parl.ai/downloads/convai2"
@@ -110,6 +107,8 @@ def dialogue_metrics(
     With all of them `average` is the mean of BLEU, BERTScore F1, R and P, METEOR and ROUGE-L, HiRA's Table 2: BERTScore
     counts three times in it. What cannot be computed is named in a warning. `bert` is a model folder.
     """
+    from torchmetrics.functional.text import sacre_bleu_score
+
     found = {
         "bleu": 100 * float(sacre_bleu_score(outputs, references, tokenize="13a")),
         "rouge_l": 100 * _mean([_rouge_l(o, r) for o, r in zip(outputs, references, strict=True)]),
@@ -142,6 +141,8 @@ def _f1(output: str, reference: str) -> float:
 
 def _rouge_l(output: str, references: Sequence[str]) -> float:
     """ROUGE-L F1 of the nearest reference."""
+    from torchmetrics.functional.text import rouge_score
+
     scores = [rouge_score(output, reference, rouge_keys="rougeL")["rougeL_fmeasure"] for reference in references]
     return max(float(score) for score in scores)
 
@@ -165,6 +166,9 @@ def _meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict
 
 def _bert(outputs: Sequence[str], references: Sequence[Sequence[str]], folder: str | None) -> dict[str, float]:
     """BERTScore against the reference with the highest F1."""
+    import torch
+    from torchmetrics.functional.text import bert_score
+
     if folder is None:
         warnings.warn("BERTScore is not computed: give a model folder, task.bert=<roberta-large>", stacklevel=3)
         return {}

@@ -91,6 +91,21 @@ def encoder(blocks: str, parts: Mapping[str, str] = BERT, **fields: Any) -> Type
     return Type(blocks, parts, {"type_vocab_size": 2, **fields}, "classify")
 
 
+OTHER_PAD = {"pad_token_id": 3}
+"""Another id than the tokenizer's, which a decoder that classifies must not go by."""
+
+
+def seeing(text: str, parts: Mapping[str, str], kind: str = "generate", **fields: Any) -> Type:
+    """A model that also sees, whose config keeps that of its language model apart."""
+    sizes = {**SIZES, **GROUPED, **EXPERTS, **OTHER_PAD, "model_type": text, "attention_chunk_size": 4}
+    if text == "qwen3_5_text":
+        sizes["layer_types"] = ["full_attention"] * 2
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8, "vision_use_head": False}
+    blocks = "model.layers" if text in ("llama4_text", "qwen3_5_text") else "model.language_model.layers"
+    return Type(blocks, parts, {"text_config": sizes, "vision_config": vision, **fields}, kind)
+
+
 LATENT_SIZES = {
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     **{"head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
@@ -222,6 +237,25 @@ TYPES: dict[str, Type] = {
         LLAMA,
         {**GROUPED, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         second=ATTENTION | SHARED_EXPERTS,
+    ),
+    "gemma3": seeing("gemma3_text", LLAMA, mm_tokens_per_image=4),
+    "llama4": seeing(
+        "llama4_text",
+        ATTENTION | under("feed_forward.shared_expert", gate="gate_proj", up="up_proj", down="down_proj"),
+    ),
+    "qwen3_5": seeing("qwen3_5_text", LLAMA),
+    "llama/classes": Type("model.layers", LLAMA, {**GROUPED, **OTHER_PAD}, "classify"),
+    "gemma3/classes": seeing("gemma3_text", LLAMA, "classify", mm_tokens_per_image=4),
+    "opt/classes": Type(
+        "model.decoder.layers", OPT, {"ffn_dim": 48, "word_embed_proj_dim": 32, **OTHER_PAD}, "classify"
+    ),
+    "falcon/classes": Type(
+        "transformer.h",
+        rows("self_attention.query_key_value", {"q": "[0:32]", "k": "[32:40]", "v": "[40:48]"})
+        | {"o": "self_attention.dense"}
+        | H_TO_4H,
+        {"multi_query": True, "ffn_hidden_size": 48, **OTHER_PAD},
+        "classify",
     ),
     "bert": encoder("bert.encoder.layer"),
     "roberta": encoder("roberta.encoder.layer"),
@@ -379,7 +413,7 @@ def causality(name: str) -> None:
     config = tiny(name)
     if TYPES[name].kind == "generate":
         check_causal(built(name))
-    elif config.model_type in WRITERS:
+    elif config.model_type in WRITERS and "/" not in name:
         try:
             check_causal(AutoModelForCausalLM.from_config(config).eval())
         except UserError as error:
@@ -388,15 +422,29 @@ def causality(name: str) -> None:
             raise AssertionError("trained on what it sees")
 
 
+def learning(name: str) -> None:
+    """Methods whose backward keeps more than inputs have the same gradients in each step, all of them."""
+    ids = torch.tensor(PROMPTS[:1])
+    for method in ("hyperadapt", "dora"):
+        adapters = adapted(name, method)
+        steps = []
+        for _ in range(2):
+            adapters.model.zero_grad()
+            adapters.model(input_ids=ids.expand(8, -1)).logits.square().mean().backward()
+            steps.append({key: p.grad for key, p in adapters.named_parameters()})
+        for key, first in steps[0].items():
+            assert first is not None, f"{method}: no gradient at {key}"
+            close(steps[1][key], first, f"{method}: gradients of two steps at {key}")
+
+
 def generation(name: str) -> None:
     """A text does not depend on what else is in the batch."""
     _texts(adapted(name))
 
 
-def _parts(adapters: Adapters, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Returns a batch as evaluation computes it."""
-    by_length = adapters.num_positions > 0 or padding_moves(adapters.model)
-    return of_one_length(batch) if by_length else [batch]
+def _cut(adapters: Adapters) -> Callable[[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Returns what evaluation makes of a batch: one of each length, if padding matters, else itself."""
+    return of_one_length if adapters.num_positions > 0 or padding_moves(adapters.model) else lambda batch: [batch]
 
 
 def _prompts(prompts: list[list[int]]) -> dict[str, Tensor]:
@@ -408,12 +456,12 @@ def _prompts(prompts: list[list[int]]) -> dict[str, Tensor]:
 
 
 def _texts(adapters: Adapters) -> None:
-    tokenizer = tiny_tokenizer()
-    decoding = {"max_new_tokens": 5, "do_sample": False}
+    tokenizer, parts = tiny_tokenizer(), _cut(adapters)
+    decoding = {"max_new_tokens": 4, "do_sample": False}
 
     def texts(prompts: list[list[int]]) -> list[str]:
         found = {}
-        for part in _parts(adapters, _prompts(prompts)):
+        for part in parts(_prompts(prompts)):
             written = generate(adapters.model, tokenizer, part, decoding, 0)
             found |= dict(zip(part["index"].tolist(), written, strict=True))
         return [found[i] for i in range(len(prompts))]
@@ -432,7 +480,7 @@ TAILS = [[20, 21, 2], [30, 2]]
 
 
 def _rankings(adapters: Adapters) -> None:
-    model = adapters.model
+    model, parts = adapters.model, _cut(adapters)
 
     def ranked(prompts: list[list[int]]) -> Tensor:
         tails = TAILS * len(prompts)
@@ -443,7 +491,7 @@ def _rankings(adapters: Adapters) -> None:
             "tail_mask": pad([[1] * len(row) for row in tails], 0),
             "tail_labels": pad(tails, IGNORED),
         }
-        found = dict(pair for part in _parts(adapters, batch) for pair in rank_options(model, part))
+        found = dict(pair for part in parts(batch) for pair in rank_options(model, part))
         return torch.tensor([[found[row][i] for i in range(len(TAILS))] for row in range(len(prompts))])
 
     def whole(prompt: list[int], tail: list[int]) -> float:
@@ -486,7 +534,8 @@ def _virtual(name: str, method: str) -> None:
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
-    check.__name__: check for check in (placement, roles, merging, loss, causality, generation, ranking, prompt, prefix)
+    check.__name__: check
+    for check in (placement, roles, merging, loss, learning, causality, generation, ranking, prompt, prefix)
 }
 OF_TEXTS = ("generation", "ranking", "prompt", "prefix")
 

@@ -14,8 +14,10 @@ from highrank.base.allocator import keep_freed_memory
 from highrank.base.processes import total
 from highrank.config.run_config import Run
 from highrank.data.batches import EvalData, TrainingData
+from highrank.data.encoding import within
 from highrank.data.task import Task
 from highrank.model.adapters import Adapters
+from highrank.model.language import context_length
 from highrank.report.dashboard import write_run
 from highrank.train import devices, shown
 from highrank.train.build import build_model
@@ -130,9 +132,11 @@ def prepare(
     write_session(directory)
     stop.check()
     tokenizer = backbone.tokenizer
+    positions = context_length(backbone.model, tokenizer) - adapters.num_positions
+    protocol = within(run.protocol, positions)
     data = TrainingData(
         task,
-        run.protocol,
+        protocol,
         tokenizer,
         core.batch_size,
         core.eval_batch_size,
@@ -141,7 +145,9 @@ def prepare(
         core.accumulate,
         core.packing,
     )
-    tests = EvalData(task, run.protocol, tokenizer, data.records, eval_share)
+    tests = EvalData(task, run.protocol, tokenizer, data.records, eval_share, positions)
+    if core.eval_test:
+        tests.check_lengths()
     checkpoints = Checkpoints(
         directory.path / "checkpoints", core.checkpoint_every, data.buckets, stop, first=core.auto_microbatch
     )

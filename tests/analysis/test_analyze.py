@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from highrank.analysis import figures, spectra
 from highrank.analysis.analyze import analyze_run, at_end_of, labels
 from highrank.analysis.summary import expressive
+from highrank.base.errors import UserError
 from highrank.cli import main
 from highrank.model.adapter_folder import read_card
 from highrank.train.results import read_results
@@ -344,7 +345,8 @@ class TestRefused:
     def test_weights_that_are_not_finite(self, runs):
         _, _, adapters = load_run(runs / "lora")
         next(p for _, p in adapters.named_parameters()).data.fill_(float("nan"))
-        adapters.save(runs / "lora" / "adapter")
+        with pytest.raises(UserError, match="trained values must be finite to be saved"):
+            adapters.save(runs / "lora" / "adapter")
         found = at_end_of(runs / "lora", adapters)
         assert found.keys() == {"error"}
         assert "ΔW must be finite, got NaN or inf in model.layers.0.self_attn.q_proj" in found["error"]

@@ -15,10 +15,9 @@ from highrank.model.method import Site
 from highrank.model.placement import resolve
 
 METHODS = [name for name in sorted(available("methods")) if load("methods", name).family.changes_weights]
-FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}} | {m: {"r": 2} for m in ("hira", "lora", "dora", "mora")}
 HIRA = [{"r": 2, "R": R} for R in ("random_uniform", "random_scaled", "w0_smooth", "ones")]
 HIRA += [{"r": 2, "R": "w0_trunc", "R_rank": 3}, {"r": 2, "official_numerics": True}]
-CASES = [pytest.param(name, FIELDS.get(name, {}), id=name) for name in METHODS]
+CASES = [pytest.param(name, load("methods", name).examples[0], id=name) for name in METHODS]
 CASES += [pytest.param("hira", fields, id="-".join(map(str, fields.values()))) for fields in HIRA]
 
 
@@ -30,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 def adapted(method, fields=None, model="llama", moved=True, fused="auto", placement="all"):
     loaded = load_backbone({"name": f"tiny_{model}", "dtype": "float32", "shuffled": False}, None).model
     cls = load("methods", method)
-    fields = FIELDS.get(method, {}) if fields is None else fields
+    fields = cls.examples[0] if fields is None else fields
     adapters = attach(loaded, resolve(loaded, placement, fused=fused), cls, cls.config(**fields))
     if moved:
         torch.manual_seed(5)

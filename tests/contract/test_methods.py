@@ -15,35 +15,11 @@ from highrank.model.method import Site
 
 N, K = 24, 16
 
-CONFIGS = {  # beyond a method's default configuration, or where the default is too large for 24 x 16
-    "lora": [{"r": 3, "alpha": 4.5}, {"r": 1}],
-    "hira": [
-        {"r": 2},
-        {"r": 2, "R": "random_uniform"},
-        {"r": 2, "R": "random_scaled"},
-        {"r": 2, "R": "w0_trunc", "R_rank": 3},
-        {"r": 2, "R": "w0_smooth"},
-        {"r": 2, "R": "ones"},
-    ],
-    "hilora": [{"r1": 2, "r2": 3, "s": 0.5}, {"r1": 0, "r2": 3, "s": 0.5}, {"r1": 3, "r2": 0}],
-    "dora": [{"r": 2, "alpha": 3.0}],
-    "vera": [{"r": 4}],
-    "boft": [
-        {},
-        {"butterfly_factor": 2},
-        {"butterfly_factor": 3},
-        {"block_size": 2, "butterfly_factor": 4},
-        {"block_size": 8, "butterfly_factor": 2},
-        {"block_size": 16},
-        {"block_size": 0, "block_num": 8, "butterfly_factor": 3},
-    ],
-    "mora": [{"r": 1}, {"r": 3}, {}, {"r": 1, "type": 1}, {"r": 3, "type": 1}],
-}
 WEIGHT_METHODS = [name for name in available("methods") if load("methods", name).family.changes_weights]
 CASES = [
     pytest.param(name, kwargs, id="-".join([name, *(f"{key}={value}" for key, value in kwargs.items())]))
     for name in WEIGHT_METHODS
-    for kwargs in CONFIGS.get(name, [{}])
+    for kwargs in load("methods", name).examples
 ]
 BAD = [
     ("lora", {"r": 0}, "r"),

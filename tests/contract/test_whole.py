@@ -17,15 +17,10 @@ from highrank.train.loss import language_model_loss
 from highrank.train.plan import count
 
 METHODS = [name for name in sorted(available("methods")) if not load("methods", name).family.changes_weights]
-FIELDS = {  # the first is used where one is enough
-    "prompt_tuning": [{"num_virtual_tokens": 3}, {"start": "sample_vocab"}, {"start": "text", "start_text": "Answer:"}],
-    "p_tuning": [{"num_virtual_tokens": 3}, {"hidden_size": 5}],
-    "prefix": [{"num_virtual_tokens": 3}, {}],
-}
 CASES = [
     pytest.param(name, fields, id="-".join([name, *map(str, fields.values())]))
     for name in METHODS
-    for fields in FIELDS.get(name, [{}])
+    for fields in load("methods", name).examples
 ]
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2"]
 ON_MODELS = [
@@ -49,7 +44,7 @@ def backbone(name, dtype="float32", shuffled=False):
 def adapted(method, fields=None, model=None, dtype="float32", moved=True, seed=0, shuffled=False):
     loaded = backbone(model or ("qwen2" if method == "bitfit" else "llama"), dtype, shuffled)
     cls = load("methods", method)
-    fields = FIELDS.get(method, [{}])[0] if fields is None else fields
+    fields = cls.examples[0] if fields is None else fields
     adapters = attach(loaded.model, [], cls, cls.config(**fields), seed, tokenizer=loaded.tokenizer)
     if moved:
         torch.manual_seed(5)

@@ -100,7 +100,7 @@ BAD = [
     ("architecture={blocks:x,q:5}", "architecture: a path is a text, got q=5"),
     (
         "model=tiny_llama architecture={blocks:layers,q:input_layernorm} placement=q",
-        "a linear layer with a weight matrix, got model.layers.0.input_layernorm=LlamaRMSNorm",
+        "an adapted module is a linear layer (Linear, Conv1D or a quantised one), got model.layers.0.input_layernorm=",
     ),
     ("r={", "config:"),
 ]

@@ -193,7 +193,7 @@ def test_resume_never_starts_afresh(tmp_path, try_run, whole, compare):
     assert try_run(folder, "resume=never") == 0
     assert compare(whole, folder) == []
     assert "resumed" not in results(folder)
-    assert len(Path(f"{folder}.batches").read_text().splitlines()) == 14 + 18
+    assert len(Path(f"{folder}.batches").read_text().splitlines()) == 14 + 20
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])

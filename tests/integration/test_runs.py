@@ -13,17 +13,17 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from highrank.base.registry import available
+from highrank.base.registry import available, load
 
 TINY = ["model=tiny_llama", "max_steps=2", "batch_size=2", "task.n_train=8", "task.n_test=3"]
-FIELDS = {"vera": ["r=4"], "hilora": ["r1=2", "r2=2"]} | {m: ["r=2"] for m in ("hira", "lora", "dora")}
-FIELDS["bitfit"] = ["model=tiny_qwen2"]  # llama has no biases
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("method", sorted(available("methods")))
 def test_every_method_runs(run_cli, method):
-    status, out, err = run_cli(f"method={method}", *TINY, *FIELDS.get(method, []))
+    fields = [f"{key}={value}" for key, value in load("methods", method).examples[0].items()]
+    model = ["model=tiny_qwen2"] if method == "bitfit" else []  # llama has no biases
+    status, out, err = run_cli(f"method={method}", *TINY, *fields, *model)
     assert status == 0, err
     folder = Path(out.strip().splitlines()[-1])  # the last line is the run directory
     results = json.loads((folder / "results.json").read_text())

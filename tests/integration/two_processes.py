@@ -16,17 +16,16 @@ from highrank.config.run_config import RunConfig
 from highrank.model.adapters import attach
 from highrank.model.backbones import load_backbone
 from highrank.model.placement import resolve
-from highrank.model.sharding import shard, whole
+from highrank.model.sharding import whole
+from highrank.train.fsdp import shard
 from highrank.train.module import FineTuner
-
-FIELDS = {"r": 2, "r1": 2, "r2": 2, "num_virtual_tokens": 3}
 
 
 def make(name: str) -> FineTuner:
     model = "tiny_qwen2" if name == "bitfit" else "tiny_llama"
     backbone = load_backbone({"name": model, "dtype": "float32"}, None)
     method = load("methods", name)
-    cfg = method.config(**{k: v for k, v in FIELDS.items() if k in method.config.__dataclass_fields__})
+    cfg = method.config(**method.examples[0])
     views = resolve(backbone.model, "all") if method.family.changes_weights else []
     adapters = attach(backbone.model, views, method, cfg, tokenizer=backbone.tokenizer)
     with torch.no_grad():

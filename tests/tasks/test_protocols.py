@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from highrank.base.errors import UserError
 from highrank.base.files import digest
+from highrank.config.build import protocol_for
 from highrank.config.words import compose_run
 from highrank.data.encoding import IGNORED, encode, encode_prompt
 from highrank.model.tiny import tiny_tokenizer
@@ -116,3 +118,11 @@ def test_the_published_differences():
 
 def test_a_value_on_the_command_line_wins_over_the_familys():
     assert protocol("hyperadapt", "math10k", "protocol.max_length=64").max_length == 64
+
+
+def test_a_plugin_may_bring_a_family_of_its_own():
+    values = {**vars(compose_run(["task=wordmath"]).protocol), "families": {"medical": {"max_length": 99}}}
+    given = {key: value for key, value in values.items() if key != "max_length"}
+    assert protocol_for(given, "medical").max_length == 99
+    with pytest.raises(UserError, match=r"unknown family, got families.medical; it is one of: commonsense, dialogue, "):
+        protocol_for(given, "glue")

@@ -19,6 +19,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from highrank.base.errors import UserError
 from highrank.base.files import cache_dir, sha256
@@ -633,7 +634,7 @@ class Words:
 )
 def test_the_pad_token_is_its_own_else_unknown_else_end_of_text(tokens, pad):
     tokenizer = Words(**tokens)
-    model = SimpleNamespace(config=SimpleNamespace(pad_token_id=None), generation_config=SimpleNamespace())
+    model = SimpleNamespace(config=PreTrainedConfig(pad_token_id=None), generation_config=SimpleNamespace())
     prepare_tokenizer(tokenizer, model)
     assert tokenizer.pad_token == pad
     assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id

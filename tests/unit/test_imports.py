@@ -27,7 +27,11 @@ LATE = {
         "train.fsdp": ("torch",),
         "methods.prefix": ("transformers",),
     },
-    **{"data.sources": ("datasets", "pyarrow"), "tasks.convai2": ("nltk",), "interop.lm_eval": ("lm_eval",)},
+    **{
+        "data.sources": ("datasets", "pyarrow"),
+        "tasks.convai2": ("nltk", "torch", "torchmetrics"),
+        "interop.lm_eval": ("lm_eval",),
+    },
     **{"model.quantised": ("torchao", "bitsandbytes"), "sweep.launch": ("ray", "submitit")},
 }
 """What is imported inside functions: for commands that start at once, a dry run without Lightning, and the extras."""

@@ -1,6 +1,7 @@
 """Every model type that needs no map, against every check of experiments/robustness/model_types.py."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -32,6 +33,26 @@ def test_a_model_type_passes_a_check(name, check):
 
 def test_there_are_at_least_sixty_model_types():
     assert len({name.partition("/")[0] for name in robustness.TYPES}) >= 60
+
+
+@pytest.mark.parametrize(
+    ("method", "trainable"),
+    [("prompt_tuning", 20 * 32), ("prefix", 20 * 2 * 2 * 16), ("lora", 2 * 16 * (32 + 32 + 32 + 16))],
+)
+def test_the_plan_of_a_model_that_also_sees_is_that_of_its_language_model(run_cli, tmp_path, method, trainable):
+    config = robustness.tiny("gemma3")
+    config.save_pretrained(tmp_path)
+    words = [f"method={method}", "dry_run=true", *(["placement=qv"] if method == "lora" else [])]
+    status, _, err = run_cli("model=hf:org/sees", f"path={tmp_path}", f"run_dir={tmp_path / 'run'}", *words)
+    assert status == 0, err
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["params"]["trainable"] == trainable
+
+
+def test_a_model_that_also_sees_pads_with_its_tokenizers_token():
+    model = robustness.built("gemma3/classes")
+    assert robustness.tiny("gemma3/classes").text_config.pad_token_id == 3
+    assert (model.config.pad_token_id, model.config.text_config.pad_token_id) == (0, 0)
 
 
 # What a model does with its tokens
@@ -213,3 +234,11 @@ def test_head_by_head_rows_compute_what_merging_writes(method, placement):
         assert not torch.equal(check(), first)
     model(input_ids=ids).logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for _, p in adapters.named_parameters())
+
+
+def test_a_layer_that_is_written_into_gives_a_copy_away_and_no_other_does():
+    adapters = robustness.adapted("falcon", "hyperadapt")
+    for _ in range(2):
+        adapters.model(input_ids=torch.tensor([[5, 6, 7, 8]] * 8)).logits.square().sum().backward()
+    overwritten = {path for path, layer in adapters.layers.items() if layer.overwritten}
+    assert overwritten == {f"transformer.h.{layer}.mlp.dense_4h_to_h" for layer in (0, 1)}

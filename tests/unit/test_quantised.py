@@ -33,7 +33,6 @@ kinds = pytest.mark.parametrize(
         for kind, found in INSTALLED.items()
     ],
 )
-FIELDS = {"r": 2, "r1": 2, "r2": 2, "num_virtual_tokens": 3}
 METHODS = [name for name in sorted(available("methods")) if load("methods", name).family.keeps_base]
 NEED_THE_MATRIX = {"dora", "hilora", "hira"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*Enum subclass.*")
@@ -56,7 +55,7 @@ def adapted(method, kind, dense=False, dtype="float32", model="tiny_qwen2", plac
     if dense:
         dequantise_model(backbone.model)
     cls = load("methods", method)
-    cfg = cls.config(**{key: value for key, value in FIELDS.items() if key in cls.config.__dataclass_fields__})
+    cfg = cls.config(**cls.examples[0])
     views = resolve(backbone.model, placement) if cls.family.changes_weights else []
     adapters = attach(backbone.model, views, cls, cfg, tokenizer=backbone.tokenizer)
     torch.manual_seed(1)

@@ -12,11 +12,6 @@ from highrank.model.backbones import load_backbone
 from highrank.model.placement import resolve
 from highrank.train.module import FineTuner
 
-FIELDS = {"hilora": {"r1": 2, "r2": 2}, "vera": {"r": 4}, "boft": {"butterfly_factor": 2}} | {
-    name: {"r": 2} for name in ("hira", "lora", "dora", "mora")
-}
-
-
 COMPILE_WARNS = pytest.mark.filterwarnings(  # torch's own, inside its compiler
     "ignore:.*should not be instantiated:DeprecationWarning", "ignore:.*script_method.*:DeprecationWarning"
 )
@@ -29,7 +24,7 @@ class Generate:
 def tuner(method, layers="all", **core):
     model = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None).model
     cls = load("methods", method)
-    adapters = attach(model, resolve(model, "all", layers), cls, cls.config(**FIELDS.get(method, {})))
+    adapters = attach(model, resolve(model, "all", layers), cls, cls.config(**cls.examples[0]))
     torch.manual_seed(5)
     with torch.no_grad():
         for _, parameter in adapters.named_parameters():

@@ -1,6 +1,8 @@
 """From a composed config to one checked run."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,6 @@ from highrank.base.files import shown
 from highrank.config.run_config import CORE_KEYS, OPTIMIZERS, SCHEDULES, Run, RunConfig
 from highrank.config.trainer_keys import check_trainer_keys
 from highrank.data.protocol import Protocol
-from highrank.data.task import FAMILIES
 from highrank.model.backbones import DTYPES
 from highrank.model.placement import PLACEMENTS, parse_placement
 
@@ -136,11 +137,23 @@ def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
             f"protocol {values['name']}: families is a mapping of a family to its keys, got families={families}; "
             "set a key with protocol.families.<family>.<key>=<value>"
         )
+    known = {family, *_families()}
     for name in families:
-        if name not in FAMILIES:
-            raise UserError(f"protocol {values['name']}: unknown family, got families.{name}{suggest(name, FAMILIES)}")
+        if name not in known:
+            raise UserError(f"protocol {values['name']}: unknown family, got families.{name}{suggest(name, known)}")
     given = {key: value for key, value in values.items() if key != "families"}
     return dataclass_from(Protocol, {**families.get(family, {}), **given}, "protocol")
+
+
+@functools.cache
+def _families() -> frozenset[str]:
+    """Returns the families of all tasks; one that cannot be imported is no matter of a run on another."""
+    found = set()
+    for name in registry.available("tasks"):
+        with contextlib.suppress(UserError):
+            task: Any = registry.load("tasks", name)
+            found.add(task.family)
+    return frozenset(found)
 
 
 def _plugin(group: str, values: Mapping[str, Any], given: dict[str, str], trained: bool = False) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from highrank.base.errors import UserError
 from highrank.base.processes import WHOLE, Share
 from highrank.data import leak
 from highrank.data.chat import stop_tokens
-from highrank.data.encoding import IGNORED, Encoded, encode, encode_question, num_targets
+from highrank.data.encoding import IGNORED, Encoded, encode, encode_question, num_targets, prompt_text, within
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, LabelledText, Record, Task
 from highrank.data.token_cache import cached_encoding
@@ -218,6 +218,10 @@ class TrainingData:
         )
 
 
+UNLIMITED = 10**9
+"""More tokens than a text has."""
+
+
 @dataclass(frozen=True)
 class Places(Dataset[int]):
     """The records of a test set that a process computes, by their numbers, in order."""
@@ -236,6 +240,7 @@ class EvalData:
     """A task's test sets as batches sorted by length.
 
     `trained_on` are the training examples, among which the questions of a test set may occur; None where they are gone.
+    `positions` is how many tokens the model takes.
     """
 
     def __init__(
@@ -245,9 +250,43 @@ class EvalData:
         tokenizer: Any,
         trained_on: Sequence[Any] | None = (),
         share: Share = WHOLE,
+        positions: int = UNLIMITED,
     ):
-        self.task, self.protocol, self.tokenizer, self.share = task, protocol, tokenizer, share
+        self.task, self.tokenizer, self.share = task, tokenizer, share
+        self.protocol, self.positions = within(protocol, positions), positions
         self.trained_on = trained_on
+
+    def check_lengths(self) -> None:
+        """Raises UserError if a prompt and its answer have more tokens than the model takes; classifiers' texts are cut."""
+        new = self.protocol.max_new_tokens or self.task.max_new_tokens
+        for name, records in self.task.test().items():
+            lengths = [self._tokens(record, new, ranks(records, self.protocol)) for record in records]
+            if max(lengths, default=0) > self.positions:
+                longest = max(range(len(records)), key=lengths.__getitem__)
+                raise UserError(
+                    f"task {self.task.name}: a prompt and its answer must fit the model's {self.positions} positions, got "
+                    f"{lengths[longest]} tokens at {records[longest].id} of {name}, and too many at "
+                    f"{sum(n > self.positions for n in lengths)} of {len(records)}; lower protocol.max_new_tokens, now {new}, "
+                    "leave such examples out, or take a model with more positions"
+                )
+
+    def _tokens(self, record: Record, new: int, ranked: bool) -> int:
+        """Returns how many tokens a record takes with its answer; 0 where its letters are too few for too many."""
+        if isinstance(record, LabelledText):
+            return 0
+        texts = record.options if ranked else [""]
+        letters = len(prompt_text(record, self.protocol, evaluation=True).encode()) + max(
+            len(t.encode()) for t in texts
+        )
+        if not record.messages and letters + new + 8 <= self.positions:  # 8: special tokens, which have no letters
+            return 0
+        if not ranked:
+            return len(self.question(record).input_ids) + new
+        return max(len(self._option(record, text, self._whole).input_ids) for text in texts)
+
+    @property
+    def _whole(self) -> Protocol:
+        return replace(self.protocol, mask_prompt=True, max_target_length=None, max_length=UNLIMITED)
 
     @cached_property
     def _known(self) -> set[str] | None:
@@ -295,8 +334,7 @@ class EvalData:
         self, name: str, records: Sequence[Example], batch_size: int, places: Iterable[int]
     ) -> DataLoader:
         """Returns batches of records with all their options: the tokens that a record's options share come once."""
-        whole = replace(self.protocol, mask_prompt=True, max_target_length=None, max_length=10**9)
-        rows = [[self._option(record, text, whole) for text in record.options] for record in records]
+        rows = [[self._option(record, text, self._whole) for text in record.options] for record in records]
         shared = [shared_prefix(options) for options in rows]
         prefixes = [Encoded(options[0].input_ids[:n], []) for options, n in zip(rows, shared, strict=True)]
         pad_id = self.tokenizer.pad_token_id

@@ -1,6 +1,6 @@
 """From an example to tokens and labels, under a protocol."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from highrank.base.errors import UserError
@@ -22,6 +22,14 @@ class Encoded:
     cut: str = ""
     """What the cut-off took: "" nothing, "cut" some tokens, "marker_lost" the end of the prompt, which asks for the answer,
     "answer_lost" the whole target."""
+
+
+def within(protocol: Protocol, positions: int) -> Protocol:
+    """Returns the protocol with its cut-offs lowered to what a model has positions for."""
+    if protocol.max_target_length is None:
+        return replace(protocol, max_length=min(protocol.max_length, positions))
+    target = min(protocol.max_target_length, positions - 1)
+    return replace(protocol, max_length=min(protocol.max_length, positions - target), max_target_length=target)
 
 
 def prompt_text(example: Example, protocol: Protocol, evaluation: bool = False) -> str:
@@ -47,8 +55,8 @@ def encode_prompt(example: Example, protocol: Protocol, tokenizer: Any, evaluati
 def _opened(tokenizer: Any, text: str, bos: bool) -> list[int]:
     """Returns a text's tokens, opened by the tokenizer's own special tokens if `bos`, and never closed by them: some
     tokenizers end every text, but what follows a prompt is its answer, and a target's end is the protocol's matter."""
-    ids, end = tokenizer(text, add_special_tokens=bos).input_ids, [tokenizer.eos_token_id]
-    closed = bos and ids[-1:] == end and tokenizer(text, add_special_tokens=False).input_ids[-1:] != end
+    ids, end = tokenizer(text, add_special_tokens=bos, verbose=False).input_ids, [tokenizer.eos_token_id]
+    closed = bos and ids[-1:] == end and tokenizer(text, add_special_tokens=False, verbose=False).input_ids[-1:] != end
     return ids[:-1] if closed else ids
 
 
@@ -73,7 +81,7 @@ def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool 
         target = _opened(tokenizer, text, protocol.bos)
         prompt, target = target[: len(prompt)], target[len(prompt) :]
     else:
-        target = tokenizer(record.output, add_special_tokens=False).input_ids
+        target = tokenizer(record.output, add_special_tokens=False, verbose=False).input_ids
     target = target + [tokenizer.eos_token_id] * protocol.eos
     whole_prompt, whole_target = len(prompt), len(target)
     if protocol.max_target_length is not None:

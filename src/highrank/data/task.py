@@ -11,9 +11,6 @@ from highrank.base.errors import UserError, suggest
 from highrank.base.files import path_field
 from highrank.data.sources import MissingData, Source, Table, as_text, data_folder, find, read
 
-FAMILIES = ("glue", "commonsense", "math", "dialogue", "instruction")
-"""What a protocol can tell tasks apart by."""
-
 
 @dataclass(frozen=True)
 class Example:
@@ -64,13 +61,16 @@ TEXTS = {"id", "instruction", "output", "answer", "input", "text"}
 
 
 class Task:
-    """One data set family with its scorer; subclasses live in `tasks/` under `@register_task`."""
+    """One data set family with its scorer; subclasses live in `tasks/` under `@register_task`.
+
+    A config with a field `member` lets `task=<name>/<member>` choose one set of the family, which then names the run.
+    """
 
     name: ClassVar[str]
     config: ClassVar[type]
     kind: Literal["generate", "classify", "regress"]
     family: ClassVar[str]
-    """One of `FAMILIES`: under which heading a protocol treats it."""
+    """Under which heading a protocol treats it, e.g. math: the `families` of its YAML."""
     version: ClassVar[int]
     """Raised whenever the data or the scoring change."""
     metrics: tuple[str, ...] = ("accuracy",)

@@ -27,6 +27,7 @@ from highrank.data.task import Task, reading
 from highrank.interop.hub_model import compare, logits
 from highrank.model.adapters import Adapters, attach
 from highrank.model.backbones import Backbone, head_modules, load_backbone
+from highrank.model.language import context_length
 from highrank.train.build import adapted_views
 from highrank.train.devices import quiet
 from highrank.train.evaluation import evaluate
@@ -179,7 +180,10 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
     found = {}
     for folder, run, backbone, adapters in on_shared_bases(folders, words, needed=read_tests):
         task = tasks[folder]
-        data = EvalData(task, run.protocol, backbone.tokenizer, trained_on(folder, words))
+        positions = context_length(backbone.model, backbone.tokenizer) - adapters.num_positions
+        known = trained_on(folder, words)
+        data = EvalData(task, run.protocol, backbone.tokenizer, known, positions=positions)
+        data.check_lengths()
         module = FineTuner(adapters, task, backbone.tokenizer, run.core, 1, run.protocol)
         keep_freed_memory()
         with quiet():

@@ -13,7 +13,7 @@ from highrank.base.hub import hub
 from highrank.model import quantised
 from highrank.model.language import check_causal
 from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
-from highrank.model.transformers_internals import tied_weights
+from highrank.model.transformers_internals import text_config, tied_weights
 from highrank.model.weights import Source, find_source, reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -222,7 +222,8 @@ def prepare_tokenizer(tokenizer: Any, model: Any) -> None:
             f"model: a tokenizer needs a pad, unknown or end-of-text token, got none in {type(tokenizer).__name__}; "
             "name one in its tokenizer_config.json"
         )
-    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder that classifies finds a row's last token by it
+    for config in (model.config, text_config(model.config)):  # a decoder that classifies finds a row's last token by it
+        config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 

@@ -1,6 +1,6 @@
-"""What a language model does with the tokens it is given: whether it sees later ones, and whether padding moves it.
+"""What a model does with the tokens it is given: how many it takes, whether it sees later ones, whether padding moves it.
 
-Both are tried on the model, with a handful of tokens, because no list of model types could tell.
+The latter two are tried on the model, with a handful of tokens, because no list of model types could tell.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from highrank.base.errors import UserError
+from highrank.model.transformers_internals import setting, text_config
 from highrank.model.weights import reading
 
 EXACT: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1e-5}
@@ -20,6 +21,26 @@ ROUNDED = 2e-2
 PADDED: Mapping[torch.dtype, float] = {torch.float64: 1e-3, torch.float32: 1e-3}
 PADDED_ROUNDED = 0.1
 """As for decoding with a cache: sums of other lengths."""
+
+
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+"""Where configs say how many positions a model has."""
+UNLIMITED = 10**9
+"""As many positions as no text has; tokenizers without a limit say more."""
+
+
+def context_length(model: Any, tokenizer: Any = None) -> int:
+    """Returns how many tokens a model was made for, by its config, else by its tokenizer; UNLIMITED if neither says.
+
+    `model` may be on the meta device. Where numbering starts behind the padding token's number (RoBERTa), those are less.
+    """
+    config = text_config(model.config)
+    given = [setting(config, name) for name in LENGTHS]
+    found = min((n for n in given if n), default=min(getattr(tokenizer, "model_max_length", UNLIMITED), UNLIMITED))
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            found = min(found, module.num_embeddings - module.padding_idx - 1)
+    return int(found)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ fused projection or a transposed GPT-2 `Conv1D`. Shapes: n = out_features, k = i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,9 @@ class Method(nn.Module):
     """Whether parameter gradients are those of the forward value; False where a method stops one on purpose."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Parameters whose neutral value is not 0, which weight decay must not touch."""
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Fields that show what the method can do, on a weight as small as (24, 16): the tests run over them. The first is used
+    where one is enough."""
     mergeable: ClassVar[bool] = True
     """Whether the base can hold what the method learns."""
 

@@ -82,6 +82,12 @@ def decoder_of(model: Any) -> Any:
     return found
 
 
+def bodies_of(model: Any) -> list[Any]:
+    """Returns the modules below a language model's head of which it calls one with tokens: the base of a model that sees
+    and reads, but the decoder inside the base of others (OPT)."""
+    return [body for body in dict.fromkeys((model.base_model, decoder_of(model))) if body is not model]
+
+
 def block_names(model: Any) -> set[str]:
     """Returns the names of the classes that a model wants on one device each: its blocks."""
     return set(getattr(model, "_no_split_modules", None) or ())

@@ -38,6 +38,8 @@ class AdaptedLinear(nn.Module):
         self.adapters = nn.ModuleList()
         self.spans: list[Rows | None] = []
         self.enabled = True
+        self.overwritten: bool | None = None
+        """Whether the model writes into what this layer returns; None until that is known."""
         self._copies: dict[Rows, tuple[Any, ...]] = {}
         self.merged_from: Tensor | None = None
         """The pristine weight while an adapter is merged into `base`."""
@@ -70,7 +72,7 @@ class AdaptedLinear(nn.Module):
             return self.base(x)
         W, bias = self.read(), self.bias
         if self.spans == [None]:
-            return self.adapters[0](x, W, bias)
+            return self._safe(self.adapters[0](x, W, bias))
         period = next((span[2] for span in self.spans if span and len(span) == 3), len(W))
         pieces: list[Tensor] = []
 
@@ -90,6 +92,21 @@ class AdaptedLinear(nn.Module):
             add(at, period, F.linear)
         y = torch.cat(pieces, dim=-1)
         return y if period == len(W) else y.flatten(-2)
+
+    def _safe(self, y: Tensor) -> Tensor:
+        """Returns y, or a copy of it if what follows in the model writes into what it is given (Falcon, Llama 4).
+
+        An adapter's backward may need y as it was. Whether it is written into shows in the first backward pass.
+        """
+        if self.overwritten is None and y.requires_grad and not torch.compiler.is_compiling():
+            copy = y.clone()
+            given, version = copy.detach(), version_of(copy)
+            copy.register_hook(lambda gradient: self._look(given, version))
+            return copy
+        return y.clone() if self.overwritten else y
+
+    def _look(self, given: Tensor, version: int) -> None:
+        self.overwritten = self.overwritten or version_of(given) != version
 
     def _rows(self, W: Tensor, rows: Rows) -> Tensor:
         """Returns those rows of W; where they are a copy, it is kept until W changes, but not of a sharded model."""

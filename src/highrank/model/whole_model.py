@@ -5,7 +5,7 @@ what a module returns. The model is called as ever: tokens, masks, labels and lo
 counts positions from behind the virtual tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from highrank.model.adapters import Adapters, site_seed
 from highrank.model.language import some_tokens, write
 from highrank.model.placement import WeightView
 from highrank.model.sharding import whole
-from highrank.model.transformers_internals import by_name, cache_of, decoder_of
+from highrank.model.transformers_internals import bodies_of, by_name, cache_of
 from highrank.model.weights import reading
 
 
@@ -134,6 +134,8 @@ class WholeModelMethod(nn.Module):
     family: ClassVar[type[Adapters]] = WholeModelAdapters
     default_lr: ClassVar[float] = 1e-3
     no_decay: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Fields that show what the method can do, on a tiny model: the tests run over them, the first where one is enough."""
     mergeable: ClassVar[bool] = False
     """Whether the base can hold what the method learns; such a method has `merge` and `unmerge`."""
 
@@ -195,9 +197,11 @@ class WholeModelMethod(nn.Module):
 class VirtualTokens(WholeModelMethod):
     """Base of methods that put `cfg.num_virtual_tokens` positions in front of every sequence of a decoder.
 
-    A subclass defines `embeddings`, (p, d). Subclasses that fill the cache instead override `hooks`.
+    A subclass defines `embeddings`, (p, d). Subclasses that fill the cache instead override `before` and `after`.
     """
 
+    _acting: int | None = None
+    """The id of the module whose call is being changed: the first that the model calls, not one inside it."""
     _added = 0
     """Positions put in front of the sequence that is being computed: p at its start, 0 once they are in the cache."""
 
@@ -209,22 +213,39 @@ class VirtualTokens(WholeModelMethod):
         raise NotImplementedError
 
     def hooks(self, model: Any) -> list[RemovableHandle]:
-        body = decoder_of(model)
         return [
-            body.register_forward_pre_hook(self._prepend, with_kwargs=True),
-            body.register_forward_hook(self._drop),
+            handle
+            for body in bodies_of(model)
+            for handle in (
+                body.register_forward_pre_hook(self._enter, with_kwargs=True),
+                body.register_forward_hook(self._leave, always_call=True),
+            )
         ]
 
-    def _prepend(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        kwargs = by_name(body, args, kwargs)
+    def _enter(
+        self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        if self._acting is not None:
+            return None
+        self._acting = id(body)
+        return (), self.before(body, by_name(body, args, kwargs))
+
+    def _leave(self, body: Any, args: tuple[Any, ...], output: Any) -> Any:
+        if self._acting != id(body):
+            return None
+        self._acting = None
+        return None if output is None else self.after(output)  # None: the call has failed
+
+    def before(self, body: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns what `body` is called with instead of `kwargs`."""
         self._added = self.cfg.num_virtual_tokens if is_start(kwargs) else 0
         if self._added:
             embedded = body.get_input_embeddings()(kwargs.pop("input_ids"))
             prompt = self.embeddings().to(embedded.dtype).expand(len(embedded), -1, -1)
             kwargs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
-        return (), make_room(kwargs, self.cfg.num_virtual_tokens, self._added)
+        return make_room(kwargs, self.cfg.num_virtual_tokens, self._added)
 
-    def _drop(self, body: Any, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, output: Any) -> Any:
         """Takes the virtual positions off the hidden states, so that logits match the tokens given."""
         output.last_hidden_state = output.last_hidden_state[:, self._added :]
         return output

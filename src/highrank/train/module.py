@@ -21,6 +21,7 @@ from highrank.model.adapters import Adapters
 from highrank.model.language import padding_moves
 from highrank.model.sharding import is_sharded
 from highrank.model.torch_internals import leave_out_of_ddp
+from highrank.model.transformers_internals import decoder_of
 from highrank.train.fsdp import shard
 from highrank.train.memory import DoesNotFit, halving, out_of_memory
 from highrank.train.objectives import OBJECTIVES
@@ -70,7 +71,7 @@ class FineTuner(lightning.LightningModule):
         if core.checkpoint_activations:
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # which that turned on: frozen blocks below would be in the graph
-        body = self.model.base_model
+        body = decoder_of(self.model)
         self._compiled = torch.compile(body.forward, dynamic=True) if core.compile else None
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -85,7 +86,7 @@ class FineTuner(lightning.LightningModule):
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Within it the model below its head runs compiled, if the run asks for it; generation never does."""
-        body = self.model.base_model
+        body = decoder_of(self.model)
         if self._compiled is not None:
             body.forward = self._compiled
         try:

@@ -10,8 +10,10 @@ from highrank.config.run_config import Run
 from highrank.data.batches import hold_out
 from highrank.data.task import Task, reading
 from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
+from highrank.model.language import context_length
 from highrank.model.placement import WeightView, notes
 from highrank.model.quantised import BITS, linears
+from highrank.model.transformers_internals import text_config
 from highrank.model.whole_model import VirtualTokens
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
@@ -105,13 +107,15 @@ def make_plan(run: Run, task: Task) -> Plan:
             "leave out packing=true"
         )
     with reading(task):
-        num_train, tokens_each = _training_size(task, run)
+        num_train, tokens_each, tokens = _training_size(task, run)
         if task.has_data or not core.dry_run:
             task.test()  # what is wrong with a test set is said before weights load
+    positions = _positions(run, task, model)
+    cuts = run.protocol.too_long == "cut" or not model.can_generate()
     steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4
-    hidden = max((view.in_features for view in views), default=config.hidden_size)
-    num_layers = len({view.layer for view in views}) or config.num_hidden_layers
+    hidden = max((view.in_features for view in views), default=text_config(config).hidden_size)
+    num_layers = len({view.layer for view in views}) or text_config(config).num_hidden_layers
     trained = params.trainable + params.head
     memory = {
         "weights": weight_bytes(model, run.model) + 4 * params.frozen_extra,
@@ -129,11 +133,32 @@ def make_plan(run: Run, task: Task) -> Plan:
         tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * tokens_each),
         memory_bytes=memory,
         notes=tuple(notes(config, views)),
-        warnings=tuple(_warnings(run, num_train, steps)),
+        warnings=tuple(_warnings(run, num_train, steps, sum(n > positions for n in tokens), positions, cuts)),
     )
 
 
-def _warnings(run: Run, num_train: int, steps: int) -> Iterator[str]:
+def _positions(run: Run, task: Task, model: Any) -> int:
+    """Returns how many tokens the model takes beside virtual ones.
+
+    Raises:
+        UserError: if they leave no room for a prompt and its answer.
+    """
+    longest, virtual = context_length(model), getattr(run.method_cfg, "num_virtual_tokens", 0)
+    new = (run.protocol.max_new_tokens or task.max_new_tokens) if model.can_generate() and run.core.eval_test else 0
+    if virtual + new >= longest:
+        raise UserError(
+            f"run: the model's {longest} positions must hold a prompt, got num_virtual_tokens={virtual} and "
+            f"protocol.max_new_tokens={new}; lower them"
+        )
+    return longest - virtual
+
+
+def _warnings(run: Run, num_train: int, steps: int, num_long: int, positions: int, cuts: bool) -> Iterator[str]:
+    if num_long:
+        yield (
+            f"{num_long} of {num_train} training examples are longer than the model's {positions} positions, at four "
+            f"characters per token: they are {'cut' if cuts else 'left out'}"
+        )
     core, warmup = run.core, warmup_steps(run.core, steps)
     if warmup >= steps:
         yield (
@@ -152,19 +177,22 @@ def weight_bytes(model: Any, spec: Mapping[str, Any]) -> int:
     return plain * DTYPES[spec["dtype"]].itemsize + int(quantised * BITS.get(spec.get("quantize", ""), 0) / 8)
 
 
-def _training_size(task: Task, run: Run) -> tuple[int, float]:
-    """Returns the number of training examples and their mean tokens, at four characters per token.
+def _training_size(task: Task, run: Run) -> tuple[int, float, list[float]]:
+    """Returns the number of training examples, their mean tokens and the tokens of each, at four characters per token.
 
     A dry run without the data takes the published number, each as long as the cut-off allows.
     """
+    longest = run.protocol.max_length
     if run.core.dry_run and not task.has_data and task.num_train is not None:
-        return task.num_train - run.protocol.num_validation, run.protocol.max_length
+        return task.num_train - run.protocol.num_validation, longest, []
     records, _ = hold_out(task.train(), run.protocol)
-    chars = sum(_length(record, run) for record in records) / len(records)
-    return len(records), min(run.protocol.max_length, chars / 4)
+    tokens = [_length(record, run) / 4 for record in records]
+    return len(records), min(longest, sum(tokens) / len(tokens)), tokens
 
 
 def _length(record: Any, run: Run) -> int:
+    if turns := getattr(record, "messages", ()):
+        return sum(len(content) for _, content in turns) + len(record.output)
     if hasattr(record, "instruction"):
         return len(run.protocol.template) + len(record.instruction) + len(record.output)
     return len(record.text) + len(record.text_pair or "")

@@ -106,15 +106,15 @@ class RunDirectory:
     def open(self, earlier: Mapping[str, Any] = {}) -> None:
         """Creates the folder and starts results.json with what stays of an earlier try.
 
-        The file marks the folder as this run's, so it comes first.
+        The file marks the folder as this run's, so it comes first. Every process knows what stays: they decide alike
+        what is still to be done.
         """
+        self.results = {**earlier}
         if not self.writes:
             return
         self.opened = True
         self.path.mkdir(parents=True, exist_ok=True)
-        self.results = {}
         self.write(
-            **earlier,
             status="running",
             config_hash=self.run.hash,
             git=git_state(),

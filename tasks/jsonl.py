@@ -4,12 +4,15 @@
 Paths are relative to the working directory. Fields: instruction, output, and if there are any input, answer, id; other
 names through `task.fields={instruction: question, output: reply}`. Without an answer the output is the answer.
 One record: {"instruction": "Name the capital of France.", "output": "Paris"}.
+Conversations: messages, a list of {role, content} that ends with the assistant's turn, in the tokenizer's chat template with
+the loss on what the assistant says. prompt and completion: as instruction and output where they are texts, a conversation
+with the loss on the completion where they are lists of messages.
 Metric: accuracy in percent. With `task.choices=[yes,no]` the answer is one of these, else it is a number if the gold
 answer is one, else the whole text, compared without case.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,14 @@ from highrank.plugin import (
     Source,
     UserError,
     as_text,
+    messages_of,
     path_field,
     register_task,
     shown,
     text_of,
 )
 
-FIELDS = ("instruction", "input", "output", "answer", "id")
+FIELDS = ("instruction", "input", "output", "answer", "id", "messages", "prompt", "completion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +87,34 @@ class Jsonl(FileTask):
 
     def record(self, row: Any, part: str, id: str) -> Example:
         names = {name: self.cfg.fields.get(name, name) for name in FIELDS}
-        instruction, output = (text_of(row, names[name]) for name in ("instruction", "output"))
+        messages: tuple[tuple[str, str], ...] = ()
+        read = 0
+        if row.get(names["messages"]) is not None:
+            messages, output = _conversation(names["messages"], messages_of(row[names["messages"]], names["messages"]))
+        elif names["instruction"] in row or names["prompt"] not in row:
+            instruction, output = (text_of(row, names[name]) for name in ("instruction", "output"))
+        elif isinstance(row[names["prompt"]], list):
+            before, behind = (messages_of(row[names[name]], names[name]) for name in ("prompt", "completion"))
+            messages, output = _conversation(names["completion"], (*before, *behind))
+            read = len(before)
+        else:
+            instruction, output = (text_of(row, names[name]) for name in ("prompt", "completion"))
+        if messages:
+            instruction = "\n".join(content for _, content in messages)
         given = {name: text_of(row, names[name], "") for name in ("input", "answer", "id")}
+        if messages and given["input"]:
+            raise ValueError(f"{names['input']} goes into a message, got {names['input']}={given['input'][:80]!r}")
         answer = given["answer"] or output
         choices = tuple(self.cfg.choices)
         if choices and answer not in choices:
             raise ValueError(f"answer must be one of {', '.join(choices)}, got answer={answer!r}")
-        return Example(given["id"] or id, instruction, output, answer, given["input"], choices, choices)
+        example = Example(given["id"] or id, instruction, output, answer, given["input"], choices, choices)
+        return replace(example, messages=messages, given=read)
+
+
+def _conversation(name: str, turns: tuple[tuple[str, str], ...]) -> tuple[tuple[tuple[str, str], ...], str]:
+    """Returns the turns before the answer, and the answer."""
+    if turns[0][0] == "assistant" or turns[-1][0] != "assistant" or len(turns) < 2:
+        roles = ", ".join(role for role, _ in turns)
+        raise ValueError(f"{name} must begin with another's turn and end with the assistant's, got {roles}")
+    return turns[:-1], turns[-1][1]

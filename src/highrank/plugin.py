@@ -3,6 +3,7 @@
 from highrank.base.errors import UserError
 from highrank.base.files import path_field, shown
 from highrank.base.registry import load, register_method, register_task
+from highrank.data.chat import messages_of
 from highrank.data.sources import Source, as_text, find, text_of
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
 from highrank.model.method import Method, Site, kaiming_uniform_
@@ -44,6 +45,7 @@ __all__ = [
     "label_of",
     "load",
     "make_room",
+    "messages_of",
     "one_of",
     "path_field",
     "register_method",

@@ -135,7 +135,15 @@ def prepare(
     positions = context_length(backbone.model, tokenizer) - adapters.num_positions
     protocol = within(run.protocol, positions)
     data = TrainingData(
-        task, protocol, tokenizer, core.batch_size, core.eval_batch_size, core.seed, share, core.accumulate
+        task,
+        protocol,
+        tokenizer,
+        core.batch_size,
+        core.eval_batch_size,
+        core.seed,
+        share,
+        core.accumulate,
+        core.packing,
     )
     tests = EvalData(task, run.protocol, tokenizer, data.records, eval_share, positions)
     if core.eval_test:

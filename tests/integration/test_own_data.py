@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -158,6 +159,13 @@ class LinesConfig:
     times: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AskingConfig(LinesConfig):
+    def __post_init__(self):
+        if not Path(self.file).is_file():
+            raise UserError(f"own_lines: no file, got file={self.file}")
+
+
 class Lines(Task):
     """A plugin with required fields."""
 
@@ -188,7 +196,9 @@ def plugin(monkeypatch):
     monkeypatch.setattr(registry, "available", available)
 
 
-def test_so_does_any_plugin_with_required_fields(plugin, tmp_path, elsewhere, monkeypatch, capsys):
+@pytest.mark.parametrize("config", [LinesConfig, AskingConfig])
+def test_so_does_any_plugin_with_required_fields(plugin, config, tmp_path, elsewhere, monkeypatch, capsys):
+    monkeypatch.setattr(Lines, "config", config)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lines.txt").write_text("one two\nthree four\n")
     assert main(["run", *QUICK, "task=own_lines", "task.file=lines.txt"]) == 2
@@ -205,5 +215,9 @@ def test_so_does_any_plugin_with_required_fields(plugin, tmp_path, elsewhere, mo
     assert main(["eval", str(run)]) == 2
     err = capsys.readouterr().err
     assert err == f"error: task own_lines: a file must exist, got {tmp_path / 'lines.txt'}\n"
+    assert main(["eval", str(run), "protocol.max_new_tokens=1"]) == 2
+    assert f"a file must exist, got {tmp_path / 'lines.txt'}" in capsys.readouterr().err
+    assert main(["eval", str(run), "task.file=none.txt"]) == 2
+    assert "none.txt" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="leak audit"):
         assert main(["eval", str(run), f"task.file={tmp_path / 'there.txt'}"]) == 0

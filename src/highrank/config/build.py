@@ -25,8 +25,10 @@ QUANTIZATIONS = ("int8", "int4", "nf4")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 
-def build(config: Any) -> Run:
+def build(config: Any, trained: bool = False) -> Run:
     """Returns the checked run of a composed config, its paths absolute; whether their files exist is not looked at.
+
+    A task that was `trained` on may miss what its config looks for, a file above all: it is taken as it was then.
 
     Raises:
         UserError: for an unknown field, a wrong type, or a value out of range.
@@ -41,7 +43,7 @@ def build(config: Any) -> Run:
     given: dict[str, str] = values.pop("given", None) or {}
     method, method_cfg = _plugin("methods", values["method"], given)
     values["task"].pop("version", None)  # in the config of a saved run
-    task, task_cfg = _plugin("tasks", values["task"], given)
+    task, task_cfg = _plugin("tasks", values["task"], given, trained)
     model = {"revision": None, "attention": None, "shuffled": False, **values["model"]}
     if model.get("quantize") is None:
         model.pop("quantize", None)
@@ -154,11 +156,12 @@ def _families() -> frozenset[str]:
     return frozenset(found)
 
 
-def _plugin(group: str, values: Mapping[str, Any], given: dict[str, str]) -> tuple[Any, Any]:
+def _plugin(group: str, values: Mapping[str, Any], given: dict[str, str], trained: bool = False) -> tuple[Any, Any]:
     name = values["name"]
     cls: Any = registry.load(group, name)
     fields = {k: v for k, v in values.items() if k != "name"}
-    return cls, dataclass_from(cls.config, _absolute(cls.config, fields, f"{group.removesuffix('s')}.", given), name)
+    fields = _absolute(cls.config, fields, f"{group.removesuffix('s')}.", given)
+    return cls, dataclass_from(cls.config, fields, name, trained)
 
 
 def _absolute(cls: type, values: Mapping[str, Any], prefix: str, given: dict[str, str]) -> dict[str, Any]:
@@ -171,8 +174,10 @@ def _absolute(cls: type, values: Mapping[str, Any], prefix: str, given: dict[str
     return found
 
 
-def dataclass_from(cls: type, values: Mapping[str, Any], owner: str) -> Any:
+def dataclass_from(cls: type, values: Mapping[str, Any], owner: str, trained: bool = False) -> Any:
     """Returns an instance of a config dataclass from primitives, types checked and converted by OmegaConf.
+
+    What the class itself asks for in `__post_init__` was asked before where it was `trained` with.
 
     Raises:
         UserError: for a key that the dataclass lacks, a value of another type, or a number that is not finite.
@@ -194,7 +199,16 @@ def dataclass_from(cls: type, values: Mapping[str, Any], owner: str) -> Any:
     missing = sorted(OmegaConf.missing_keys(schema))
     if missing:
         raise UserError(f"{owner}: {missing[0]} must be given, got none; it has: {', '.join(known)}")
-    return OmegaConf.to_object(schema)
+    try:
+        return OmegaConf.to_object(schema)
+    except (UserError, OSError):
+        if not trained:
+            raise
+    found: Any = object.__new__(cls)
+    for key in known:
+        value = schema[key]
+        object.__setattr__(found, key, OmegaConf.to_object(value) if OmegaConf.is_config(value) else value)
+    return found
 
 
 def _mean(key: str, known: Sequence[str]) -> str:

@@ -80,6 +80,8 @@ class RunConfig:
     """Clipping threshold of the global gradient norm; 0 turns clipping off."""
     compile: bool = False
     """Whether the training step runs the model through torch.compile."""
+    packing: bool = False
+    """Whether examples of a micro-batch share rows in training, each computed as if alone: the same steps, no padding."""
     checkpoint_activations: bool = False
     """Whether blocks are computed again in backward instead of keeping their activations."""
     auto_microbatch: bool = False
@@ -115,7 +117,7 @@ UNHASHED = (
 
 STEP_VERSION = 2
 """Raised when a step of several micro-batches changes: since 2 it is the mean over its targets, before, of their means."""
-LATER: dict[str, Any] = {"head_lr": None}
+LATER: dict[str, Any] = {"head_lr": None, "packing": False}
 """Keys younger than the first runs, and what their absence from a saved config means."""
 
 

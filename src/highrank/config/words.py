@@ -55,8 +55,9 @@ def compose_run(words: Sequence[str]) -> Run:
     return run
 
 
-def compose_trained(words: Sequence[str]) -> Run:
-    """As `compose_run`, for a run that has its adapter already and may do without the files that it was trained with."""
+def compose_trained(words: Sequence[str], same_task: bool = False) -> Run:
+    """As `compose_run`, for a run that has its adapter already and may do without the files that it was trained with;
+    with the `same_task`, without what that looked for too."""
     words = scaled(words)
     method = method_of(words)
     overrides = rewrite(readable(words), [method])
@@ -65,7 +66,7 @@ def compose_trained(words: Sequence[str]) -> Run:
         given = [key_of(word).removeprefix("method.") for word in overrides]
         known = ["name", *given, *(field.name for field in dataclasses.fields(method.config))]
         config.method = {key: value for key, value in config.method.items() if key in known}
-    return build(config)
+    return build(config, trained=same_task)
 
 
 def key_of(word: str) -> str:

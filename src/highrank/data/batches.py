@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from highrank.base.errors import UserError
 from highrank.base.processes import WHOLE, Share
 from highrank.data import leak
+from highrank.data.chat import stop_tokens
 from highrank.data.encoding import IGNORED, Encoded, encode, encode_question, num_targets, prompt_text, within
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, LabelledText, Record, Task
@@ -119,6 +120,33 @@ def collate(batch: Sequence[Encoded], pad_id: int, left: bool = False) -> dict[s
     return out
 
 
+def collate_packed(batch: Sequence[Encoded], pad_id: int, longest: int) -> dict[str, Tensor]:
+    """Returns what `collate` does with several examples in a row of at most `longest` tokens, and position_ids.
+
+    Each example counts its positions from 0: by that a model knows where one ends. Padding stands as an example of its own.
+    """
+    rows: list[list[Encoded]] = []
+    room: list[int] = []
+    for example in sorted(batch, key=lambda example: -len(example.input_ids)):
+        size = len(example.input_ids)
+        at = next((i for i, left in enumerate(room) if left >= size), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(max(longest, size))
+        rows[at].append(example)
+        room[at] -= size
+    ids = [[token for example in row for token in example.input_ids] for row in rows]
+    width = max(map(len, ids))
+    labels: Any = [[label for e in row for label in [IGNORED, *e.labels[1:]]] for row in rows]  # type: ignore[index]
+    sizes = [[*(len(e.input_ids) for e in row), width - len(own)] for row, own in zip(rows, ids, strict=True)]
+    return {
+        "input_ids": pad(ids, pad_id),
+        "attention_mask": pad([[1] * len(row) for row in ids], 0),
+        "position_ids": torch.tensor([[i for size in row for i in range(size)] for row in sizes]),
+        "labels": pad(labels, IGNORED),
+    }
+
+
 class TrainingData:
     """A task's training set as length-bucketed batches, and what is held out of it.
 
@@ -137,8 +165,10 @@ class TrainingData:
         seed: int,
         share: Share = WHOLE,
         accumulate: int = 1,
+        packing: bool = False,
     ):
         self.protocol, self.tokenizer, self.eval_batch_size = protocol, tokenizer, eval_batch_size
+        self.packing = packing
         self.records, self.validation = hold_out(task.train(), protocol)
         encoded = cached_encoding(
             self.records,
@@ -173,10 +203,11 @@ class TrainingData:
         return self.cut_off["left_out"]
 
     def train_dataloader(self) -> DataLoader:
+        pad_id, longest = self.tokenizer.pad_token_id, self.protocol.max_length + (self.protocol.max_target_length or 0)
         return DataLoader(
             self.examples,  # type: ignore[arg-type]
             batch_sampler=self.buckets,
-            collate_fn=lambda batch: collate(batch, self.tokenizer.pad_token_id),
+            collate_fn=lambda batch: collate_packed(batch, pad_id, longest) if self.packing else collate(batch, pad_id),
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -247,7 +278,7 @@ class EvalData:
         letters = len(prompt_text(record, self.protocol, evaluation=True).encode()) + max(
             len(t.encode()) for t in texts
         )
-        if letters + new + 8 <= self.positions:  # 8: special tokens, which have no letters
+        if not record.messages and letters + new + 8 <= self.positions:  # 8: special tokens, which have no letters
             return 0
         if not ranked:
             return len(self.question(record).input_ids) + new
@@ -279,8 +310,10 @@ class EvalData:
         rows = [self.question(record) for record in records]
         left = not isinstance(records[0], LabelledText)
         pad_id = self.tokenizer.pad_token_id
+        spoken = next((record for record in records if getattr(record, "messages", ())), None)
+        stop = {"stop": torch.tensor(stop_tokens(spoken, self.tokenizer))} if spoken else {}
         return self._sorted(
-            name, places, rows, batch_size, lambda index: collate([rows[i] for i in index], pad_id, left)
+            name, places, rows, batch_size, lambda index: {**collate([rows[i] for i in index], pad_id, left), **stop}
         )
 
     def question(self, record: Record) -> Encoded:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from highrank.base.errors import UserError
+from highrank.data.chat import conversation_tokens, prompt_tokens
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, LabelledText, Record
 
@@ -45,6 +46,8 @@ def prompt_text(example: Example, protocol: Protocol, evaluation: bool = False) 
 
 def encode_prompt(example: Example, protocol: Protocol, tokenizer: Any, evaluation: bool = True) -> list[int]:
     """Returns the tokens that a model is given before it answers."""
+    if example.messages:
+        return prompt_tokens(example, tokenizer)
     bos = protocol.eval_bos if evaluation and protocol.eval_bos is not None else protocol.bos
     return _opened(tokenizer, prompt_text(example, protocol, evaluation), bos)
 
@@ -68,6 +71,8 @@ def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool 
     """
     if isinstance(record, LabelledText):
         return encode_text(record, protocol, tokenizer)
+    if record.messages:
+        return _encode_conversation(record, protocol, tokenizer, evaluation)
     if protocol.eos and tokenizer.eos_token_id is None:
         raise UserError(f"protocol {protocol.name}: eos=true needs a tokenizer with an end-of-text token, got none")
     prompt = encode_prompt(record, protocol, tokenizer, evaluation)
@@ -98,6 +103,19 @@ def encode_question(record: Record, protocol: Protocol, tokenizer: Any) -> Encod
     if isinstance(record, LabelledText):
         return encode_text(record, protocol, tokenizer)
     return Encoded(encode_prompt(record, protocol, tokenizer), [])
+
+
+def _encode_conversation(record: Example, protocol: Protocol, tokenizer: Any, evaluation: bool) -> Encoded | None:
+    """Returns the tokens of a conversation; the loss is on the assistant's turns, in evaluation on the last."""
+    ids, learned = conversation_tokens(record, tokenizer, answer_only=evaluation)
+    limit, cut = protocol.max_length + (protocol.max_target_length or 0), ""
+    if len(ids) > limit:
+        if protocol.too_long == "drop":
+            return None
+        ids, learned = ids[:limit], learned[:limit]
+        cut = "cut" if any(learned) else "answer_lost"
+    everything = not protocol.mask_prompt
+    return Encoded(ids, [t if own or everything else IGNORED for t, own in zip(ids, learned, strict=True)], cut=cut)
 
 
 def encode_text(record: LabelledText, protocol: Protocol, tokenizer: Any) -> Encoded:

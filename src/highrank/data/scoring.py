@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import binary_f1_score
 from highrank.data import leak
 from highrank.data.answers import RULES, reported
 from highrank.data.batches import EvalData, ranks
+from highrank.data.chat import prompt_of
 from highrank.data.encoding import prompt_text
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, LabelledText, Task
@@ -30,7 +31,8 @@ def prediction_rows(data: EvalData, records: Sequence[Any], outputs: Sequence[An
             if isinstance(output, int):  # a class
                 row["correct"] = output == record.label
         else:
-            row = {"id": record.id, "prompt": prompt_text(record, data.protocol, evaluation=True)}
+            asked = prompt_of(record, data.tokenizer) if record.messages else None
+            row = {"id": record.id, "prompt": asked or prompt_text(record, data.protocol, evaluation=True)}
             row |= _read(record, output, data.protocol, ranked=ranks(records, data.protocol))
         rows.append({**row, "leaked": leaked})
     return rows

@@ -30,6 +30,11 @@ class Example:
     """The targets that likelihood ranking compares, one per answer in `choices`; fewer if the question has fewer."""
     references: tuple[str, ...] = ()
     """Every accepted output, where there are several."""
+    messages: tuple[tuple[str, str], ...] = ()
+    """A conversation, as (role, content), that `output` answers as the assistant, in the tokenizer's chat template; then
+    `instruction` is what was said in it."""
+    given: int = 0
+    """How many of the messages are only read; the assistant's turns among the others are learned like the answer."""
 
     @property
     def question(self) -> str:

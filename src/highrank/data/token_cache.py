@@ -51,15 +51,16 @@ def cached_encoding(
 
 
 def _key(records: Sequence[Any], protocol: Protocol, tokenizer: Any) -> str:
-    content = hashlib.sha256(protocol.hash.encode())
+    content = hashlib.sha256(f"2/{protocol.hash}".encode())  # 2: how a file is laid out
     content.update(tokenizer.backend_tokenizer.to_str().encode())
+    content.update(str(tokenizer.chat_template).encode())
     for record in records:
         content.update(digest(asdict(record)).encode())
     return content.hexdigest()
 
 
 def _pack(rows: Sequence[Encoded | None]) -> dict[str, Tensor]:
-    """Lays the rows end to end. A row left out has length -1; a row whose label is a number has -1 ignored tokens."""
+    """Lays the rows end to end. A row left out has length -1; `learned` says of each token whether it is a target."""
     kept = [row for row in rows if row is not None]
     flat = [token for row in kept for token in row.input_ids]
     types = [token for row in kept for token in row.token_type_ids or ()]
@@ -67,30 +68,27 @@ def _pack(rows: Sequence[Encoded | None]) -> dict[str, Tensor]:
         "input_ids": torch.tensor(flat, dtype=torch.int32),
         "token_type_ids": torch.tensor(types, dtype=torch.int32),
         "lengths": torch.tensor([-1 if row is None else len(row.input_ids) for row in rows]),
-        "ignored": torch.tensor([_ignored(row) for row in kept]),
+        "learned": torch.tensor(
+            [label != IGNORED for row in kept if isinstance(row.labels, list) for label in row.labels], dtype=torch.bool
+        ),
         "labels": torch.tensor([0.0 if isinstance(r.labels, list) else r.labels for r in kept], dtype=torch.float64),
         "cuts": torch.tensor([CUTS.index(row.cut) for row in kept]),
     }
 
 
-def _ignored(row: Encoded) -> int:
-    if not isinstance(row.labels, list):
-        return -1
-    return sum(label == IGNORED for label in row.labels)
-
-
 def _unpack(stored: dict[str, Tensor]) -> list[Encoded | None]:
-    flat, types = stored["input_ids"].tolist(), stored["token_type_ids"].tolist()
+    flat, types, learned = (stored[key].tolist() for key in ("input_ids", "token_type_ids", "learned"))
     rows: list[Encoded | None] = []
     at = kept = 0
     for length in stored["lengths"].tolist():
         if length < 0:
             rows.append(None)
             continue
-        ids, ignored = flat[at : at + length], int(stored["ignored"][kept])
+        ids = flat[at : at + length]
         labels: Any = float(stored["labels"][kept])
-        if ignored >= 0:
-            labels = [IGNORED] * ignored + ids[ignored:]
+        if learned:
+            own = learned[at : at + length]
+            labels = [token if is_target else IGNORED for token, is_target in zip(ids, own, strict=True)]
         token_types = types[at : at + length] if types else None
         rows.append(Encoded(ids, labels, token_types, CUTS[int(stored["cuts"][kept])]))
         at, kept = at + length, kept + 1

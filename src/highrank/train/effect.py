@@ -4,6 +4,7 @@ A new version of a library can leave an adapter out of the computation, or put v
 nothing. So the first step looks for each adapter's gradient, and evaluation decodes one prompt with the cache and without.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from highrank.model.transformers_internals import cache_of
 
 NEW_TOKENS = 6
 """How many tokens are decoded to see whether the cache serves them right."""
+PACKED_TOKENS = 24
+"""How many tokens of a text are looked at to see whether texts in one row are kept apart."""
 ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}
 """By how much of the logits' spread decoding with the cache may differ from that without it, by the base's dtype."""
 ROUNDING_16_BIT = 0.1
@@ -48,6 +51,55 @@ class EveryAdapterLearns(Callback):
         learning = {layers.get(name, name) for name, adapter in adapters.by_view.items() if _has_gradient(adapter)}
         if idle := [name for name in adapters.by_view if layers.get(name, name) not in learning]:
             raise _no_effect(adapters, idle)
+
+
+class PacksExactly(Callback):
+    """Looks, before the first step, whether examples that share a row are computed as they are alone."""
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        examples = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+        check_packing(module.adapters, [examples[i].input_ids for i in range(min(3, len(examples)))])
+
+
+@torch.no_grad()
+def check_packing(adapters: Adapters, texts: Sequence[Sequence[int]]) -> None:
+    """Checks on a few tokens of some texts that in one row they are computed as they are alone, and none sees another.
+
+    Raises:
+        UserError: if they are not: the model does not keep apart what begins again at position 0, or remembers.
+    """
+    model, device = adapters.model, next(adapters.model.parameters()).device
+    rows = [torch.tensor([list(text[:PACKED_TOKENS])], device=device) for text in (*texts, *texts)]
+    positions = torch.cat([torch.arange(row.shape[1], device=device) for row in rows])[None]
+    was_training = model.training
+    model.eval()
+    try:
+        apart = torch.cat([_logits(model, row, attention_mask=torch.ones_like(row)) for row in rows], 1)
+        other = (rows[0] + 1) % model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        packed, moved = (
+            _logits(model, torch.cat([first, *rows[1:]], 1), position_ids=positions) for first in (rows[0], other)
+        )
+        behind = slice(rows[0].shape[1], None)
+        difference = float((packed - apart).abs().mean() / apart.std())
+        seen = float((moved - packed)[:, behind].abs().mean() / apart.std())
+        found = (
+            f"a difference of {difference:.2%} of the logits' spread, {seen:.2%} where another text of the row changes"
+        )
+    except TypeError as error:
+        difference, seen, found = math.inf, math.inf, str(error)
+    finally:
+        model.train(was_training)
+    allowed = ROUNDING.get(model.dtype, ROUNDING_16_BIT)
+    if not (difference <= allowed and seen <= allowed / 100):
+        raise UserError(
+            f"packing: texts in one row must be computed as they are alone, got {found} (rounding: {allowed:.1%}) in "
+            f"{_about(adapters)}; leave out packing=true"
+        )
+
+
+def _logits(model: Any, ids: Tensor, **where: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False, **where).logits
+    return logits.float() if logits.dtype != torch.float64 else logits
 
 
 def _has_gradient(adapter: Any) -> bool:

@@ -12,15 +12,20 @@ from torch.autograd.function import once_differentiable
 from highrank.data.encoding import IGNORED
 
 
-def language_model_loss(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+def language_model_loss(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> tuple[Tensor, int]:
     """Returns the mean cross-entropy in nats over the supervised tokens, and their number.
 
-    Position t predicts labels[:, t + 1]; labels equal to IGNORED carry no loss. The softmax is taken in fp32.
+    Position t predicts labels[:, t + 1]; labels equal to IGNORED carry no loss. The softmax is taken in fp32. Given
+    position_ids that begin again within a row, the examples there are computed each by itself: without a mask,
+    transformers builds one from them, in every layer the one of its kind.
     """
+    where = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     mask = targets != IGNORED
     with head_sees_only(model, mask):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = model(input_ids=input_ids, use_cache=False, **where).logits
     return TokenCrossEntropy.apply(logits, targets[mask]), int(mask.sum())
 
 

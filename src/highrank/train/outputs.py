@@ -41,7 +41,9 @@ def generate(
             torch.manual_seed(seed)
         # In place of the checkpoint's own defaults (penalties, sampling), which would mix into the protocol's.
         model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **decoding
+            eos_token_id=batch["stop"].tolist() if "stop" in batch else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **decoding,
         )
         tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -55,6 +57,8 @@ def of_one_length(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         rows = (lengths == length).nonzero()[:, 0]
         part = {name: batch[name][rows, -length:] for name in ("input_ids", "attention_mask")}
         part["index"] = batch["index"][rows]
+        if "stop" in batch:
+            part["stop"] = batch["stop"]
         if "owner" in batch:
             tails = torch.isin(batch["owner"], rows)
             part["owner"] = torch.searchsorted(rows, batch["owner"][tails])

@@ -14,6 +14,7 @@ from highrank.model.language import context_length
 from highrank.model.placement import WeightView, notes
 from highrank.model.quantised import BITS, linears
 from highrank.model.transformers_internals import text_config
+from highrank.model.whole_model import VirtualTokens
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
 from highrank.train.optimizer import warmup_steps
@@ -98,6 +99,12 @@ def make_plan(run: Run, task: Task) -> Plan:
         raise UserError(
             f"run: head_lr is the rate of a new head, which this model does not get, got head_lr={core.head_lr} with "
             f"task={run.task.name}; leave it out"
+        )
+    if core.packing and (task.kind != "generate" or issubclass(run.method, VirtualTokens)):
+        what = f"task={task.name}" if task.kind != "generate" else f"method={run.method.name}"
+        raise UserError(
+            f"run: packing is for language models without virtual tokens, which stand before each example, got {what}; "
+            "leave out packing=true"
         )
     with reading(task):
         num_train, tokens_each, tokens = _training_size(task, run)
@@ -184,6 +191,8 @@ def _training_size(task: Task, run: Run) -> tuple[int, float, list[float]]:
 
 
 def _length(record: Any, run: Run) -> int:
+    if turns := getattr(record, "messages", ()):
+        return sum(len(content) for _, content in turns) + len(record.output)
     if hasattr(record, "instruction"):
         return len(run.protocol.template) + len(record.instruction) + len(record.output)
     return len(record.text) + len(record.text_pair or "")

@@ -63,7 +63,7 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
             f"run: config.yaml must be the one trained with, got hash {stated[:12]}… instead of "
             f"{results['config_hash'][:12]}… in {folder}; bring it back, or train again under another run_dir"
         )
-    run = build(config)
+    run = build(config, trained=True)
     return _with(run, words) if words else run
 
 
@@ -76,7 +76,7 @@ def _with(run: Run, words: Sequence[str]) -> Run:
                 f"given anew: {', '.join(GIVEN_ANEW)}"
             )
     kept = [word for word in words_of(run) if not any(_replaces(key, word.partition("=")[0]) for key in keys)]
-    return compose_trained([*kept, *words])
+    return compose_trained([*kept, *words], same_task=not any(key.split(".")[0] == "task" for key in keys))
 
 
 def _replaces(key: str, old: str) -> bool:
@@ -110,7 +110,7 @@ def _given(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _usual(chosen: tuple[str, ...]) -> dict[str, Any]:
-    return compose_trained(chosen).resolved
+    return compose_trained(chosen, same_task=True).resolved
 
 
 def _choices(run: Run) -> list[str]:

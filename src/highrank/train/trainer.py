@@ -17,7 +17,7 @@ from highrank.train import devices
 from highrank.train.checkpoint import CheckpointFiles, Checkpoints
 from highrank.train.devices import alone, num_processes, quiet
 from highrank.train.divergence import StopsWhenDiverged
-from highrank.train.effect import EveryAdapterLearns
+from highrank.train.effect import EveryAdapterLearns, PacksExactly
 from highrank.train.fsdp import Sharded
 from highrank.train.lightning_internals import leave_signals_alone
 from highrank.train.progress import progress
@@ -71,6 +71,7 @@ def make_trainer(
         *progress(),
         EpochOrder(),
         EveryAdapterLearns(),
+        *([PacksExactly()] if run.core.packing else []),
         StopsWhenDiverged(),
         *([checkpoints] if checkpoints else []),
     ]

@@ -196,7 +196,8 @@ def train(job: Job, trainer: lightning.Trainer) -> lightning.Trainer:
         steps_planned=module.total_steps,
         selected=[{"step": c.step, "loss": c.loss} for c in callbacks if isinstance(c, KeepBest)],
     )
-    job.stop.check()
+    if job.stop.agree(trainer):
+        job.stop.check()
     return trainer
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from highrank.base.processes import Share
 from highrank.base.registry import available
 from highrank.cli import main
 from highrank.data.batches import LengthBuckets
+from highrank.train import stopping
+from highrank.train.stopping import StopOnSignal
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
@@ -184,7 +187,25 @@ def test_a_signal_to_one_process_stops_all_of_them(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert json.loads((folder / "results.json").read_text())["status"] == "interrupted"
+
+
+def test_a_signal_that_comes_while_the_processes_ask_is_kept_for_the_next_time(monkeypatch):
+    """They must all have the same answer: one that stopped alone would leave the others waiting."""
+    stop, trainer = StopOnSignal(), SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+
+    def asking(value, device):
+        stop._note(signal.SIGTERM, None)
+        return value
+
+    monkeypatch.setattr(stopping, "highest", asking)
+    assert not stop.agree(trainer)
+    assert stop.received == signal.SIGTERM
+    assert stop.agree(trainer)
+    monkeypatch.setattr(stopping, "highest", lambda value, device: signal.SIGINT)  # another process had this one
+    assert stop.agree(trainer)
+    assert stop.received == signal.SIGTERM
 
 
 def test_a_process_that_fails_is_not_waited_for(tmp_path):

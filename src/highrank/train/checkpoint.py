@@ -216,11 +216,10 @@ class Checkpoints(Callback):
             count_logged_steps(trainer)
         if index % trainer.accumulate_grad_batches:
             return
-        self.stop.agree(trainer)
+        stopping = self.stop.agree(trainer) and trainer.global_step > self._began  # every try gets on by a step
         age = highest(int(time.perf_counter() - self._saved_at), trainer.strategy.root_device)
         due = trainer.global_step - self._saved_step >= self.every or age >= 60 * MINUTES_BETWEEN
         due |= self.first and self.found is None and trainer.global_step == 0
-        stopping = self.stop.received is not None and trainer.global_step > self._began  # every try gets on by a step
         if due or stopping:
             self.save(trainer)
         if stopping:

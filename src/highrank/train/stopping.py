@@ -46,9 +46,15 @@ class StopOnSignal(Callback):
         if self.received is not None:
             raise Interrupted(signal.Signals(self.received).name)
 
-    def agree(self, trainer: lightning.Trainer) -> None:
-        """Lets every process know of a signal that came to one of them."""
-        self.received = highest(self.received or 0, trainer.strategy.root_device) or None
+    def agree(self, trainer: lightning.Trainer) -> bool:
+        """Returns whether a signal has come to any process: every process asks, and all have the same answer.
+
+        A signal that comes while they ask stays noted for the next time.
+        """
+        found = highest(self.received or 0, trainer.strategy.root_device)
+        if found and self.received is None:
+            self.received = found
+        return found > 0
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == "validate":  # one within training is finished
@@ -63,8 +69,8 @@ class StopOnSignal(Callback):
             self.check()
 
     def on_predict_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        self.agree(trainer)
-        self.check()
+        if self.agree(trainer):
+            self.check()
 
 
 def requeue(received: int) -> None:

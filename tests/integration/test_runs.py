@@ -215,6 +215,13 @@ def test_a_signal_leaves_a_usable_directory(tmp_path, sent, status):
     assert (tmp_path / "r" / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_output_that_nobody_reads_on_ends_quietly():
+    program = "import sys; from highrank.cli import main; sys.exit(main())"
+    command = f"{shlex.join([sys.executable, '-c', program])} --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("141", "")
+
+
 def test_the_list_of_core_keys_is_a_decision():
     """A new key is a promise to users; adding one means adding it here too."""
     from highrank.config.run_config import CORE_KEYS

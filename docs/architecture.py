@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Architecture
 
-Each package says in its `__init__.py` what it holds and what it may import; `tests/unit/test_imports.py` holds that. An arrow
+Each package says in its `__init__.py` what it holds and what it may import; `tests/base/test_imports.py` holds that. An arrow
 below goes from a room to the rooms it builds on, the next ones down; what those build on is within reach too. The picture is
 made from the imports, by `python docs/architecture.py`, and a test compares them.
 

@@ -85,6 +85,7 @@ class Commonsense(FileTask):
     version = 1
     folders = ("", "dataset", "ft-training_set", "commonsense")
     max_new_tokens = 32
+    examples = ({"member": None}, {"member": "siqa"})
 
     def train_parts(self) -> Mapping[str, Source]:
         if self.cfg.member is None:

@@ -103,6 +103,7 @@ class Glue(FileTask):
     family = "glue"
     version = 1
     folders = ("", "glue", "glue_data")
+    examples = tuple({"member": member} for member in MEMBERS)
 
     def __init__(self, cfg: GlueConfig, seed: int):
         super().__init__(cfg, seed)

@@ -46,6 +46,7 @@ class Math10k(FileTask):
     version = 1
     folders = ("", "dataset", "ft-training_set", "arithmetic")
     max_new_tokens = 256
+    examples = ({"train_set": "10k"}, {"train_set": "parts", "sets": ["addsub", "mawps"]})
 
     def __init__(self, cfg: MathConfig, seed: int):
         super().__init__(cfg, seed)

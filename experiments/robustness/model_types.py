@@ -1,4 +1,4 @@
-"""Every model type against every check: a table of verdicts, and what tests/unit/test_model_types.py runs.
+"""Every model type against every check: a table of verdicts, and what tests/model/test_model_types.py runs.
 
 python experiments/robustness/model_types.py [TYPE ...] [--write]
 """

@@ -12,16 +12,16 @@ from highrank.data.answers import RULES
 from highrank.data.sources import MissingData
 from highrank.data.task import Example
 
-GLUE = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte", "mnli", "qqp")
-CASES = [(name, {}) for name in sorted(available("tasks"))]
-CASES += [("glue", {"member": m}) for m in GLUE] + [("commonsense170k", {"member": "siqa"})]
-CASES += [("math10k", {"train_set": "parts", "sets": ["addsub", "mawps"]})]
+CASES = [(name, fields) for name in sorted(available("tasks")) for fields in load("tasks", name).examples]
+GLUE = [fields["member"] for fields in load("tasks", "glue").examples]
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES)
 def test_the_contract(make, name, fields):
     task = make(name, **fields)
     assert task.family.isidentifier()  # a key in protocols
+    if not task.has_data:
+        pytest.skip("the folder of hand-made rows has none of this task")
     assert task.train()
     assert task.num_train is None or task.num_train >= 1
     for examples in task.test().values():

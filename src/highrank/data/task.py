@@ -81,6 +81,8 @@ class Task:
     """Longest output in tokens where the protocol does not say, for kind "generate"."""
     num_train: int | None = None
     """Training examples, known without the data."""
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Fields that show what the task can do: the tests run over them, on what rows they have."""
 
     def __init__(self, cfg: Any, seed: int):
         self.cfg, self.seed = cfg, seed

@@ -1,4 +1,4 @@
-"""What we use of PyTorch beyond its documented calls; tests/unit/test_internals.py names the hook that moved."""
+"""What we use of PyTorch beyond its documented calls; tests/model/test_internals.py names the hook that moved."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager

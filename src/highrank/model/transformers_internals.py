@@ -1,4 +1,4 @@
-"""What we use of transformers beyond its documented calls; tests/unit/test_internals.py names the hook that moved.
+"""What we use of transformers beyond its documented calls; tests/model/test_internals.py names the hook that moved.
 
 Decoders take their key-value cache as `cache` from transformers 5.24 on, before that as `past_key_values`.
 """

@@ -1,0 +1,142 @@
+"""Every benchmark's `main` on tiny shapes: each table has its rows, missing peers are named, the JSON has medians."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
+SHAPE = ["--hidden=32", "--inter=64", "--heads=2", "--kv-heads=1", "--vocab=64", "--layers=1", "--batch=2"]
+TINY = [*SHAPE, "--sequence=8", "--device=cpu", "--warmups=0"]
+REAL = ["model=tiny_llama", "task.n_train=8", "task.n_test=4", "batch_size=2", "--device=cpu"]
+METHODS = ["hyperadapt", "lora", "dora", "hira", "hilora", "vera", "boft1", "boft4"]
+
+# Lightning, the Trainer and PEFT warn of workers, extensions and their own deprecations
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path, capsys):
+    """Returns a function that runs a benchmark: (stdout, the JSON)."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def run(name, *words):
+        file = tmp_path / f"{name}.json"
+        importlib.import_module(name).main([f"--json={file}", *words])
+        found = json.loads(file.read_text())
+        assert found["benchmark"] == name
+        stated = {"device", "threads", "torch", "peft"} | ({"dtype"} if name != "startup" else set())
+        assert stated <= found["environment"].keys()
+        out = capsys.readouterr().out
+        assert all(f"{key} " in out.splitlines()[0] for key in stated)
+        return out, found["results"]
+
+    yield run
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+
+
+def positive(found):
+    assert math.isfinite(found["median"])
+    assert 0 < found["q1"] <= found["median"] <= found["q3"]
+
+
+def test_step_cost(bench, capsys):
+    pytest.importorskip("peft")
+    out, results = bench("step_cost", *TINY, "--rounds=1", "--r=2", "--vera-r=4")
+    assert list(results) == METHODS
+    rows = [line for line in out.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(rows) == 1 + 3 * len(METHODS)
+    for key, found in results.items():
+        for side in ("ours", "PEFT", "listing"):
+            if "gap" not in found[side]:
+                positive(found[side]["time"])
+                assert found[side]["saved"] > 1
+                assert found[side]["peak"] > 0
+                # all sides compute one function: fp32 sums of other order
+                assert found[side]["loss"] == pytest.approx(found["ours"]["loss"], abs=1e-4), (key, side)
+    assert "PEFT has no HyperAdapt" in out
+    assert "PEFT has no HiLoRA" in out
+    gaps = {(key, side) for key, found in results.items() for side, at in found.items() if "gap" in at}
+    expected = {("hyperadapt", "PEFT"), ("hilora", "PEFT"), ("lora", "listing")}
+    assert expected <= gaps <= expected | {("boft4", "PEFT")}
+    if ("boft4", "PEFT") in gaps:  # where PEFT's extension does not build
+        assert "PEFT runs factor 1 without its CUDA extension" in out
+
+
+def test_step_cost_without_peft(bench, without_peft):
+    out, results = bench("step_cost", *TINY, "--rounds=1", "--methods=hira", "--r=2")
+    assert "PEFT is not installed" in out
+    positive(results["hira"]["ours"]["time"])
+
+
+def test_scaling(bench):
+    values = ["--r-values=2,4", "--hidden-values=32", "--tokens-values=4", "--layers-values=1", "--factor-values=1,2"]
+    _, results = bench("scaling", *TINY, *values, "--rounds=1", "--methods=lora,boft4")
+    assert [(row["axis"], row["value"]) for row in results] == [
+        *[("r", 2), ("r", 4), ("hidden", 32), ("tokens", 4), ("layers", 1), ("factor", 1), ("factor", 2)]
+    ]
+    for row in results:
+        for found in row["methods"].values():
+            positive(found["time"])
+
+
+def test_startup(bench):
+    out, results = bench("startup", "--rounds=1", "--warmups=0", "--only=import highrank,--help")
+    assert list(results) == ["import highrank", "run.py --help"]
+    for name, found in results.items():
+        assert f"| {name} |" in out
+        positive(found)
+
+
+def test_train_throughput(bench):
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    out, results = bench("train_throughput", *REAL, "--rounds=1", "--block=2", "--test-examples=2")
+    assert list(results) == ["lora", "hira"]
+    for method, found in results.items():
+        assert f"| {method} | PEFT + Trainer |" in out
+        positive(found["speedup"])
+        assert len(found["ours"]["losses"]) == len(found["PEFT"]["losses"]) == 4
+        # four small steps from one start, in other batches
+        assert found["ours"]["test_loss"] == pytest.approx(found["PEFT"]["test_loss"], rel=0.02)
+
+
+def test_train_throughput_without_peft(bench, without_peft):
+    out, results = bench("train_throughput", *REAL, "--rounds=1", "--block=2", "--methods=lora", "--test-examples=2")
+    assert "PEFT is not installed" in out
+    positive(results["lora"]["ours"]["samples_per_second"])
+
+
+EVAL = [*REAL, "--rounds=1", "--prompts=4", "--batch-sizes=1,3", "--batches=1", "protocol.max_new_tokens=4"]
+
+
+def test_eval_throughput(bench):
+    pytest.importorskip("peft")
+    out, results = bench("eval_throughput", *EVAL)
+    assert list(results) == ["hira", "lora"]
+    for found in results.values():
+        assert list(found) == ["1", "3"]
+        for at in found.values():
+            assert at["prompts"] == 4
+            for side in ("ours", "generate", "no adapter", "PEFT"):
+                positive(at[side]["samples_per_second"])
+                positive(at[side]["ours_over"])
+                assert side == "no adapter" or at[side]["same_text"] == 1
+            positive(at["ours"]["batching"])
+        assert found["1"]["ours"]["batching"]["median"] == 1
+    assert "| over batch size 1 |" in out
+
+
+def test_eval_throughput_without_peft(bench, without_peft):
+    out, results = bench("eval_throughput", *EVAL, "--methods=lora")
+    assert "PEFT is not installed" in out
+    positive(results["lora"]["3"]["generate"]["ours_over"])

@@ -1,0 +1,62 @@
+"""What the README shows is what happens."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from highrank.base import registry
+from highrank.model.method import Site
+
+pytestmark = pytest.mark.integration
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The README's example, installed as a distribution of its own with its entry point."""
+    code = re.search(r'```python\n(""".*?)```', README, re.DOTALL)[1]
+    entry = re.search(r"```toml\n\[project.entry-points.\"(.*?)\"\]\n(.*?)\n```", README, re.DOTALL)
+    (tmp_path / "your_package").mkdir()
+    (tmp_path / "your_package" / "__init__.py").touch()
+    (tmp_path / "your_package" / "rowscale.py").write_text(code)
+    info = tmp_path / "your_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: your_package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{entry[1]}]\n{entry[2].replace(chr(34), '')}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield registry.load("methods", "rowscale")
+    registry._registered["methods"].pop("rowscale")
+    sys.modules.pop("your_package.rowscale")
+
+
+def test_the_example_method_works(plugin, run_cli):
+    cfg = plugin.config(start=0.5)
+    adapter = plugin(3, 2, cfg)
+    W = torch.randn(2, 3)
+    adapter.reset_parameters(W, Site("w", 0, lambda: [W]))
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(adapter(x, W), x @ (0.5 * W).T)
+    assert sum(p.numel() for p in adapter.parameters()) == plugin.num_trainable(3, 2, cfg)
+    status, out, err = run_cli("method=rowscale", "start=0.9", "model=tiny_llama", "max_steps=2", "task.n_test=2")
+    assert status == 0, err
+    assert "rowscale on tiny_llama: done" in out
+
+
+def test_every_method_is_in_the_table():
+    rows = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert rows == {name for name, module in registry.available("methods").items() if module.startswith("highrank.")}
+
+
+@pytest.mark.parametrize(
+    "words", re.findall(r"^python run.py (method.*?|model=llama.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+)
+def test_commands_compose(words):
+    from highrank.config.words import compose_run
+
+    compose_run(words.split())

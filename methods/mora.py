@@ -117,6 +117,6 @@ class MoRA(Method):
 
 def _cycle(x: Tensor, size: int) -> Tensor:
     """Returns the first `size` entries of x, x, x, ... along the last dimension."""
-    whole, rest = divmod(size, x.shape[-1])
-    pieces = [x] * whole + [x[..., :rest]] * (rest > 0)
+    repeats, rest = divmod(size, x.shape[-1])
+    pieces = [x] * repeats + [x[..., :rest]] * (rest > 0)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)

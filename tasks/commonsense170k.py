@@ -109,7 +109,7 @@ class Commonsense(FileTask):
             split="train" if split == "train" else member.test_split,
         )
 
-    def record(self, row: Any, part: str, id: str) -> Example:
+    def record(self, row: Any, part: str, record_id: str) -> Example:
         if "instruction" not in row:
             row = in_words(row, part)
         instruction, answer = text_of(row, "instruction"), text_of(row, "answer")
@@ -119,7 +119,7 @@ class Commonsense(FileTask):
         # The merged file does not say which set a row is from, and needs not: it is trained on only.
         choices = words(part) if part in MEMBERS else tuple(options)
         return Example(
-            id,
+            record_id,
             instruction,
             text_of(row, "output"),
             answer,

@@ -109,7 +109,7 @@ def dialogue_metrics(
     """
     from torchmetrics.functional.text import sacre_bleu_score
 
-    found = {
+    scores = {
         "bleu": 100 * float(sacre_bleu_score(outputs, references, tokenize="13a")),
         "rouge_l": 100 * _mean([_rouge_l(o, r) for o, r in zip(outputs, references, strict=True)]),
         "token_f1": 100 * _mean([max(_f1(o, r) for r in refs) for o, refs in zip(outputs, references, strict=True)]),
@@ -119,7 +119,7 @@ def dialogue_metrics(
         **_bert(outputs, references, bert),
     }
     averaged = ("bleu", "bert_f1", "bert_recall", "bert_precision", "meteor", "rouge_l")
-    return found | ({"average": _mean([found[key] for key in averaged])} if found.keys() >= {*averaged} else {})
+    return scores | ({"average": _mean([scores[key] for key in averaged])} if scores.keys() >= {*averaged} else {})
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

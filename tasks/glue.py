@@ -130,20 +130,20 @@ class Glue(FileTask):
     def test_parts(self) -> Mapping[str, Source]:
         return {file.replace("dev", self.cfg.member): self._source(file, n) for file, n in self.member.dev.items()}
 
-    def record(self, row: Any, part: str, id: str) -> LabelledText:
+    def record(self, row: Any, part: str, record_id: str) -> LabelledText:
         text, label = as_text(_first(row, self.member.text), "text"), _first(row, self.member.label)
         pair = as_text(_first(row, self.member.pair), "the second text") if self.member.pair else None
         if self.member.labels:
-            return LabelledText(id, text, label_of(label, self.member.labels), pair)
+            return LabelledText(record_id, text, label_of(label, self.member.labels), pair)
         score = float(label)
         if not 0 <= score <= 5:
             raise ValueError(f"score must be in [0, 5], got {label}")
-        return LabelledText(id, text, score, pair)
+        return LabelledText(record_id, text, score, pair)
 
 
 def _first(row: Mapping[str, Any], fields: tuple[str, ...]) -> Any:
     """Returns the first of the fields that the row has; None if none is asked for."""
-    found = [row[field] for field in fields if field in row]
-    if fields and not found:
+    values = [row[field] for field in fields if field in row]
+    if fields and not values:
         raise KeyError(" or ".join(fields))
-    return found[0] if found else None
+    return values[0] if values else None

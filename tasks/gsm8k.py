@@ -24,7 +24,7 @@ TEST = Source(
 )
 
 
-def gsm8k_record(row: Mapping[str, Any], id: str) -> Example:
+def gsm8k_record(row: Mapping[str, Any], record_id: str) -> Example:
     """Returns one problem, from the original's fields or LLM-Adapters'.
 
     Raises:
@@ -40,7 +40,7 @@ def gsm8k_record(row: Mapping[str, Any], id: str) -> Example:
         output = re.sub(r"<<.*?>>", "", steps).strip() + f"\nThe answer is: {answer}"
     if value(answer) is None:
         raise ValueError(f"answer must be a number, got answer={answer!r}")
-    return Example(id, question, output, answer)
+    return Example(record_id, question, output, answer)
 
 
 @register_task(config=DataConfig)
@@ -57,5 +57,5 @@ class GSM8K(FileTask):
     def test_parts(self) -> Mapping[str, Source]:
         return {"gsm8k": TEST}
 
-    def record(self, row: Any, part: str, id: str) -> Example:
-        return gsm8k_record(row, id)
+    def record(self, row: Any, part: str, record_id: str) -> Example:
+        return gsm8k_record(row, record_id)

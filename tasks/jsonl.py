@@ -85,7 +85,7 @@ class Jsonl(FileTask):
     def sources(self) -> list[dict[str, Any]]:
         return [{**source, "name": f"/{source['name']}"} for source in super().sources()]
 
-    def record(self, row: Any, part: str, id: str) -> Example:
+    def record(self, row: Any, part: str, record_id: str) -> Example:
         names = {name: self.cfg.fields.get(name, name) for name in FIELDS}
         messages: tuple[tuple[str, str], ...] = ()
         read = 0
@@ -108,7 +108,7 @@ class Jsonl(FileTask):
         choices = tuple(self.cfg.choices)
         if choices and answer not in choices:
             raise ValueError(f"answer must be one of {', '.join(choices)}, got answer={answer!r}")
-        example = Example(given["id"] or id, instruction, output, answer, given["input"], choices, choices)
+        example = Example(given["id"] or record_id, instruction, output, answer, given["input"], choices, choices)
         return replace(example, messages=messages, given=read)
 
 

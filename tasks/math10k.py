@@ -73,34 +73,34 @@ class Math10k(FileTask):
     def published(self) -> int | None:
         return SIZES.get(self.cfg.train_set) or super().published
 
-    def record(self, row: Any, part: str, id: str) -> Example:
+    def record(self, row: Any, part: str, record_id: str) -> Example:
         if part == "mawps-train":
-            return _mawps(row, id)
+            return _mawps(row, record_id)
         if "question" in row:  # the original layout of GSM8K and AQuA
-            return _aqua(row, id) if part.startswith("aqua") else self.gsm8k.record(row, part, id)
+            return _aqua(row, record_id) if part.startswith("aqua") else self.gsm8k.record(row, part, record_id)
         answer = text_of(row, "answer").strip()
         if part in TESTS and value(answer) is None and not (part == "aqua" and answer in LETTERS):
             raise ValueError(f"answer must be {'A to E' if part == 'aqua' else 'a number'}, got answer={answer!r}")
         choices = LETTERS if answer in LETTERS else ()
         options = LETTER_OPTIONS if choices else ()
         instruction, output = text_of(row, "instruction"), text_of(row, "output")
-        return Example(id, instruction, output, answer, text_of(row, "input", ""), choices, options)
+        return Example(record_id, instruction, output, answer, text_of(row, "input", ""), choices, options)
 
 
-def _mawps(row: Any, id: str) -> Example:
+def _mawps(row: Any, record_id: str) -> Example:
     """One MAWPS problem; its rationale is the equation."""
     answer = text_of(row, "ans").removesuffix(".0").replace(",", "")
     if value(answer) is None:
         raise ValueError(f"ans must be a number, got ans={row['ans']!r}")
     equation = text_of(row, "equation").partition("=")[2]
-    return Example(id, text_of(row, "original_text"), f"{equation} = {answer}. The answer is {answer}.", answer)
+    return Example(record_id, text_of(row, "original_text"), f"{equation} = {answer}. The answer is {answer}.", answer)
 
 
-def _aqua(row: Any, id: str) -> Example:
+def _aqua(row: Any, record_id: str) -> Example:
     """One AQuA-RAT problem with its own rationale, asked as LLM-Adapters asks it."""
     if row["correct"] not in LETTERS:
         raise ValueError(f"correct must be A to E, got correct={row['correct']!r}")
     choices = " ".join(f"({as_text(option, 'options').replace(')', ') ', 1)}" for option in row["options"])
     question = f"{text_of(row, 'question')} Answer Choices: {choices}"
     output = f"{text_of(row, 'rationale')}\nThe answer is ({row['correct']})."
-    return Example(id, question, output, row["correct"], "", LETTERS, LETTER_OPTIONS)
+    return Example(record_id, question, output, row["correct"], "", LETTERS, LETTER_OPTIONS)

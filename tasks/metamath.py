@@ -52,8 +52,8 @@ class MetaMath(FileTask):
         limit = self.cfg.max_chars
         return limit is None or len(f"{example.instruction} {example.output}") <= limit
 
-    def record(self, row: Any, part: str, id: str) -> Example:
+    def record(self, row: Any, part: str, record_id: str) -> Example:
         if part == "gsm8k":
-            return self.gsm8k.record(row, part, id)
+            return self.gsm8k.record(row, part, record_id)
         query, response = text_of(row, "query"), text_of(row, "response")
-        return Example(id, query, response, response.rpartition("The answer is: ")[2].strip())
+        return Example(record_id, query, response, response.rpartition("The answer is: ")[2].strip())

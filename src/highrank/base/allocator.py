@@ -1,4 +1,4 @@
-"""Memory that was freed stays with the process, and loading modules is not interrupted to look for garbage."""
+"""Process-wide memory settings: glibc keeps freed blocks, and garbage collection pauses while modules load."""
 
 import ctypes
 import gc

@@ -1,4 +1,4 @@
-"""The terminal."""
+"""Prints to the terminal: single lines, the progress of downloads, or nothing but a command's result."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The one error a person sees: what part, which rule, what was given, how to mend it."""
+"""`UserError`, the error that a person sees as one message, and helpers that word such messages."""
 
 import difflib
 import errno

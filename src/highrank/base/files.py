@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the sha256 of things."""
+"""Writes files atomically, shows paths, names the cache folder and takes sha256 sums."""
 
 import dataclasses
 import hashlib

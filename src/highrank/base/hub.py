@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be asked at all, known before its client tries again and again."""
+"""Checks whether the Hugging Face Hub answers, before its client tries again and again."""
 
 import os
 import threading

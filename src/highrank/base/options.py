@@ -1,4 +1,4 @@
-"""The words of a command: options, folders and key=value."""
+"""Parses a command's words: options, folders and key=value."""
 
 import argparse
 import re

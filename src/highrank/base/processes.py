@@ -1,4 +1,4 @@
-"""The processes of a run: what each of them takes of the work, and how their results become one."""
+"""Runs of several processes: which part of the work each of them takes, and how their results are joined."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

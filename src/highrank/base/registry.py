@@ -24,15 +24,15 @@ def available(group: str) -> dict[str, str]:
     """
     package = importlib.import_module(f"highrank.{group}")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
-    found = {name: f"highrank.{group}.{name}" for name in names}
+    modules = {name: f"highrank.{group}.{name}" for name in names}
     for entry in importlib.metadata.entry_points(group=f"highrank.{group}"):
-        if entry.name in found and found[entry.name] != entry.value:
+        if entry.name in modules and modules[entry.name] != entry.value:
             raise UserError(
-                f"{group}: a name belongs to one plugin, got {entry.name!r} from both {found[entry.name]} and "
+                f"{group}: a name belongs to one plugin, got {entry.name!r} from both {modules[entry.name]} and "
                 f"{entry.value}; uninstall one or rename its entry point"
             )
-        found[entry.name] = entry.value
-    return found
+        modules[entry.name] = entry.value
+    return modules
 
 
 def load(group: str, name: str) -> type:
@@ -41,21 +41,21 @@ def load(group: str, name: str) -> type:
     Raises:
         UserError: for an unknown name (with the nearest ones), or a plugin that fails to import or to register.
     """
-    found = available(group)
+    modules = available(group)
     kind = group.rstrip("s")
-    if name not in found:
-        raise UserError(f"{kind}: unknown name, got {kind}={name}{suggest(name, found)}")
+    if name not in modules:
+        raise UserError(f"{kind}: unknown name, got {kind}={name}{suggest(name, modules)}")
     try:
-        importlib.import_module(found[name])
+        importlib.import_module(modules[name])
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{kind} {name}: the plugin must import, got {type(error).__name__} from {found[name]}: {error}"
+            f"{kind} {name}: the plugin must import, got {type(error).__name__} from {modules[name]}: {error}"
         ) from error
     if name not in _registered[group]:
         raise UserError(
-            f"{kind} {name}: the plugin must register a class under its own name, got none in {found[name]}"
+            f"{kind} {name}: the plugin must register a class under its own name, got none in {modules[name]}"
         )
     return _registered[group][name]
 

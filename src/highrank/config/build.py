@@ -121,7 +121,7 @@ def _one_form(placement: Any) -> Any:
     parts = parse_placement(placement)
     if isinstance(placement, str):
         return placement
-    return next((name for name, own in PLACEMENTS.items() if own == parts and name != "all"), list(parts))
+    return next((name for name, set_parts in PLACEMENTS.items() if set_parts == parts and name != "all"), list(parts))
 
 
 def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
@@ -132,7 +132,7 @@ def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
     """
 
     families = values.get("families") or {}
-    if not isinstance(families, Mapping) or not all(isinstance(own, Mapping) for own in families.values()):
+    if not isinstance(families, Mapping) or not all(isinstance(keys, Mapping) for keys in families.values()):
         raise UserError(
             f"protocol {values['name']}: families is a mapping of a family to its keys, got families={families}; "
             "set a key with protocol.families.<family>.<key>=<value>"
@@ -148,12 +148,12 @@ def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
 @functools.cache
 def _families() -> frozenset[str]:
     """Returns the families of all tasks; one that cannot be imported is no matter of a run on another."""
-    found = set()
+    families = set()
     for name in registry.available("tasks"):
         with contextlib.suppress(UserError):
             task: Any = registry.load("tasks", name)
-            found.add(task.family)
-    return frozenset(found)
+            families.add(task.family)
+    return frozenset(families)
 
 
 def _plugin(group: str, values: Mapping[str, Any], given: dict[str, str], trained: bool = False) -> tuple[Any, Any]:
@@ -166,12 +166,12 @@ def _plugin(group: str, values: Mapping[str, Any], given: dict[str, str], traine
 
 def _absolute(cls: type, values: Mapping[str, Any], prefix: str, given: dict[str, str]) -> dict[str, Any]:
     """Returns a config's values with relative paths made absolute, and notes in `given` how they were typed."""
-    found = dict(values)
+    fields = dict(values)
     for field in dataclasses.fields(cls):
-        path = found.get(field.name)
+        path = fields.get(field.name)
         if field.metadata.get("path") and isinstance(path, str) and path and not os.path.isabs(path):
-            found[field.name], given[f"{prefix}{field.name}"] = os.path.abspath(path), path
-    return found
+            fields[field.name], given[f"{prefix}{field.name}"] = os.path.abspath(path), path
+    return fields
 
 
 def dataclass_from(cls: type, values: Mapping[str, Any], owner: str, trained: bool = False) -> Any:
@@ -204,11 +204,11 @@ def dataclass_from(cls: type, values: Mapping[str, Any], owner: str, trained: bo
     except (UserError, OSError):
         if not trained:
             raise
-    found: Any = object.__new__(cls)
+    instance: Any = object.__new__(cls)
     for key in known:
         value = schema[key]
-        object.__setattr__(found, key, OmegaConf.to_object(value) if OmegaConf.is_config(value) else value)
-    return found
+        object.__setattr__(instance, key, OmegaConf.to_object(value) if OmegaConf.is_config(value) else value)
+    return instance
 
 
 def _mean(key: str, known: Sequence[str]) -> str:

@@ -124,20 +124,20 @@ LATER: dict[str, Any] = {"head_lr": None, "packing": False}
 def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a resolved config with its paths as they were typed, by which runs are told apart and shown."""
     typed = values.get("given") or {}
-    found = {
+    config = {
         key: {k: typed.get(f"{key}.{k}", v) for k, v in value.items()}
         if key in GROUPS and isinstance(value, Mapping)
         else value
         for key, value in values.items()
         if key != "given"
     }
-    return found | {key: path for key, path in typed.items() if "." not in key}
+    return config | {key: path for key, path in typed.items() if "." not in key}
 
 
 def config_hash(values: Mapping[str, Any]) -> str:
     """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
-    found = as_given(values).items()
-    return digest({key: value for key, value in found if key not in UNHASHED and value != LATER.get(key, ...)})
+    items = as_given(values).items()
+    return digest({key: value for key, value in items if key not in UNHASHED and value != LATER.get(key, ...)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Command-line words: Hydra composes and parses them; here bare keys find their owner.
+"""Turns command-line words into a checked run: Hydra composes them, and each bare key goes to the group that has it.
 
     method=hira placement=fc_qkv r=16 task.n_train=640
 
@@ -111,8 +111,8 @@ def parse(word: str) -> Any:
 def quoted(word: str) -> str:
     """Returns a word whose value is a text as it stands, ready to paste into a shell."""
     key, _, value = word.partition("=")
-    whole = f"{key}={_in_quotes(value)}"
-    return f'"{whole}"' if not re.search(r'["$`\\!]', whole) else shlex.quote(whole)
+    literal = f"{key}={_in_quotes(value)}"
+    return f'"{literal}"' if not re.search(r'["$`\\!]', literal) else shlex.quote(literal)
 
 
 def readable(words: Sequence[str], multirun: bool = False) -> list[str]:
@@ -256,9 +256,9 @@ def rewrite(words: Sequence[str], methods: Sequence[Any]) -> list[str]:
 def _unknown_key(key: str, methods: Sequence[Any]) -> str:
     fields = {m.name: [f.name for f in dataclasses.fields(m.config)] for m in methods}
     owned = "; ".join(
-        f"{name} has no field {key!r}; it has: {', '.join(own) or 'none'}" for name, own in fields.items()
+        f"{name} has no field {key!r}; it has: {', '.join(names) or 'none'}" for name, names in fields.items()
     )
-    known = {*CORE_KEYS, *GROUPS, *(f for own in fields.values() for f in own)}
+    known = {*CORE_KEYS, *GROUPS, *(f for names in fields.values() for f in names)}
     near = suggest(key, known)
     return f"{owned}; and no core key is called {key!r}{near if 'mean' in near else '; core keys: highrank run --help'}"
 

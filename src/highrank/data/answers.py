@@ -18,8 +18,8 @@ def first_choice(text: str, choices: Sequence[str]) -> str | None:
 
     Source: LLM-Adapters `commonsense_evaluate.py` and `evaluate.py`, HiRA's evaluation.
     """
-    found = re.search("|".join(map(re.escape, choices)), text)
-    return found[0] if found else None
+    match = re.search("|".join(map(re.escape, choices)), text)
+    return match[0] if match else None
 
 
 def stated_choice(text: str, choices: Sequence[str]) -> str | None:
@@ -29,8 +29,8 @@ def stated_choice(text: str, choices: Sequence[str]) -> str | None:
     options = "|".join(map(re.escape, choices))
     stated = re.findall(rf"(?:[Aa]nswer is)[^\w]{{0,4}}({options})\b", text, flags)
     alone = re.fullmatch(rf"\W*({options})\W*", text, flags)
-    found = stated[-1] if stated else alone[1] if alone else None
-    return found if found is None or letters else next(c for c in choices if c.lower() == found.lower())
+    answer = stated[-1] if stated else alone[1] if alone else None
+    return answer if answer is None or letters else next(c for c in choices if c.lower() == answer.lower())
 
 
 def last_number(text: str) -> str | None:
@@ -38,16 +38,16 @@ def last_number(text: str) -> str | None:
 
     Source: LLM-Adapters `evaluate.py`.
     """
-    found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
-    return found[-1] if found else None
+    numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+    return numbers[-1] if numbers else None
 
 
 def stated_number(text: str) -> str | None:
     """Returns the number after the last "answer is" or "####", or the number that is the whole text; no commas."""
     stated = re.findall(rf"(?:[Aa]nswer is|####)[^\w-]{{0,4}}({NUMBER})", text)
     alone = re.fullmatch(rf"[^\w-]*({NUMBER})\W*", text)
-    found = stated[-1] if stated else alone[1] if alone else None
-    return None if found is None else found.replace(",", "")
+    number = stated[-1] if stated else alone[1] if alone else None
+    return None if number is None else number.replace(",", "")
 
 
 def number_after_colon(text: str) -> str | None:
@@ -56,8 +56,8 @@ def number_after_colon(text: str) -> str | None:
     Source: the GSM8K scorer of HiRA's repository.
     """
     _, marker, rest = text.rpartition("The answer is: ")
-    found = re.search(r"[\-+]?\d*[\.,/]?\d+", rest) if marker else None
-    return None if found is None else found[0].replace(",", "")
+    match = re.search(r"[\-+]?\d*[\.,/]?\d+", rest) if marker else None
+    return None if match is None else match[0].replace(",", "")
 
 
 def number_after_delimiter(text: str) -> str | None:
@@ -77,8 +77,8 @@ def last_digits(text: str) -> str | None:
 
     Source: the second number that the GSM8K scorer of HiRA's repository reports.
     """
-    found = re.findall(r"\d+", text)
-    return found[-1] if found else None
+    runs = re.findall(r"\d+", text)
+    return runs[-1] if runs else None
 
 
 def value(text: str) -> Fraction | None:
@@ -96,17 +96,17 @@ def within_thousandth(answer: str, gold: str) -> bool:
 
 def equal_rounded(answer: str, gold: str) -> bool:
     """Whether the answer, rounded to an integer (halves to even), is the gold number: 3.5 counts as 4, 12.50 as 12."""
-    found = value(answer)
-    return found is not None and round(found) == value(gold)
+    number = value(answer)
+    return number is not None and round(number) == value(gold)
 
 
 def equal_value(answer: str, gold: str) -> bool:
     """Whether the numbers are equal, or the answer is the gold number rounded to the decimals shown, at least two."""
-    found, wanted = value(answer), value(gold)
-    if found is None or wanted is None:
+    number, wanted = value(answer), value(gold)
+    if number is None or wanted is None:
         return False
     decimals = len(answer.partition(".")[2])
-    return abs(found - wanted) <= Fraction(1, 10**6) or (decimals >= 2 and found == round(wanted, decimals))
+    return abs(number - wanted) <= Fraction(1, 10**6) or (decimals >= 2 and number == round(wanted, decimals))
 
 
 def equal_digits(answer: str, gold: str) -> bool:

@@ -138,7 +138,7 @@ def collate_packed(batch: Sequence[Encoded], pad_id: int, longest: int) -> dict[
     ids = [[token for example in row for token in example.input_ids] for row in rows]
     width = max(map(len, ids))
     labels: Any = [[label for e in row for label in [IGNORED, *e.labels[1:]]] for row in rows]  # type: ignore[index]
-    sizes = [[*(len(e.input_ids) for e in row), width - len(own)] for row, own in zip(rows, ids, strict=True)]
+    sizes = [[*(len(e.input_ids) for e in row), width - len(tokens)] for row, tokens in zip(rows, ids, strict=True)]
     return {
         "input_ids": pad(ids, pad_id),
         "attention_mask": pad([[1] * len(row) for row in ids], 0),
@@ -282,10 +282,10 @@ class EvalData:
             return 0
         if not ranked:
             return len(self.question(record).input_ids) + new
-        return max(len(self._option(record, text, self._whole).input_ids) for text in texts)
+        return max(len(self._option(record, text, self._uncut_protocol).input_ids) for text in texts)
 
     @property
-    def _whole(self) -> Protocol:
+    def _uncut_protocol(self) -> Protocol:
         return replace(self.protocol, mask_prompt=True, max_target_length=None, max_length=UNLIMITED)
 
     @cached_property
@@ -334,7 +334,7 @@ class EvalData:
         self, name: str, records: Sequence[Example], batch_size: int, places: Iterable[int]
     ) -> DataLoader:
         """Returns batches of records with all their options: the tokens that a record's options share come once."""
-        rows = [[self._option(record, text, self._whole) for text in record.options] for record in records]
+        rows = [[self._option(record, text, self._uncut_protocol) for text in record.options] for record in records]
         shared = [shared_prefix(options) for options in rows]
         prefixes = [Encoded(options[0].input_ids[:n], []) for options, n in zip(rows, shared, strict=True)]
         pad_id = self.tokenizer.pad_token_id

@@ -33,7 +33,7 @@ def messages_of(value: Any, name: str) -> tuple[tuple[str, str], ...]:
         here = f"{name}[{i}]"
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise ValueError(f"{here} must have role and content, got {str(message)[:80]}")
-        more = [key for key, own in message.items() if key not in ("role", "content") and own is not None]
+        more = [key for key, entry in message.items() if key not in ("role", "content") and entry is not None]
         if more:
             raise ValueError(
                 f"{here} must have nothing but role and content, got {more[0]}; leave it out, or into content"
@@ -66,9 +66,9 @@ def conversation_tokens(example: Example, tokenizer: Any, answer_only: bool = Fa
     first = len(example.messages) if answer_only else example.given
     ids = _tokens(example, tokenizer, turns)
     if re.search(r"\{%-?\s*generation\b", str(tokenizer.get_chat_template())):
-        found = _written(example, tokenizer, turns, return_dict=True, return_assistant_tokens_mask=True)
+        encoding = _written(example, tokenizer, turns, return_dict=True, return_assistant_tokens_mask=True)
         start = len(_begins(example, tokenizer, ids, turns, first, True)) if first else 0
-        return ids, [bool(own) and at >= start for at, own in enumerate(found["assistant_masks"])]
+        return ids, [bool(mask) and at >= start for at, mask in enumerate(encoding["assistant_masks"])]
     learned, special = [False] * len(ids), special_tokens(tokenizer)
     for i in range(first, len(turns)):
         if turns[i][0] != "assistant":
@@ -85,14 +85,14 @@ def conversation_tokens(example: Example, tokenizer: Any, answer_only: bool = Fa
 def stop_tokens(example: Example, tokenizer: Any) -> list[int]:
     """Returns the tokens at which an answer is over: the tokenizer's end of text, and the template's end of a turn."""
     ids, learned = conversation_tokens(example, tokenizer, answer_only=True)
-    last = max(at for at, own in enumerate(learned) if own)
+    last = max(at for at, is_learned in enumerate(learned) if is_learned)
     ends = [token for token in ids[last : last + 2] if token in special_tokens(tokenizer)][:1]
     return sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
     """Returns the tokens that are no text."""
-    added = {token for token, own in tokenizer.added_tokens_decoder.items() if own.special}
+    added = {token for token, added_token in tokenizer.added_tokens_decoder.items() if added_token.special}
     return added | set(tokenizer.all_special_ids)
 
 

@@ -83,17 +83,17 @@ def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool 
     else:
         target = tokenizer(record.output, add_special_tokens=False, verbose=False).input_ids
     target = target + [tokenizer.eos_token_id] * protocol.eos
-    whole_prompt, whole_target = len(prompt), len(target)
+    prompt_length, target_length = len(prompt), len(target)
     if protocol.max_target_length is not None:
         prompt, target = prompt[: protocol.max_length], target[: protocol.max_target_length]
     else:
         prompt = prompt[: protocol.max_length]
         target = target[: protocol.max_length - len(prompt)]
     cut = ""
-    if len(prompt) + len(target) < whole_prompt + whole_target:
+    if len(prompt) + len(target) < prompt_length + target_length:
         if protocol.too_long == "drop":
             return None
-        cut = "answer_lost" if whole_target and not target else "marker_lost" if len(prompt) < whole_prompt else "cut"
+        cut = "answer_lost" if target_length and not target else "marker_lost" if len(prompt) < prompt_length else "cut"
     ids = prompt + target
     return Encoded(ids, [IGNORED] * len(prompt) + target if protocol.mask_prompt else list(ids), cut=cut)
 
@@ -115,7 +115,9 @@ def _encode_conversation(record: Example, protocol: Protocol, tokenizer: Any, ev
         ids, learned = ids[:limit], learned[:limit]
         cut = "cut" if any(learned) else "answer_lost"
     everything = not protocol.mask_prompt
-    return Encoded(ids, [t if own or everything else IGNORED for t, own in zip(ids, learned, strict=True)], cut=cut)
+    return Encoded(
+        ids, [t if is_learned or everything else IGNORED for t, is_learned in zip(ids, learned, strict=True)], cut=cut
+    )
 
 
 def encode_text(record: LabelledText, protocol: Protocol, tokenizer: Any) -> Encoded:

@@ -1,4 +1,4 @@
-"""A protocol: the choices between an example and a score, as one hashed value."""
+"""A protocol: every choice of how examples become tokens and outputs become scores, as one hashed value."""
 
 import dataclasses
 

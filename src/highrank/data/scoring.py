@@ -61,30 +61,30 @@ def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     `<metric>_clean` is that of the others. `cut` counts an encoder's shortened texts, and `not_finite` the predictions that
     are no number, which count as wrong, if there are some.
     """
-    found = _metrics(task, rows)
+    scores = _metrics(task, rows)
     if lost := sum(not_finite(row["output"]) for row in rows):
-        found["not_finite"] = lost
+        scores["not_finite"] = lost
     if any(row.get("cut") for row in rows):
-        found["cut"] = sum(row["cut"] for row in rows)
+        scores["cut"] = sum(row["cut"] for row in rows)
     seen = [row["leaked"] for row in rows]
-    found["leaked"] = None if None in seen else sum(seen)
+    scores["leaked"] = None if None in seen else sum(seen)
     if any(seen) and not all(seen):
         clean = _metrics(task, [row for row in rows if not row["leaked"]])
-        found |= {f"{name}_clean": value for name, value in clean.items()}
-    return found
+        scores |= {f"{name}_clean": value for name, value in clean.items()}
+    return scores
 
 
 def _metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {"n": len(rows)}
+    scores: dict[str, Any] = {"n": len(rows)}
     for name in task.metrics:
-        found |= {name: MEASURES[name](task, rows)} if name in MEASURES else task.measure(name, rows)
+        scores |= {name: MEASURES[name](task, rows)} if name in MEASURES else task.measure(name, rows)
     for key in rows[0]:
         kind, _, rule = key.partition("_")
         if kind == "correct" and rule and "accuracy" in task.metrics:
-            found[f"accuracy_{rule}"] = _share(rows, key)
+            scores[f"accuracy_{rule}"] = _share(rows, key)
         if kind == "parsed" and "accuracy" in task.metrics:
-            found["unparsed" + (f"_{rule}" if rule else "")] = 100 * sum(row[key] is None for row in rows) / len(rows)
-    return found
+            scores["unparsed" + (f"_{rule}" if rule else "")] = 100 * sum(row[key] is None for row in rows) / len(rows)
+    return scores
 
 
 def _share(rows: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -162,4 +162,4 @@ def evaluate_rows(data: EvalData, name: str, records: Sequence[Any], outputs: Se
 
 def macro_average(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> float:
     """Returns the unweighted mean of the headline metric over the sets."""
-    return sum(found[task.metric] for found in by_set.values()) / len(by_set)
+    return sum(scores[task.metric] for scores in by_set.values()) / len(by_set)

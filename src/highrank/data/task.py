@@ -171,7 +171,7 @@ class FileTask(Task):
         """Returns the test sets by name."""
         raise NotImplementedError
 
-    def record(self, row: Any, part: str, id: str) -> Record:
+    def record(self, row: Any, part: str, record_id: str) -> Record:
         """Returns one example of `part`. A KeyError or ValueError is reported with file, row and field."""
         raise NotImplementedError
 
@@ -213,21 +213,21 @@ class FileTask(Task):
             self._noted[key] = {"name": source.paths[0], "sha256": None, "rows": 0, "expected": source.rows}
             return []
         try:
-            found = self.records(table.rows, part)
+            examples = self.records(table.rows, part)
         except ValueError as error:
             raise UserError(f"task {self.name}: {error} in {table.location}; {source.get}") from error
-        if not found:
+        if not examples:
             raise UserError(
                 f"task {self.name}: {part} must hold an example, got none in {table.location}; {source.get}"
             )
-        if source.rows is not None and len(found) != source.rows and not self.cfg.allow_partial:
+        if source.rows is not None and len(examples) != source.rows and not self.cfg.allow_partial:
             raise UserError(
-                f"task {self.name}: {part} must have its published {source.rows} rows, got {len(found)} in "
+                f"task {self.name}: {part} must have its published {source.rows} rows, got {len(examples)} in "
                 f"{table.location}; {source.get}, or go on without: task.allow_partial=true"
             )
-        noted = {"name": table.name, "sha256": table.sha256, "rows": len(found)}
-        self._noted[key] = noted | ({} if source.rows in (None, len(found)) else {"expected": source.rows})
-        return self._unique(found, table)
+        noted = {"name": table.name, "sha256": table.sha256, "rows": len(examples)}
+        self._noted[key] = noted | ({} if source.rows in (None, len(examples)) else {"expected": source.rows})
+        return self._unique(examples, table)
 
     def _unique(self, examples: list[Any], table: Table) -> list[Any]:
         seen: set[str] = set()
@@ -249,10 +249,10 @@ class FileTask(Task):
 
     @cached_property
     def _train(self) -> list[Any]:
-        found = [example for part, source in self.train_parts().items() for example in self.load(source, part)]
-        wanted = [example for example in found if self.wanted(example)]
+        examples = [example for part, source in self.train_parts().items() for example in self.load(source, part)]
+        wanted = [example for example in examples if self.wanted(example)]
         if not wanted:
-            raise MissingData(f"task {self.name}: a training set is needed, got none of {len(found)} examples")
+            raise MissingData(f"task {self.name}: a training set is needed, got none of {len(examples)} examples")
         return self._sample(wanted, self.cfg.n_train, "train")
 
     @cached_property
@@ -262,10 +262,10 @@ class FileTask(Task):
             one_of(f"task {self.name}", "sets", name, list(parts))
         wanted = {name: parts[name] for name in self.cfg.sets or parts}
         loaded = {name: self._sample(self.load(source, name), self.cfg.n_test, name) for name, source in wanted.items()}
-        found = {name: examples for name, examples in loaded.items() if examples}
-        if not found:
+        sets = {name: examples for name, examples in loaded.items() if examples}
+        if not sets:
             raise MissingData(f"task {self.name}: a test set is needed, got none of {', '.join(wanted)}")
-        return found
+        return sets
 
     def has_file(self, source: Source) -> bool:
         """Whether the data folder has the file of a source."""

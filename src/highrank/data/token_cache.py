@@ -87,8 +87,8 @@ def _unpack(stored: dict[str, Tensor]) -> list[Encoded | None]:
         ids = flat[at : at + length]
         labels: Any = float(stored["labels"][kept])
         if learned:
-            own = learned[at : at + length]
-            labels = [token if is_target else IGNORED for token, is_target in zip(ids, own, strict=True)]
+            mask = learned[at : at + length]
+            labels = [token if is_target else IGNORED for token, is_target in zip(ids, mask, strict=True)]
         token_types = types[at : at + length] if types else None
         rows.append(Encoded(ids, labels, token_types, CUTS[int(stored["cuts"][kept])]))
         at, kept = at + length, kept + 1

@@ -159,20 +159,20 @@ class Adapters:
         Raises:
             UserError: naming the first tensors that are missing, unexpected or of another shape.
         """
-        own = dict(self.named_parameters())
-        missing, unexpected = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
+        trained = dict(self.named_parameters())
+        missing, unexpected = [n for n in trained if n not in tensors], [n for n in tensors if n not in trained]
         if missing or unexpected:
             raise UserError(
                 f"adapter: tensors must match the model, got {len(missing)} missing (first: {missing[:3]}) and "
                 f"{len(unexpected)} unexpected (first: {unexpected[:3]}); was it trained on another model or placement?"
             )
         for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
+            if tensor.shape != trained[name].shape:
                 raise UserError(
-                    f"adapter: shapes must match, got {name} of {tuple(tensor.shape)} for {tuple(own[name].shape)}"
+                    f"adapter: shapes must match, got {name} of {tuple(tensor.shape)} for {tuple(trained[name].shape)}"
                 )
         for name, tensor in tensors.items():
-            own[name].copy_(sharded_like(own[name], tensor))
+            trained[name].copy_(sharded_like(trained[name], tensor))
 
     def num_trainable(self) -> int:
         """Trainable parameters inside the adapters."""
@@ -236,15 +236,15 @@ class Adapters:
         # same dtype by nothing but the order of fp64 sums and, for a truncated R, the SVD's last digits.
         quantised = "quantised" in card["base_dtype"] + self.base_dtype
         tolerance = 1e-5 if same_dtype else 0.5 if quantised else 2e-2
-        for name, found in self.probe().items():
+        for name, values in self.probe().items():
             stored = card["probe"][name]
             scale = 1e-12 + max(abs(stored[0]), abs(stored[0]) ** 0.5)
             if not all(
-                abs(a - b) <= tolerance * scale for a, b in zip(found, stored, strict=True)
+                abs(a - b) <= tolerance * scale for a, b in zip(values, stored, strict=True)
             ):  # NaN is none of them
                 self.load_state_dict(before)
                 raise UserError(
-                    f"adapter: the probe must match the one saved, got {found} for {stored} at {name}; "
+                    f"adapter: the probe must match the one saved, got {values} for {stored} at {name}; "
                     "the base model is not the one the adapter was trained on"
                 )
         here = self.unadapted() if same_dtype else {}
@@ -280,10 +280,10 @@ def attach(
     for name in heads:
         _train_in_fp32(model.get_submodule(name))
     adapters.put_on(tokenizer)
-    own = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
+    in_adapters = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
     in_heads = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in own:
+        if id(parameter) in in_adapters:
             continue
         if id(parameter) in in_heads:
             adapters.heads.add(name)

@@ -135,7 +135,7 @@ def load_backbone(
             torch.manual_seed(seed)
             config = _for_task(_read_config(source.location), kind, num_labels)
             with _reading_part("model", source.location):
-                model, found = _auto_class(kind).from_pretrained(
+                model, loading_info = _auto_class(kind).from_pretrained(
                     source.location,
                     config=config,
                     dtype=dtype,
@@ -145,7 +145,7 @@ def load_backbone(
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # reported and refused below, by name
                 )
-            _check_loaded(model, found, source.location)
+            _check_loaded(model, loading_info, source.location)
             with _reading_part("tokenizer", source.location):
                 tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
             check_pieces(tokenizer, Path(source.location))
@@ -160,20 +160,20 @@ def load_backbone(
     return Backbone(model, tokenizer, source)
 
 
-def _check_loaded(model: Any, found: Mapping[str, Any], folder: str) -> None:
+def _check_loaded(model: Any, loading_info: Mapping[str, Any], folder: str) -> None:
     """Refuses weights that the folder lacks or holds in another shape, since transformers draws those at random.
 
     A classification model may lack its head, which is trained in full; tied weights are stored once.
     """
     heads = tuple(f"{name}." for name in head_modules(model))
     tied = tied_weights(model)
-    missing = sorted(key for key in found["missing_keys"] if not key.startswith(heads) and key not in tied)
+    missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith(heads) and key not in tied)
     if missing:
         raise UserError(
             f"model: the folder must hold every weight of the model, got path={folder} without {_first(missing)}; "
             "give a whole copy, or one whose config.json fits its weights"
         )
-    wrong = sorted(f"{key} {list(got)} for {list(wanted)}" for key, got, wanted in found["mismatched_keys"])
+    wrong = sorted(f"{key} {list(got)} for {list(wanted)}" for key, got, wanted in loading_info["mismatched_keys"])
     if wrong:
         raise UserError(
             f"model: weights must have the shapes that config.json gives, got path={folder} with {_first(wrong)}; "
@@ -198,12 +198,12 @@ def check_pieces(tokenizer: Any, folder: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
     text = "One, two and 3 words"
-    own = SentencePieceProcessor(model_file=str(file))
-    pieces = [own.id_to_piece(i) for i in own.encode(text)]
-    found = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
-    if found != pieces:
+    processor = SentencePieceProcessor(model_file=str(file))
+    pieces = [processor.id_to_piece(i) for i in processor.encode(text)]
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
+    if tokens != pieces:
         raise UserError(
-            f"model: a tokenizer.model must be read as SentencePiece reads it, got {found} instead of {pieces} for "
+            f"model: a tokenizer.model must be read as SentencePiece reads it, got {tokens} instead of {pieces} for "
             f"{text!r} with transformers {transformers.__version__} in {folder}; give the model's tokenizer_config.json "
             "too, or use transformers>=5.24"
         )

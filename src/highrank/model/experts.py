@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds experts in the form that transformers gives most of them, with a gate."""
-    matrices = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    parameters = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
     form = all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "is_concatenated"))
-    return form and all(isinstance(matrix, nn.Parameter) and matrix.dim() == 3 for matrix in matrices)
+    return form and all(isinstance(matrix, nn.Parameter) and matrix.dim() == 3 for matrix in parameters)
 
 
 class Expert(nn.Module):

@@ -36,11 +36,11 @@ def context_length(model: Any, tokenizer: Any = None) -> int:
     """
     config = text_config(model.config)
     given = [setting(config, name) for name in LENGTHS]
-    found = min((n for n in given if n), default=min(getattr(tokenizer, "model_max_length", UNLIMITED), UNLIMITED))
+    length = min((n for n in given if n), default=min(getattr(tokenizer, "model_max_length", UNLIMITED), UNLIMITED))
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            found = min(found, module.num_embeddings - module.padding_idx - 1)
-    return int(found)
+            length = min(length, module.num_embeddings - module.padding_idx - 1)
+    return int(length)
 
 
 @torch.no_grad()
@@ -105,5 +105,5 @@ def _logits(model: Any, ids: Tensor, padding: int = 0) -> Tensor:
     return logits.float()
 
 
-def _difference(found: Tensor, right: Tensor) -> float:
-    return float((found - right).abs().mean() / right.std())
+def _difference(logits: Tensor, right: Tensor) -> float:
+    return float((logits - right).abs().mean() / right.std())

@@ -318,7 +318,7 @@ def resolve(
     config, model_type = text_config(model.config), model.config.model_type  # type: ignore[union-attr]
     blocks, members = _mapped(model, config, architecture) if architecture is not None else _known(model, config)
     parts = parse_placement(placement)
-    has = [p for p in (*PARTS, EXPERTS) if any(p in found for found in members.values())]
+    has = [p for p in (*PARTS, EXPERTS) if any(p in block_members for block_members in members.values())]
     missing = [p for p in parts if p not in has]
     if placement == "all":
         parts = tuple(p for p in parts if p in has)
@@ -331,7 +331,7 @@ def resolve(
     if absent := [p for p in parts if not any(p in members[layer] for layer in chosen)]:
         raise UserError(
             f"placement: {model_type} has no {', '.join(absent)} in these layers, got layers={layers}; layers with it: "
-            f"{', '.join(str(layer) for layer, found in members.items() if absent[0] in found)}"
+            f"{', '.join(str(layer) for layer, block_members in members.items() if absent[0] in block_members)}"
         )
     split = _is_split(parts, {layer: members[layer] for layer in chosen}, fused)
     return [
@@ -349,11 +349,11 @@ def notes(config: Any, views: Sequence[WeightView]) -> list[str]:
         for part in view.part.split("+"):
             by_part.setdefault(part, set()).add(view.layer)
     num_layers = len({view.layer for view in views})
-    found = [f"{part} in {len(has)} of {num_layers} layers" for part, has in by_part.items() if len(has) < num_layers]
+    remarks = [f"{part} in {len(has)} of {num_layers} layers" for part, has in by_part.items() if len(has) < num_layers]
     groups = setting(config, "num_hidden_groups")
     if views and groups and groups < config.num_hidden_layers:
-        found.append(f"{config.num_hidden_layers} layers share the weights, and so the adapters, of {groups}")
-    return found
+        remarks.append(f"{config.num_hidden_layers} layers share the weights, and so the adapters, of {groups}")
+    return remarks
 
 
 Block = tuple[str, nn.Module]
@@ -370,25 +370,25 @@ def _known(model: nn.Module, config: Any) -> tuple[dict[int, Block], dict[int, M
     for name, module in body.named_modules(prefix=prefix):
         if name.rpartition(".")[2].isdigit():
             lists.setdefault(re.sub(r"\.\d+(?=\.|$)", ".#", name), {})[name] = module
-    found = {}
+    candidates = {}
     for pattern, modules in lists.items():
         members = [_members_of(module, config) for module in modules.values()]
         if any("q" in each and "o" in each for each in members):
-            found[pattern] = list(zip(modules.items(), members, strict=True))
-    if not found:
+            candidates[pattern] = list(zip(modules.items(), members, strict=True))
+    if not candidates:
         raise UserError(
             f"architecture: no built-in map fits its names, got model_type={model.config.model_type}; give one with "  # type: ignore[union-attr]
             "architecture={blocks: model.layers, q: self_attn.q_proj, ...}"
         )
-    nearest = min(pattern.count(".") for pattern in found)
-    found = {pattern: blocks for pattern, blocks in found.items() if pattern.count(".") == nearest}
-    if len(found) > 1:
-        first, second = list(found)[:2]
+    nearest = min(pattern.count(".") for pattern in candidates)
+    candidates = {pattern: blocks for pattern, blocks in candidates.items() if pattern.count(".") == nearest}
+    if len(candidates) > 1:
+        first, second = list(candidates)[:2]
         raise UserError(
-            f"placement: a block is matched once, got layer 0 at both {_first(found[first])} and {_first(found[second])}; "
-            "say which with architecture={blocks: ..., q: ...}"
+            f"placement: a block is matched once, got layer 0 at both {_first(candidates[first])} and "
+            f"{_first(candidates[second])}; say which with architecture={{blocks: ..., q: ...}}"
         )
-    (each,) = found.values()
+    (each,) = candidates.values()
     return {i: block for i, (block, _) in enumerate(each)}, {i: members for i, (_, members) in enumerate(each)}
 
 
@@ -399,17 +399,17 @@ def _first(blocks: Sequence[tuple[Block, Members]]) -> str:
 def _members_of(block: nn.Module, config: Any) -> Members:
     """Returns where a block keeps its parts, by the known names."""
     linear = {name: module for name, module in block.named_modules() if is_linear(module)}
-    found: Members = {}
+    members: Members = {}
     for part, paths in PATHS.items():
         if path := next((path for path in paths if path in linear), None):
-            found[part] = path, None
+            members[part] = path, None
     for path, layout in _layouts(config).items():
         if path in linear:
-            found |= {part: (path, rows) for part, rows in layout(config, len(weight_of(linear[path]))).items()}
+            members |= {part: (path, rows) for part, rows in layout(config, len(weight_of(linear[path]))).items()}
     for name, module in block.named_modules():
         if is_experts(module):
-            found[EXPERTS] = name, None
-    return found
+            members[EXPERTS] = name, None
+    return members
 
 
 def _layouts(config: Any) -> dict[str, Layout]:
@@ -440,14 +440,15 @@ def _mapped(model: nn.Module, config: Any, custom: Mapping[str, str]) -> tuple[d
     parsed = {part: _parse_path(path) for part, path in custom.items() if part != "blocks"}
     names = {layer: dict(module.named_modules()) for layer, (_, module) in blocks.items()}
     for part, (path, rows) in parsed.items():
-        if not any(path in found for found in names.values()):
+        if not any(path in modules for modules in names.values()):
             first = min(blocks)
             raise UserError(
                 f"placement: no module {blocks[first][0]}.{path} in this model{suggest(path, filter(None, names[first]))}"
             )
-        _check_heads(config, part, path, rows, next(found[path] for found in names.values() if path in found))
+        _check_heads(config, part, path, rows, next(modules[path] for modules in names.values() if path in modules))
     return blocks, {
-        layer: {part: member for part, member in parsed.items() if member[0] in found} for layer, found in names.items()
+        layer: {part: member for part, member in parsed.items() if member[0] in modules}
+        for layer, modules in names.items()
     }
 
 
@@ -488,18 +489,18 @@ def _parse_path(path: str) -> Member:
 def _blocks(model: nn.Module, blocks: str) -> dict[int, tuple[str, nn.Module]]:
     """Returns layer index -> (path, module) of the blocks."""
     pattern = re.compile(rf"(?:.*\.)?{re.escape(blocks)}\.(\d+)")
-    found: dict[int, tuple[str, nn.Module]] = {}
+    by_layer: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         match = pattern.fullmatch(name)
         if match:
             layer = int(match[1])
-            if layer in found:
+            if layer in by_layer:
                 raise UserError(
-                    f"placement: a block is matched once, got layer {layer} at both {found[layer][0]} and {name}; "
+                    f"placement: a block is matched once, got layer {layer} at both {by_layer[layer][0]} and {name}; "
                     "give a longer path with architecture={blocks: ...}"
                 )
-            found[layer] = (name, module)
-    return found
+            by_layer[layer] = (name, module)
+    return by_layer
 
 
 def _is_split(parts: Sequence[str], members: Mapping[int, Members], fused: str) -> bool:
@@ -507,9 +508,9 @@ def _is_split(parts: Sequence[str], members: Mapping[int, Members], fused: str) 
     if fused not in ("auto", "fused", "split"):
         raise UserError(f"fused: the policy is auto, fused or split, got fused={fused}")
     lacking: dict[str, list[str]] = {}
-    for found in members.values():
-        touched = {found[part][0] for part in parts if part in found}
-        for part, (path, _) in found.items():
+    for block_members in members.values():
+        touched = {block_members[part][0] for part in parts if part in block_members}
+        for part, (path, _) in block_members.items():
             if path in touched and part not in parts and part not in lacking.setdefault(path, []):
                 lacking[path].append(part)
     incomplete = {path: others for path, others in lacking.items() if others}
@@ -543,7 +544,7 @@ def _views_of(
         )
     n, in_features = weight_of(module).shape
     periods = {rows[2] if rows and len(rows) == 3 else n for rows in members.values()}
-    period, whole = max(periods), len(members) > 1 and not split
+    period, is_fused = max(periods), len(members) > 1 and not split
     if len(periods) > 1 or n % period:
         raise UserError(
             f"placement: the rows of {full_path} repeat after one period that divides {n}, got "
@@ -557,10 +558,10 @@ def _views_of(
                 f"placement: rows of {full_path} are matched once and lie in [0, {period}), got {part} at {rows}"
             )
         taken.update(span)
-        if not whole:
+        if not is_fused:
             name = full_path if rows is None else f"{full_path}[{part}]"
             yield WeightView(name, full_path, part, layer, rows, in_features, len(span) * (n // period))
-    if whole:
+    if is_fused:
         if len(taken) < period:
             raise UserError(
                 f"placement: a matrix adapted whole must be covered by its parts, got {len(taken)} of {period} "

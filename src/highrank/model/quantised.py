@@ -48,18 +48,18 @@ def quantise(model: Any, kind: str) -> None:
             CPU bitsandbytes 0.50 dequantises rows wrongly whose length is no multiple of its block of 64.
     """
     check(kind)
-    found = list(linears(model))
-    if not found:
+    layers = list(linears(model))
+    if not layers:
         raise UserError(
             f"model: quantize needs linear layers, got model_type={model.config.model_type}; leave quantize away"
         )
-    uneven = [name for name, module in found if module.in_features % 64]
+    uneven = [name for name, module in layers if module.in_features % 64]
     if kind == "nf4" and uneven:
         raise UserError(
             "model: quantize=nf4 needs in_features that are multiples of 64, got "
             f"{uneven[0]}.in_features={model.base_model.get_submodule(uneven[0]).in_features}; use quantize=int8"
         )
-    for name, module in found:
+    for name, module in layers:
         parent, _, leaf = name.rpartition(".")
         setattr(model.base_model.get_submodule(parent), leaf, _quantised(module, kind))
 

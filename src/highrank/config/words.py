@@ -148,7 +148,8 @@ def _readable(word: str, is_path: bool, is_text: bool, multirun: bool) -> str:
 
 def given_text(word: str) -> str | None:
     """Returns the one text that a word gives, whatever commas it has."""
-    return parse(_readable(word, True, True, False)).value()  # type: ignore[no-any-return]
+    text: str | None = parse(_readable(word, True, True, False)).value()
+    return text
 
 
 def _text_keys(words: Sequence[str]) -> tuple[set[str], set[str]]:
@@ -163,7 +164,8 @@ def _text_keys(words: Sequence[str]) -> tuple[set[str], set[str]]:
         chosen = _chosen(tuple(r for w in single for r in _rewrite_group(w)))
         for group, name in zip(names, chosen, strict=True):
             for each in {name, *names[group]}:
-                config = registry.load(f"{group}s", each).config  # type: ignore[attr-defined]
+                plugin: Any = registry.load(f"{group}s", each)
+                config = plugin.config
                 configs += [(f"{group}.", config), *([("", config)] if group == "method" else [])]
     paths, texts = {"run_dir", "output"}, {f"model.{key}" for key in ("name", "hub", "revision")}
     for start, config in configs:

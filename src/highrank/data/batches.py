@@ -137,7 +137,7 @@ def collate_packed(batch: Sequence[Encoded], pad_id: int, longest: int) -> dict[
         room[at] -= size
     ids = [[token for example in row for token in example.input_ids] for row in rows]
     width = max(map(len, ids))
-    labels: Any = [[label for e in row for label in [IGNORED, *e.labels[1:]]] for row in rows]  # type: ignore[index]
+    labels = [[label for e in row for label in [IGNORED, *e.targets[1:]]] for row in rows]
     sizes = [[*(len(e.input_ids) for e in row), width - len(tokens)] for row, tokens in zip(rows, ids, strict=True)]
     return {
         "input_ids": pad(ids, pad_id),
@@ -205,14 +205,14 @@ class TrainingData:
     def train_dataloader(self) -> DataLoader:
         pad_id, longest = self.tokenizer.pad_token_id, self.protocol.max_length + (self.protocol.max_target_length or 0)
         return DataLoader(
-            self.examples,  # type: ignore[arg-type]
+            self.examples,  # type: ignore[arg-type]  # a list is a data set
             batch_sampler=self.buckets,
             collate_fn=lambda batch: collate_packed(batch, pad_id, longest) if self.packing else collate(batch, pad_id),
         )
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(
-            self.held_out,  # type: ignore[arg-type]
+            self.held_out,  # type: ignore[arg-type]  # a list is a data set
             batch_size=self.eval_batch_size,
             collate_fn=lambda batch: collate(batch, self.tokenizer.pad_token_id),
         )
@@ -343,7 +343,7 @@ class EvalData:
             ids = [prefixes[i].input_ids for i in index]
             owners = [at for at, i in enumerate(index) for _ in rows[i]]
             tails = [row.input_ids[shared[i] :] for i in index for row in rows[i]]
-            labels: Any = [row.labels[shared[i] :] for i in index for row in rows[i]]  # type: ignore[index]
+            labels = [row.targets[shared[i] :] for i in index for row in rows[i]]
             return {
                 "input_ids": pad(ids, pad_id, left=True),
                 "attention_mask": pad([[1] * len(r) for r in ids], 0, left=True),
@@ -365,7 +365,7 @@ def shared_prefix(options: Sequence[Encoded]) -> int:
     """Returns how many leading tokens all options share, all before the first that is scored."""
     columns = zip(*(row.input_ids for row in options), strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    scored = min(next(i for i, label in enumerate(row.labels) if label != IGNORED) for row in options)  # type: ignore[arg-type]
+    scored = min(next(i for i, label in enumerate(row.targets) if label != IGNORED) for row in options)
     return min(same, scored)
 
 

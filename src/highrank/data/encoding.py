@@ -23,6 +23,12 @@ class Encoded:
     """What the cut-off took: "" nothing, "cut" some tokens, "marker_lost" the end of the prompt, which asks for the answer,
     "answer_lost" the whole target."""
 
+    @property
+    def targets(self) -> list[int]:
+        """The labels of a text, one per token."""
+        assert isinstance(self.labels, list)
+        return self.labels
+
 
 def within(protocol: Protocol, positions: int) -> Protocol:
     """Returns the protocol with its cut-offs lowered to what a model has positions for."""

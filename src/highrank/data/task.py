@@ -278,11 +278,12 @@ class FileTask(Task):
     @property
     def published(self) -> int | None:
         """Published number of training examples."""
-        counts = [source.rows for source in self.train_parts().values()]
-        return None if None in counts else sum(counts)  # type: ignore[arg-type]
+        parts = self.train_parts().values()
+        counts = [source.rows for source in parts if source.rows is not None]
+        return sum(counts) if len(counts) == len(parts) else None
 
     @property
-    def num_train(self) -> int | None:  # type: ignore[override]
+    def num_train(self) -> int | None:  # type: ignore[override]  # a property where a task has an attribute
         known = [n for n in (self.published, self.cfg.n_train) if n is not None]
         return min(known) if known else None
 

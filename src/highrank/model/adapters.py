@@ -309,15 +309,14 @@ def site_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
 
 
-def _read_slices_whole(model: nn.Module) -> None:
+def _read_slices_whole(model: Any) -> None:
     """Hands a language model's head its input as one block of memory, also after `unload`; results agree to rounding.
 
     After a prompt the head reads the last position of each row, a slice; PyTorch multiplies a slice with a frozen weight
     row by row, and copies the weight, the vocabulary's whole matrix, for each.
     """
-    if model.can_generate():  # type: ignore[operator]
-        head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        hook_once(head, _contiguous)
+    if model.can_generate():
+        hook_once(model.get_output_embeddings(), _contiguous)
 
 
 def _contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -42,7 +42,7 @@ class Experts(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base
+        self.base: Any = base
         self.up, self.down = (
             nn.ModuleList(Expert(base, name, e) for e in range(len(getattr(base, name))))
             for name in ("gate_up_proj", "down_proj")
@@ -55,7 +55,7 @@ class Experts(nn.Module):
         for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
             tokens, places = torch.where(chosen == number)
             if len(tokens) or torch.is_grad_enabled():  # in training each has a gradient, if only of 0
-                inner = self.base._apply_gate(up(hidden_states[tokens]))  # type: ignore[operator]
+                inner = self.base._apply_gate(up(hidden_states[tokens]))
                 y = down(inner) * weights[tokens, places, None]
                 out = out.index_add(0, tokens, y.to(out.dtype))
         return out

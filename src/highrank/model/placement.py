@@ -8,7 +8,7 @@ never by suffix, so that heads, poolers and embeddings cannot be hit by accident
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -246,13 +246,13 @@ def weight_of(module: nn.Module, rows: Rows | None = None) -> Tensor:
     return W if rows is None else W[row_index(rows, len(W))]
 
 
-def weight_reader(module: nn.Module) -> Callable[[], Tensor]:
+def weight_reader(module: Any) -> Callable[[], Tensor]:
     """Returns what gives `weight_of(module)` in every forward pass; what kind of layer it is, is looked at here, once."""
     if is_quantised(module):
         return lambda: QuantisedWeight(module)
     if is_transposed(module):
-        return lambda: module.weight.t()  # type: ignore[operator]
-    return lambda: module.weight  # type: ignore[return-value]
+        return lambda: module.weight.t()
+    return lambda: module.weight
 
 
 def parse_placement(placement: str | Sequence[str]) -> tuple[str, ...]:
@@ -282,8 +282,8 @@ def parse_layers(layers: str | int | Sequence[int], num_layers: int) -> range | 
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", layers) if isinstance(layers, str) else None
     if match:
         chosen = range(int(match[1]), int(match[2] or match[1]) + 1)
-    elif _is_index(layers):
-        chosen = [layers]  # type: ignore[list-item]
+    elif isinstance(layers, int) and _is_index(layers):
+        chosen = [layers]
     elif isinstance(layers, Sequence) and not isinstance(layers, str) and all(_is_index(i) for i in layers):
         chosen = sorted(layers)
     else:
@@ -315,7 +315,8 @@ def resolve(
         UserError: for a part that no block has, a placement that matches nothing, a module matched twice, or
             `fused=fused` with only some parts of a matrix.
     """
-    config, model_type = text_config(model.config), model.config.model_type  # type: ignore[union-attr]
+    full_config: Any = model.config
+    config, model_type = text_config(full_config), full_config.model_type
     blocks, members = _mapped(model, config, architecture) if architecture is not None else _known(model, config)
     parts = parse_placement(placement)
     has = [p for p in (*PARTS, EXPERTS) if any(p in block_members for block_members in members.values())]
@@ -376,8 +377,9 @@ def _known(model: nn.Module, config: Any) -> tuple[dict[int, Block], dict[int, M
         if any("q" in each and "o" in each for each in members):
             candidates[pattern] = list(zip(modules.items(), members, strict=True))
     if not candidates:
+        full_config: Any = model.config
         raise UserError(
-            f"architecture: no built-in map fits its names, got model_type={model.config.model_type}; give one with "  # type: ignore[union-attr]
+            f"architecture: no built-in map fits its names, got model_type={full_config.model_type}; give one with "
             "architecture={blocks: model.layers, q: self_attn.q_proj, ...}"
         )
     nearest = min(pattern.count(".") for pattern in candidates)
@@ -482,8 +484,8 @@ def _parse_path(path: str) -> Member:
             "architecture: a part is a module path, with [start:stop] or [start:stop of period] for rows of it, got "
             f"{path}"
         )
-    numbers = tuple(int(number) for number in match.groups()[1:] if number)
-    return match[1], numbers or None  # type: ignore[return-value]
+    numbers: Any = tuple(int(number) for number in match.groups()[1:] if number)
+    return match[1], numbers or None
 
 
 def _blocks(model: nn.Module, blocks: str) -> dict[int, tuple[str, nn.Module]]:
@@ -573,8 +575,8 @@ def _views_of(
 def _experts_of(
     block: Block, layer: int, path: str, members: Mapping[str, Rows | None], split: bool
 ) -> Iterator[WeightView]:
-    full_path, module = f"{block[0]}.{path}", block[1].get_submodule(path)
-    for number in range(len(module.down_proj)):  # type: ignore[arg-type]
-        for place, rows, n, k in matrices(module):
+    full_path, experts = f"{block[0]}.{path}", cast(Any, block[1].get_submodule(path))
+    for number in range(len(experts.down_proj)):
+        for place, rows, n, k in matrices(experts):
             name = f"{full_path}.{place.format(number)}"
             yield WeightView(f"{name}[up]" if rows else name, name, EXPERTS, layer, rows, k, n)

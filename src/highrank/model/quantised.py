@@ -8,7 +8,7 @@ a layer's weight as a `QuantisedWeight`: x Wᵀ is the layer's own product, and 
 import importlib.util
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def _quantised(module: nn.Linear, kind: str) -> nn.Module:
         config: Any = Int8WeightOnlyConfig()
     else:
         group = math.gcd(module.in_features, 128)
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))  # type: ignore[attr-defined]
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))  # type: ignore[attr-defined]  # torch has it
     quantize_(module, config)
     layer = TorchaoLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
     layer.weight, layer.bias = module.weight, module.bias
@@ -106,7 +106,8 @@ class TorchaoLinear(nn.Linear):
     """A linear layer with a torchao weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        y: Tensor = Product.apply(x, self.weight, self.bias)
+        return y
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -131,11 +132,11 @@ def dequantise_model(model: nn.Module) -> None:
     """Puts a plain linear layer with the dequantised weight in the place of every quantised one."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantised(module):
-            W, bias = dequantise(module), module.bias
+            W, bias = dequantise(module), cast(Tensor | None, module.bias)
             plain = nn.Linear(W.shape[1], W.shape[0], bias is not None, W.device, W.dtype).requires_grad_(False)
             plain.weight.copy_(W)
             if bias is not None:
-                plain.bias.copy_(bias)  # type: ignore[arg-type]
+                plain.bias.copy_(bias)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, plain)
 
@@ -193,7 +194,7 @@ class QuantisedWeight(Tensor):
         return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as torch documents it
         args, kwargs = tree_map(lambda a: a.dense if isinstance(a, cls) else a, (args, kwargs or {}))
         return func(*args, **kwargs)
 

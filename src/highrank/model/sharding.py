@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,10 +36,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def sharded_like(like: Tensor, tensor: Tensor) -> Tensor:
+def sharded_like(like: Any, tensor: Tensor) -> Tensor:
     """Returns this process's shard of a whole tensor, if `like` is a shard; else the tensor."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -47,7 +47,11 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
 def kept_shapes(cache: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Returns, per layer, heads and numbers of the keys and of the values that a cache holds; zeros where it holds none."""
     pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    return [tuple((0, 0) if t is None else (t.shape[1], t.shape[3]) for t in pair) for pair in pairs]  # type: ignore[misc]
+    return [(_heads_and_length(keys), _heads_and_length(values)) for keys, values in pairs]
+
+
+def _heads_and_length(kept: Any) -> tuple[int, int]:
+    return (0, 0) if kept is None else (kept.shape[1], kept.shape[3])
 
 
 def with_cache(module: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base
+        self.base: Any = base
         self.adapters = nn.ModuleList()
         self.spans: list[Rows | None] = []
         self.enabled = True
@@ -58,11 +58,13 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
+        weight: Tensor = self.base.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
+        bias: Tensor | None = self.base.bias
+        return bias
 
     def pairs(self) -> Iterator[tuple[Any, Rows | None]]:
         return zip(self.adapters, self.spans, strict=True)
@@ -84,7 +86,8 @@ class AdaptedLinear(nn.Module):
 
         at = 0
         for adapter, span in self.pairs():
-            start, stop = span[:2]  # type: ignore[index]
+            assert span is not None  # an adapter on the whole matrix is alone
+            start, stop = span[:2]
             if start > at:
                 add(at, start, F.linear)
             add(start, stop, adapter)
@@ -187,7 +190,7 @@ class WeightAdapters(Adapters):
                 raise UserError(f"placement: two adapted layers must not share a weight, got {first} and {view.path}")
 
     def adapted(self) -> Iterator[nn.Parameter]:
-        return (layer.base.weight for layer in self.layers.values())  # type: ignore[misc]
+        return (layer.base.weight for layer in self.layers.values())
 
     def base_weight(self, view: WeightView) -> Tensor:
         """Returns the pristine W (out_features, in_features) of a view, also while merged."""
@@ -223,7 +226,8 @@ class WeightAdapters(Adapters):
     @torch.no_grad()
     def _unmerge(self) -> None:
         for layer in self.layers.values():
-            weight_of(layer.base).copy_(layer.merged_from)  # type: ignore[arg-type]
+            assert layer.merged_from is not None
+            weight_of(layer.base).copy_(layer.merged_from)
             layer.merged_from = None
 
     def merging(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -55,15 +55,15 @@ class WholeModelAdapters(Adapters):
         self.by_view[method.name] = self.module
         self.plug()
         if self.num_positions:
-            model_type = model.config.model_type  # type: ignore[union-attr]
+            config: Any = model.config
             with (
-                reading(f"{method.name}: the model must take virtual tokens, got model_type={model_type}"),
+                reading(f"{method.name}: the model must take virtual tokens, got model_type={config.model_type}"),
                 torch.no_grad(),
             ):
                 write(model, some_tokens(model, 2), 2)
 
     @property
-    def num_positions(self) -> int:  # type: ignore[override]
+    def num_positions(self) -> int:
         return self.module.num_positions
 
     @property
@@ -99,7 +99,8 @@ class WholeModelAdapters(Adapters):
 
     @property
     def _embeddings(self) -> Tensor:
-        embeddings: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        model: Any = self.model
+        embeddings: Tensor = model.get_input_embeddings().weight
         return embeddings
 
     @property

@@ -93,8 +93,8 @@ def merge_run(
         if not fidelity["error"] <= MOST_ERROR and not force:  # nan is refused too
             raise UserError(
                 f"merge: rounding to {dtype} must keep what training changed, got error={fidelity['error']:.2f} > "
-                f"{MOST_ERROR} (argmax agreement {fidelity['argmax_agreement']:.3f}); use --dtype float32, or accept it with "
-                "--force"
+                f"{MOST_ERROR} (argmax agreement {fidelity['argmax_agreement']:.3f}); use --dtype float32, or accept it "
+                "with --force"
             )
         write_atomic(ready / "fidelity.json", json.dumps(fidelity, indent=1).encode())
         facts = {key: f"{value:.3g}" for key, value in fidelity.items() if isinstance(value, float)}

@@ -93,10 +93,12 @@ def _said(results: Results) -> str:
         ns = max((arm.scores[AVERAGE].n for arm in results.arms if AVERAGE in arm.scores), default=0)
     seeds = sorted({len(arm.scores[results.headline].seeds) for arm in _scored(results)})
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    intervals = (
+    note = (
         "Error bars: 95 % bootstrap intervals over seeds and examples." if seeds[-1] > 1 else "One seed: no intervals."
     )
-    return f"Score: {what}, in percent, over {span} seed{'s' if seeds != [1] else ''} and n = {ns:,} test examples. {intervals}"
+    return (
+        f"Score: {what}, in percent, over {span} seed{'s' if seeds != [1] else ''} and n = {ns:,} test examples. {note}"
+    )
 
 
 def _scored(results: Results) -> list[Arm]:

@@ -1,4 +1,4 @@
-"""The door for plugins: all that a method or a task of one's own needs of HighRank, wherever it is kept inside."""
+"""What plugins import: all that a method or a task of one's own needs of HighRank, wherever it is kept inside."""
 
 from highrank.base.errors import UserError
 from highrank.base.files import path_field, shown

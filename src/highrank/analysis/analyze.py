@@ -106,12 +106,12 @@ def runs_in(folder: Path) -> list[Path]:
         return [folder]
 
     done = [record.path for record in read_sweep(folder).records if record.status == "done"]
-    found = [run for run in done if read_card(run / "adapter")["views"]]
-    if not found:
+    runs = [run for run in done if read_card(run / "adapter")["views"]]
+    if not runs:
         raise UserError(
             f"analyze: a sweep holds finished runs with a ΔW, got {len(done)} finished and none with a ΔW in {folder}"
         )
-    return found
+    return runs
 
 
 def compare(analyses: Sequence[Analysis], out: Path) -> Path:
@@ -150,10 +150,10 @@ def labels(analyses: Sequence[Analysis]) -> list[str]:
     """Returns a name per run: its method, and the values in which runs of that method differ."""
     values = [{**asdict(a.run.method_cfg), **vars(a.run.core)} for a in analyses]
     names = []
-    for own, a in zip(values, analyses, strict=True):
+    for config, a in zip(values, analyses, strict=True):
         peers = [v for v, other in zip(values, analyses, strict=True) if other.run.method is a.run.method]
-        differing = [k for k in own if k not in UNHASHED and any(peer[k] != own[k] for peer in peers)]
-        names.append(" ".join([a.run.method.name, *(f"{key}={own[key]}" for key in differing)]))
+        differing = [k for k in config if k not in UNHASHED and any(peer[k] != config[k] for peer in peers)]
+        names.append(" ".join([a.run.method.name, *(f"{key}={config[key]}" for key in differing)]))
     return names
 
 
@@ -163,8 +163,8 @@ def show(analysis: Analysis) -> None:
     for key in ("part", "layer"):
         title = f"ΔW of {analysis.run.name}: mean by {key}"
         table = Table(key, "n", *(MEANS[column] for column in columns), title=title, **PLAIN)
-        for name, found in by(analysis.rows, key).items():
-            table.add_row(name, str(found["weights"]), *shown(found, columns))
+        for name, averages in by(analysis.rows, key).items():
+            table.add_row(name, str(averages["weights"]), *shown(averages, columns))
         console.print(table)
     if "error" in columns:
         console.print(
@@ -193,9 +193,9 @@ def columns_of(analyses: Sequence[Analysis]) -> list[str]:
     return [key for key in MEANS if key != "error" or any(a.spectra.key["sketch"] for a in analyses)]
 
 
-def shown(found: dict[str, float], columns: Sequence[str]) -> list[str]:
+def shown(averages: dict[str, float], columns: Sequence[str]) -> list[str]:
     styles = {"rank": ".1f", "count_above": ".1f", "effective_rank": ".1f", "error": ".0e"}
-    return [format(found[key], styles.get(key, ".3g")) for key in columns]
+    return [format(averages[key], styles.get(key, ".3g")) for key in columns]
 
 
 def draw(folder: Path, analyses: Sequence[Analysis]) -> None:
@@ -218,8 +218,8 @@ def command(words: list[str]) -> int:
     parser.add_argument("--sketch", type=int)
     parser.add_argument("--tiny", type=float, default=Settings.tiny)
     given = parser.options(words, "runs")
-    figures = analyze(given.runs, given.full, given.out, Settings(given.tiny, given.sketch))
+    folder = analyze(given.runs, given.full, given.out, Settings(given.tiny, given.sketch))
     for run in given.runs:
         dashboard.refresh(run)
-    print(figures)
+    print(folder)
     return 0

@@ -34,17 +34,17 @@ BY_LAYER = {
 def draw(analyses: Sequence[Analysis], names: Sequence[str]) -> dict[str, Figure]:
     """Returns file name -> figure, of those that these runs call for; `names` label the runs."""
     with matplotlib.rc_context(STYLE):
-        found = {
+        figures = {
             "spectra": spectra(analyses, names),
             **{key: by_layer(analyses, names, key) for key in BY_LAYER},
             "rank_per_layer": rank_per_layer(analyses, names),
         }
         if sum(hasattr(a.run.method_cfg, "r") for a in analyses) > 1:
-            found["rank_by_r"] = rank_by_r(analyses)
+            figures["rank_by_r"] = rank_by_r(analyses)
         for full in (a for a in analyses if not a.run.method.family.keeps_base):
-            found |= {"normalized": normalized(full), "expressive": expressive(full)}
-        found["heat_map"] = heat_map(analyses, names)
-    return found
+            figures |= {"normalized": normalized(full), "expressive": expressive(full)}
+        figures["heat_map"] = heat_map(analyses, names)
+    return figures
 
 
 def write(folder: Path, figures: dict[str, Figure]) -> None:
@@ -140,9 +140,9 @@ def rank_by_r(analyses: Sequence[Analysis]) -> Figure:
     for a in analyses:
         if hasattr(a.run.method_cfg, "r"):
             points.setdefault(a.run.method.name, {}).setdefault(a.run.method_cfg.r, []).append(means(a.rows)["rank"])
-    for i, (method, found) in enumerate(points.items()):
-        ranks = sorted(found)
-        axis.plot(ranks, [np.mean(found[r]) for r in ranks], marker="o", **_line(i, method))
+    for i, (method, by_r) in enumerate(points.items()):
+        ranks = sorted(by_r)
+        axis.plot(ranks, [np.mean(by_r[r]) for r in ranks], marker="o", **_line(i, method))
     axis.axhline(means(analyses[0].rows)["base_rank"], label="W", **GREY)
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
@@ -218,8 +218,8 @@ def _above_noise(values: Any) -> Any:
 
 
 def _parts(analyses: Sequence[Analysis]) -> list[str]:
-    found = dict.fromkeys(row["part"] for a in analyses for row in a.rows)
-    return sorted(found, key=lambda part: PARTS.index(part.split("+")[0]))
+    parts = dict.fromkeys(row["part"] for a in analyses for row in a.rows)
+    return sorted(parts, key=lambda part: PARTS.index(part.split("+")[0]))
 
 
 def _layers(analyses: Sequence[Analysis]) -> list[int]:

@@ -93,9 +93,9 @@ def singular_values(M: Tensor, sketch: int | None = None) -> Spectrum:
     if sketch is not None and sketch < smaller:
         return _in_range(M, _range(M, sketch, power=2))
     if smaller >= 4 * TRIED:
-        found = _in_range(M, _range(M, TRIED))
-        if found.error <= ROUNDING * float(M.norm()):
-            return found
+        spectrum = _in_range(M, _range(M, TRIED))
+        if spectrum.error <= ROUNDING * float(M.norm()):
+            return spectrum
     return Spectrum(torch.linalg.svdvals(M).cpu().numpy())
 
 
@@ -145,8 +145,8 @@ def measure(adapters: Adapters, key: dict[str, Any], settings: Settings) -> Spec
         spectra.add(f"base/{view.name}", _of_base(W, settings.sketch))
         if not adapters.keeps_base:
             quotient, masked, left_out = ratio(E, W, settings.tiny)
-            found = singular_values(quotient, settings.sketch)
-            spectra.add(f"ratio/{view.name}", found, masked=masked, left_out=left_out)
+            spectrum = singular_values(quotient, settings.sketch)
+            spectra.add(f"ratio/{view.name}", spectrum, masked=masked, left_out=left_out)
     return spectra
 
 
@@ -163,11 +163,11 @@ def _of_base(W: Tensor, sketch: int | None) -> Spectrum:
             return Spectrum(stored["values"], float(stored["error"]))
         except (SafetensorError, KeyError):
             file.unlink()  # damaged: decompose again
-    found = singular_values(W)
+    spectrum = singular_values(W)
     with suppress(OSError):  # a cache that cannot be written costs time alone
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, save({"values": found.values, "error": np.array(found.error)}))
-    return found
+        write_atomic(file, save({"values": spectrum.values, "error": np.array(spectrum.error)}))
+    return spectrum
 
 
 def cache_key(adapter_sha256: str, base_sha: str | None, settings: Settings) -> dict[str, Any]:

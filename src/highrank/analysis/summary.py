@@ -49,7 +49,7 @@ class Analysis:
     @property
     def summary(self) -> dict[str, Any]:
         """What statistics.json holds."""
-        found = {
+        content = {
             "key": self.spectra.key,
             "method": {"name": self.run.method.name, **asdict(self.run.method_cfg)},
             "thresholds": {
@@ -62,7 +62,7 @@ class Analysis:
             "layers": by(self.rows, "layer"),
             "views": self.rows,
         }
-        return found if self.run.method.family.keeps_base else {**found, "expressive": expressive(self)}
+        return content if self.run.method.family.keeps_base else {**content, "expressive": expressive(self)}
 
 
 def describe(view: dict[str, Any], spectra: Spectra) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def describe(view: dict[str, Any], spectra: Spectra) -> dict[str, Any]:
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Returns the mean of every statistic over weights, and their number; of `error` the largest."""
-    found = {key: sum(row[key] for row in rows) / len(rows) for key in (*MEANS, "base_rank")}
-    return {**found, "error": max(row["error"] for row in rows), "weights": len(rows)}
+    averages = {key: sum(row[key] for row in rows) / len(rows) for key in (*MEANS, "base_rank")}
+    return {**averages, "error": max(row["error"] for row in rows), "weights": len(rows)}
 
 
 def by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
@@ -118,10 +118,10 @@ def expressive(full: Analysis) -> list[dict[str, float]]:
     """Returns, per r, the means over weights of HiRA's bound and LoRA's error, and the share of weights with the former
     below the latter."""
     limit = min(min(row["out_features"], row["in_features"]) for row in full.rows)
-    found = []
+    rows = []
     for r in (r for r in RANKS if r < limit):
         pairs = [errors_at(full, row, r) for row in full.rows]
-        found.append(
+        rows.append(
             {
                 "r": r,
                 "hira_bound": sum(bound for bound, _ in pairs) / len(pairs),
@@ -129,4 +129,4 @@ def expressive(full: Analysis) -> list[dict[str, float]]:
                 "share_below": sum(bound < error for bound, error in pairs) / len(pairs),
             }
         )
-    return found
+    return rows

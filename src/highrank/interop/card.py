@@ -1,4 +1,4 @@
-"""The README of what a run gives away: method, base, data, protocol, scores and the command that makes it again."""
+"""The README.md of a merged or exported run: method, base, data, protocol, scores, the command that makes it again."""
 
 import shlex
 import sys
@@ -63,9 +63,9 @@ def formula(method: Any) -> str:
 
 def _scores(metrics: Mapping[str, Any]) -> str:
     rows = [
-        f"| {name} | {when} | {_listed(found)} |\n"
+        f"| {name} | {when} | {_listed(set_metrics)} |\n"
         for when, label in (("before training", "before"), ("after training", "final"))
-        for name, found in metrics.get(label, {}).get("sets", {}).items()
+        for name, set_metrics in metrics.get(label, {}).get("sets", {}).items()
     ]
     return (
         "\n## Scores\n\nIn percent, but for counts.\n\n| set | | |\n| --- | --- | --- |\n" + "".join(rows)
@@ -75,8 +75,8 @@ def _scores(metrics: Mapping[str, Any]) -> str:
 
 
 def _listed(values: Mapping[str, Any], *without: str) -> str:
-    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if k not in without}
-    return ", ".join(f"{key} {value}" for key, value in shown.items())
+    texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if k not in without}
+    return ", ".join(f"{key} {value}" for key, value in texts.items())
 
 
 def _cell(value: Any) -> str:

@@ -62,7 +62,7 @@ def evaluate(words: list[str]) -> int:
         from highrank.interop.lm_eval import evaluate_runs as with_harness
 
         with result_alone():
-            found = with_harness(folders, options.tasks.split(","), options.limit, options.include, rest)
+            results = with_harness(folders, options.tasks.split(","), options.limit, options.include, rest)
     else:
         others = [f"--{name}" for name in ("tasks", "limit", "include") if getattr(options, name) is not None]
         if others:
@@ -70,6 +70,6 @@ def evaluate(words: list[str]) -> int:
         from highrank.interop.loaded import evaluate_runs
 
         with result_alone():
-            found = evaluate_runs(folders, rest)
-    print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=1))
+            results = evaluate_runs(folders, rest)
+    print(json.dumps(next(iter(results.values())) if len(results) == 1 else results, indent=1))
     return 0

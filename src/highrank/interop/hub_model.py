@@ -84,20 +84,20 @@ def merge_run(
         merged.to(DTYPES[dtype]).save_pretrained(ready)
         backbone.tokenizer.save_pretrained(ready)
         again = type(merged).from_pretrained(ready, dtype=torch.float32, use_safetensors=True).eval()
-        found: dict[str, Any] = {
+        fidelity: dict[str, Any] = {
             "dtype": dtype,
             **compare(y, logits(again, texts), y0),
             "update_lost": lost,
             "texts": len(texts),
         }
-        if not found["error"] <= MOST_ERROR and not force:  # nan is refused too
+        if not fidelity["error"] <= MOST_ERROR and not force:  # nan is refused too
             raise UserError(
-                f"merge: rounding to {dtype} must keep what training changed, got error={found['error']:.2f} > "
-                f"{MOST_ERROR} (argmax agreement {found['argmax_agreement']:.3f}); use --dtype float32, or accept it with "
-                "--force"
+                f"merge: rounding to {dtype} must keep what training changed, got error={fidelity['error']:.2f} > "
+                f"{MOST_ERROR} (argmax agreement {fidelity['argmax_agreement']:.3f}); use --dtype float32, or accept it "
+                "with --force"
             )
-        write_atomic(ready / "fidelity.json", json.dumps(found, indent=1).encode())
-        facts = {key: f"{value:.3g}" for key, value in found.items() if isinstance(value, float)}
+        write_atomic(ready / "fidelity.json", json.dumps(fidelity, indent=1).encode())
+        facts = {key: f"{value:.3g}" for key, value in fidelity.items() if isinstance(value, float)}
         facts = {"dtype": dtype, "fidelity": ", ".join(f"{key} {value}" for key, value in facts.items())}
         write_atomic(ready / "README.md", model_card(run, Path(folder), "transformers", facts).encode())
     return out_folder
@@ -119,25 +119,25 @@ def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
 @torch.no_grad()
 def logits(model: Any, texts: Sequence[Encoded]) -> list[Tensor]:
     """Returns, per text, the logits (positions, outputs) in fp32 on the CPU."""
-    found = []
+    tensors = []
     for text in texts:
         batch = {k: v.to(model.device) for k, v in collate([text], 0).items() if k != "labels"}
-        found.append(model(**batch).logits.float().cpu().flatten(0, -2))
-    return found
+        tensors.append(model(**batch).logits.float().cpu().flatten(0, -2))
+    return tensors
 
 
 def compare(y: Sequence[Tensor], other: Sequence[Tensor], base: Sequence[Tensor] | None = None) -> dict[str, float]:
     """Returns max_logit_difference and argmax_agreement of two models' logits and, given the base's, error."""
     a, b = torch.cat(list(y)), torch.cat(list(other))
-    found = {
+    measures = {
         "max_logit_difference": float((a - b).abs().max()),
         "argmax_agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
     }
     if base is not None:
         changed = float((a - torch.cat(list(base))).double().norm())
         difference = float((a - b).double().norm())
-        found["error"] = difference / changed if changed else float(difference > 0)
-    return found
+        measures["error"] = difference / changed if changed else float(difference > 0)
+    return measures
 
 
 @torch.no_grad()

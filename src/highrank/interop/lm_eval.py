@@ -40,7 +40,7 @@ def evaluate_runs(
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise UserError(f"eval: unknown task of the harness, got {', '.join(unknown)}; its names: lm-eval ls tasks")
-    found = {}
+    by_run = {}
     for folder, run, backbone, adapters in on_shared_bases(folders, words):
         with quiet():
             trainer = lightning.Trainer(**alone(run.trainer), logger=False, enable_checkpointing=False)
@@ -58,5 +58,5 @@ def evaluate_runs(
             random_seed=run.core.seed,
             log_samples=False,
         )
-        found[str(folder)] = results["results"]
-    return found
+        by_run[str(folder)] = results["results"]
+    return by_run

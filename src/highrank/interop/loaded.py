@@ -126,11 +126,11 @@ class AdapterSwitch:
     def compare(self, first: str | None, second: str | None, texts: Sequence[Any]) -> dict[str, float]:
         """Returns max_logit_difference and argmax_agreement of two adapters (None: the base) on encoded texts."""
 
-        found = []
+        pair = []
         for name in (first, second):
             with self._only(name):
-                found.append(logits(self.model, texts))
-        return compare(*found)
+                pair.append(logits(self.model, texts))
+        return compare(*pair)
 
     @contextmanager
     def _only(self, name: str | None) -> Iterator[None]:
@@ -177,7 +177,7 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
         with reading(tasks[folder]):
             tasks[folder].test()
 
-    found = {}
+    by_run = {}
     for folder, run, backbone, adapters in on_shared_bases(folders, words, needed=read_tests):
         task = tasks[folder]
         positions = context_length(backbone.model, backbone.tokenizer) - adapters.num_positions
@@ -188,21 +188,21 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
         keep_freed_memory()
         with quiet():
             trainer = make_evaluator(run)
-            found[str(folder)], _ = evaluate(trainer, module, data, run.core.eval_batch_size, lambda name, rows: None)
-    return found
+            by_run[str(folder)], _ = evaluate(trainer, module, data, run.core.eval_batch_size, lambda name, rows: None)
+    return by_run
 
 
 def trained_on(folder: Path, words: Sequence[str]) -> list[Any] | None:
     """Returns the examples that a run was trained on: from where they were or, if they were moved, from where `words`
     say that the task's data lies; None, and a line that says so, where they are gone."""
-    own, moved = read_run(folder), [word for word in words if key_of(word).startswith("task.")]
-    places = [own, read_run(folder, moved)] if moved and not any(key_of(word) == "task" for word in words) else [own]
+    run, moved = read_run(folder), [word for word in words if key_of(word).startswith("task.")]
+    places = [run, read_run(folder, moved)] if moved and not any(key_of(word) == "task" for word in words) else [run]
     gone = []
     for place in places:
         task = place.make_task()
         try:
             with reading(task):
-                records = hold_out(task.train(), own.protocol)[0]
+                records = hold_out(task.train(), run.protocol)[0]
         except UserError as error:
             gone.append(str(error))
             continue
@@ -229,8 +229,8 @@ def on_shared_bases(
         task = run.make_task()
         _check_kind(folder, task)
         needed(folder)
-        own = None if run.method.family.keeps_base else str(folder)
-        base = digest([run.model, run.core.path, task.kind, task.num_labels, own])
+        base_folder = None if run.method.family.keeps_base else str(folder)
+        base = digest([run.model, run.core.path, task.kind, task.num_labels, base_folder])
         groups.setdefault(base, []).append((folder, run, task))
     for members in groups.values():
         folder, run, task = members[0]

@@ -206,18 +206,18 @@ def _module(adapters: WeightAdapters, views: Sequence[WeightView], form: Form, r
 
 
 def _parameters(adapters: WeightAdapters, view: WeightView) -> dict[str, Tensor]:
-    found = {name: p.detach().float().cpu() for name, p in adapters.by_view[view.name].named_parameters()}
+    parameters = {name: p.detach().float().cpu() for name, p in adapters.by_view[view.name].named_parameters()}
     if adapters.method.name == "boft":
-        found["s"] = found["s"][:, None]
+        parameters["s"] = parameters["s"][:, None]
     if adapters.method.name != "hyperadapt":
-        return found
-    a, b = found["a"], found["b"]
+        return parameters
+    a, b = parameters["a"], parameters["b"]
     return {"A": torch.stack([a, -torch.ones_like(a)], dim=1), "B": torch.stack([b, torch.ones_like(b)])}
 
 
-def _virtual_tokens(whole: Any) -> Tensor:
+def _virtual_tokens(module: Any) -> Tensor:
     """Returns (p, d), or a prefix as (p, 2 L g d_h)."""
-    return whole.P.permute(3, 0, 1, 2, 4).flatten(1) if whole.name == "prefix" else whole.embeddings()
+    return module.P.permute(3, 0, 1, 2, 4).flatten(1) if module.name == "prefix" else module.embeddings()
 
 
 def _projections(adapters: WeightAdapters) -> dict[str, Tensor]:
@@ -354,10 +354,10 @@ def _factors_of(method: str, fields: Mapping[str, Any], tensors: Mapping[str, Te
 
     PEFT computes with one factor where its CUDA extension does not build, and still writes the number that was asked for.
     """
-    found = {len(tensor) for key, tensor in tensors.items() if key.endswith("boft_R")} if method == "boft" else set()
-    if len(found) != 1 or found == {fields["butterfly_factor"]}:
+    counts = {len(tensor) for key, tensor in tensors.items() if key.endswith("boft_R")} if method == "boft" else set()
+    if len(counts) != 1 or counts == {fields["butterfly_factor"]}:
         return {}
-    (m,) = found
+    (m,) = counts
     say(
         f"import: PEFT's config says boft_n_butterfly_factor={fields['butterfly_factor']}, its tensors have {m}, which it "
         "computed with (its CUDA extension was not there): read as the tensors have it"
@@ -411,12 +411,12 @@ def _placement_words(run: Run, form: Form, tensors: Mapping[str, Tensor]) -> lis
 
 def _owners(form: Form, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     """Returns, per tensor that belongs to a module, the module's path and our name of the tensor."""
-    found = {}
+    owners = {}
     for key in tensors:
         for ours, theirs in form.tensors.items():
             if key.startswith(PREFIX) and key.endswith(f".{theirs}"):
-                found[key] = key.removeprefix(PREFIX).removesuffix(f".{theirs}"), ours
-    return found
+                owners[key] = key.removeprefix(PREFIX).removesuffix(f".{theirs}"), ours
+    return owners
 
 
 def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -438,9 +438,9 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
         return {f"{adapters.method.name}.P": virtual.float()}
     names = {view.path: view.name for view in adapters.views}
     owners = _owners(form, tensors)
-    found = {f"{names[path]}.{ours}": tensors[key].float() for key, (path, ours) in owners.items()}
+    state = {f"{names[path]}.{ours}": tensors[key].float() for key, (path, ours) in owners.items()}
     if adapters.method.name == "boft":
-        found = {key: tensor.flatten() if key.endswith(".s") else tensor for key, tensor in found.items()}
+        state = {key: tensor.flatten() if key.endswith(".s") else tensor for key, tensor in state.items()}
     rest = {key: tensor for key, tensor in tensors.items() if key not in owners}
     if adapters.method.name == "vera":
         for key, drawn in _projections(adapters).items():
@@ -456,5 +456,5 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
                 f"import: only adapters, and the new head of a classifier, are read, got {key}; modules_to_save is "
                 f"{config.get('modules_to_save')}"
             )
-        found[key.removeprefix(PREFIX)] = tensor.float()
-    return found
+        state[key.removeprefix(PREFIX)] = tensor.float()
+    return state

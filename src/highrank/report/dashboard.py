@@ -78,11 +78,11 @@ def write(folder: Path) -> None:
     sweep = read_sweep(folder)
     domains = {key: _domain([_plain(value) for value in values]) for key, values in sweep.axes.items()}
     for record in sweep.records:
-        own = {k: v for k, v in hyperparameters(record.config).items() if k not in domains}
+        hparams = {k: v for k, v in hyperparameters(record.config).items() if k not in domains}
         for key, value in record.axes.items():
-            own[key] = domains[key].dtype(_plain(value)) if key in domains else _plain(value)
+            hparams[key] = domains[key].dtype(_plain(value)) if key in domains else _plain(value)
         if record.status != "running":
-            _write_session(record, own)
+            _write_session(record, hparams)
     for file in (folder / "search").glob("*/events.out.tfevents.*.session"):
         file.unlink()
 
@@ -112,14 +112,14 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, str | bool | int | f
 def scalars(results: Mapping[str, Any]) -> dict[str, float]:
     """Returns tag -> value: final/<set>/<metric>, the macro average final/<metric>, and cost/<name>."""
     final = results.get("metrics", {}).get("final", {})
-    found = {f"final/{name}": value for name, value in final.items() if name != "sets"}
+    by_tag = {f"final/{name}": value for name, value in final.items() if name != "sets"}
     for name, values in final.get("sets", {}).items():
-        found |= {f"final/{name}/{metric}": value for metric, value in values.items()}
+        by_tag |= {f"final/{name}/{metric}": value for metric, value in values.items()}
     params, times, memory = (results.get(part, {}) for part in ("params", "time", "memory"))
-    found |= {f"cost/{name}": params[name] for name in ("trainable", "percent") if name in params}
-    found |= {f"cost/{name}": times[name] for name in ("train_s", "total_s") if name in times}
-    found |= {f"cost/{name.removesuffix('bytes')}gib": size / 2**30 for name, size in memory.items()}
-    return {tag: value for tag, value in found.items() if isinstance(value, int | float)}
+    by_tag |= {f"cost/{name}": params[name] for name in ("trainable", "percent") if name in params}
+    by_tag |= {f"cost/{name}": times[name] for name in ("train_s", "total_s") if name in times}
+    by_tag |= {f"cost/{name.removesuffix('bytes')}gib": size / 2**30 for name, size in memory.items()}
+    return {tag: value for tag, value in by_tag.items() if isinstance(value, int | float)}
 
 
 def layout(tags: Iterable[str]) -> Summary:
@@ -180,13 +180,13 @@ def _record(tag: str, **content: Any) -> Summary:
 
 def _figures(folder: Path) -> list[Summary]:
     """Returns the figures in a folder's analysis/ as images."""
-    found = []
+    summaries = []
     for file in sorted((folder / "analysis").glob("*.png")):
         data = file.read_bytes()
         width, height = struct.unpack(">II", data[16:24])
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=data)
-        found.append(Summary(value=[Summary.Value(tag=f"analysis/{file.stem}", image=image)]))
-    return found
+        summaries.append(Summary(value=[Summary.Value(tag=f"analysis/{file.stem}", image=image)]))
+    return summaries
 
 
 def _write(folder: Path, kind: str, summaries: Iterable[Summary], at: float, step: int = 0) -> None:

@@ -59,18 +59,18 @@ class Drawing:
 
 def draw(results: Results) -> list[Drawing]:
     """Returns the figures that these results call for."""
-    found: list[tuple[str, str, str, Figure] | None] = []
+    figures: list[tuple[str, str, str, Figure] | None] = []
     with matplotlib.rc_context(STYLE):
         if "task" in results.keys:
-            found.append(transfer(results))
+            figures.append(transfer(results))
         else:
-            found.append(pareto(results))
-            found += [curve(results, key) for key in results.keys if key not in ("r1", "r2")]
-            found.append(split(results))
-            found += [bars(results, key) for key in results.keys]
-        found += [searches(results), heat_maps(results), spectra(results)]
+            figures.append(pareto(results))
+            figures += [curve(results, key) for key in results.keys if key not in ("r1", "r2")]
+            figures.append(split(results))
+            figures += [bars(results, key) for key in results.keys]
+        figures += [searches(results), heat_maps(results), spectra(results)]
         return [
-            Drawing(name, title, caption, svg(figure, title)) for name, title, caption, figure in filter(None, found)
+            Drawing(name, title, caption, svg(figure, title)) for name, title, caption, figure in filter(None, figures)
         ]
 
 
@@ -93,11 +93,11 @@ def _said(results: Results) -> str:
         ns = max((arm.scores[AVERAGE].n for arm in results.arms if AVERAGE in arm.scores), default=0)
     seeds = sorted({len(arm.scores[results.headline].seeds) for arm in _scored(results)})
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    bars = (
+    note = (
         "Error bars: 95 % bootstrap intervals over seeds and examples." if seeds[-1] > 1 else "One seed: no intervals."
     )
     return (
-        f"Score: {what}, in percent, over {span} seed{'s' if seeds != [1] else ''} and n = {ns:,} test examples. {bars}"
+        f"Score: {what}, in percent, over {span} seed{'s' if seeds != [1] else ''} and n = {ns:,} test examples. {note}"
     )
 
 
@@ -160,8 +160,8 @@ def pareto(results: Results) -> tuple[str, str, str, Figure] | None:
     kinds = list(dict.fromkeys(_kind(arm) for arm in arms))
     for axis, (name, x, log) in zip(axes, panels, strict=True):
         for i, kind in enumerate(kinds):
-            own = [j for j, arm in enumerate(arms) if _kind(arm) == kind]
-            _point(axis, [x[j] for j in own], [arms[j].scores[results.headline] for j in own], i, kind)
+            indices = [j for j, arm in enumerate(arms) if _kind(arm) == kind]
+            _point(axis, [x[j] for j in indices], [arms[j].scores[results.headline] for j in indices], i, kind)
         for arm, at in zip(arms, x, strict=True) if len(arms) <= MOST_NAMED else ():
             rest = (
                 label({key: value for key, value in arm.axes.items() if key != "method"}) if len(arm.axes) > 1 else ""
@@ -191,21 +191,21 @@ def _kind(arm: Arm) -> str:
 
 
 def _front(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
-    found: list[tuple[float, float]] = []
+    front: list[tuple[float, float]] = []
     for at, score in sorted(zip(x, y, strict=True), key=lambda point: (point[0], -point[1])):
-        if not found or score > found[-1][1]:
-            found.append((at, score))
-    return [*found, (max(x), found[-1][1])]
+        if not front or score > front[-1][1]:
+            front.append((at, score))
+    return [*front, (max(x), front[-1][1])]
 
 
 def _lines(results: Results, keys: Sequence[str]) -> dict[str, list[Arm]]:
     """Returns the arms that differ in `keys` alone, by the name of the rest."""
-    found: dict[str, list[Arm]] = {}
+    lines: dict[str, list[Arm]] = {}
     for arm in _scored(results):
         if all(arm.axes.get(key) is not None for key in keys):
             rest = {key: value for key, value in arm.axes.items() if key not in keys}
-            found.setdefault(label(rest), []).append(arm)
-    return {name: arms for name, arms in found.items() if len(arms) > 1}
+            lines.setdefault(label(rest), []).append(arm)
+    return {name: arms for name, arms in lines.items() if len(arms) > 1}
 
 
 def curve(results: Results, key: str) -> tuple[str, str, str, Figure] | None:
@@ -248,8 +248,8 @@ def _printed(lines: dict[str, list[Arm]], key: str) -> list[tuple[Any, float]]:
     if len(lines) != 1:
         return []
     (arms,) = lines.values()
-    found = {arm.axes[key]: row.average for arm in arms for row in arm.published if row.average is not None}
-    return sorted(found.items()) if len(found) > 1 else []
+    averages = {arm.axes[key]: row.average for arm in arms for row in arm.published if row.average is not None}
+    return sorted(averages.items()) if len(averages) > 1 else []
 
 
 def split(results: Results) -> tuple[str, str, str, Figure] | None:
@@ -288,11 +288,11 @@ def bars(results: Results, key: str) -> tuple[str, str, str, Figure] | None:
     wide = 0.8 / len(groups)
     for i, (name, scores) in enumerate(groups.items()):
         at = [(values.index(value) - 0.4 + wide * (i + 0.5), score) for value, score in scores.items()]
-        x, own = [place for place, _ in at], [score for _, score in at]
-        errors = _errors(own)
+        x, bar_scores = [place for place, _ in at], [score for _, score in at]
+        errors = _errors(bar_scores)
         axis.bar(
             x,
-            [score.mean for score in own],
+            [score.mean for score in bar_scores],
             wide * 0.92,
             color=PALETTE[i % len(PALETTE)],
             yerr=errors if errors.any() else None,
@@ -307,10 +307,10 @@ def bars(results: Results, key: str) -> tuple[str, str, str, Figure] | None:
 
 def searches(results: Results) -> tuple[str, str, str, Figure] | None:
     """Validation loss against learning rate, as the search saw it."""
-    found = {arm.label: next((r.search for r in arm.records if r.search), None) for arm in results.arms}
+    by_arm = {arm.label: next((r.search for r in arm.records if r.search), None) for arm in results.arms}
     lines = {
         name: sorted((float(t["lr"]), t["loss"]) for t in search["trials"] if t.get("loss") is not None)
-        for name, search in found.items()
+        for name, search in by_arm.items()
         if search
     }
     lines = {name: points for name, points in lines.items() if len(points) > 1}
@@ -325,7 +325,7 @@ def searches(results: Results) -> tuple[str, str, str, Figure] | None:
     axis.set_xlabel("learning rate")
     axis.set_ylabel("validation loss")
     _legend(figure, axis)
-    seeds = {str(search["seed"]) for search in found.values() if search and "seed" in search}
+    seeds = {str(search["seed"]) for search in by_arm.values() if search and "seed" in search}
     caption = f"Loss on held-out training examples, one trial per rate, seed {', '.join(sorted(seeds)) or 'not recorded'}; no test example was seen."
     return "lr-search", "Learning-rate search", caption, figure
 
@@ -336,7 +336,7 @@ def transfer(results: Results) -> tuple[str, str, str, Figure] | None:
     for arm in results.arms:
         rest = {key: value for key, value in arm.axes.items() if key != "task"}
         panels.setdefault(label(rest) if rest else "", {})[shown(arm.axes.get("task"))] = arm
-    tasks = list(dict.fromkeys(task for own in panels.values() for task in own))
+    tasks = list(dict.fromkeys(task for arms in panels.values() for task in arms))
     if len(tasks) < 2 or len(panels) > MOST_PANELS:
         return None
     figure = Figure(
@@ -348,10 +348,10 @@ def transfer(results: Results) -> tuple[str, str, str, Figure] | None:
     for axis, (name, arms) in zip(axes, panels.items(), strict=True):
         grid = np.full((len(tasks), len(results.sets)), np.nan)
         for task, arm in arms.items():
-            for j, own in enumerate(results.sets):
-                if own in arm.scores:
-                    grid[tasks.index(task), j] = arm.scores[own].mean
-        same = np.array([[task.split("/")[-1] == own for own in results.sets] for task in tasks])
+            for j, test_set in enumerate(results.sets):
+                if test_set in arm.scores:
+                    grid[tasks.index(task), j] = arm.scores[test_set].mean
+        same = np.array([[task.split("/")[-1] == test_set for test_set in results.sets] for task in tasks])
         _matrix(axis, grid, [task.split("/")[-1] for task in tasks], results.sets, "{:.0f}", min(means), max(means))
         axis.set_title(name, loc="left")
         axis.set_xlabel("tested on")
@@ -405,7 +405,7 @@ def _matrix(
 
 def _analysed(results: Results) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
     """Returns, per arm, the analysis folder of its first analysed run and the statistics per weight."""
-    found: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
+    analyses: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
     for arm in results.arms:
         for record in arm.records:
             folder = record.path / "analysis"
@@ -415,25 +415,25 @@ def _analysed(results: Results) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
             except (OSError, ValueError, KeyError, TypeError):
                 continue
             if views:
-                found[arm.label] = (folder, views)
+                analyses[arm.label] = (folder, views)
                 break
-    return dict(itertools.islice(found.items(), MOST_PANELS))
+    return dict(itertools.islice(analyses.items(), MOST_PANELS))
 
 
 def heat_maps(results: Results) -> tuple[str, str, str, Figure] | None:
     """Normalised rank of ΔW, parts by layers, a panel per arm (HyperAdapt, figure 3)."""
-    found = _analysed(results)
-    if not found:
+    analyses = _analysed(results)
+    if not analyses:
         return None
-    parts = list(dict.fromkeys(view["part"] for _, views in found.values() for view in views))
-    layers = sorted({view["layer"] for _, views in found.values() for view in views})
-    across = min(len(found), max(1, 24 // len(layers)), 3)
-    down = -(-len(found) // across)
+    parts = list(dict.fromkeys(view["part"] for _, views in analyses.values() for view in views))
+    layers = sorted({view["layer"] for _, views in analyses.values() for view in views})
+    across = min(len(analyses), max(1, 24 // len(layers)), 3)
+    down = -(-len(analyses) // across)
     size = (1 + across * max(2.2, 0.5 + 0.3 * len(layers)), down * (0.8 + 0.26 * len(parts)) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).flat)
-    highest = max(view["normalized_rank"] for _, views in found.values() for view in views) or 1.0
-    for axis, (name, (_, views)) in zip(axes, found.items(), strict=False):
+    highest = max(view["normalized_rank"] for _, views in analyses.values() for view in views) or 1.0
+    for axis, (name, (_, views)) in zip(axes, analyses.items(), strict=False):
         grid = np.full((len(parts), len(layers)), np.nan)
         for view in views:
             grid[parts.index(view["part"]), layers.index(view["layer"])] = view["normalized_rank"]
@@ -441,7 +441,7 @@ def heat_maps(results: Results) -> tuple[str, str, str, Figure] | None:
         step = 1 + (len(layers) - 1) // 15
         axis.set_xticks(range(0, len(layers), step), layers[::step], rotation=0, ha="center")
         axis.set_title(name, loc="left", fontsize=10)
-    for axis in axes[len(found) :]:
+    for axis in axes[len(analyses) :]:
         axis.set_visible(False)
     axes[0].set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="#{σ ≥ 0.01} / rank(W)")
@@ -451,13 +451,13 @@ def heat_maps(results: Results) -> tuple[str, str, str, Figure] | None:
 
 def spectra(results: Results) -> tuple[str, str, str, Figure] | None:
     """The largest singular values of ΔW in the middle layer, a panel per part (HyperAdapt, figure 4)."""
-    found = _analysed(results)
-    layers = sorted({view["layer"] for _, views in found.values() for view in views})
+    analyses = _analysed(results)
+    layers = sorted({view["layer"] for _, views in analyses.values() for view in views})
     if not layers:
         return None
     layer = layers[(len(layers) - 1) // 2]
     curves: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for name, (folder, views) in found.items():
+    for name, (folder, views) in analyses.items():
         try:
             arrays = load_file(folder / "singular_values.safetensors")
         except (OSError, SafetensorError):
@@ -472,10 +472,10 @@ def spectra(results: Results) -> tuple[str, str, str, Figure] | None:
     down = -(-len(curves) // across)
     figure = Figure(figsize=(max(5, 3.2 * across), 2.4 * down + 0.8), layout="constrained")
     axes = list(figure.subplots(down, across, sharex=True, squeeze=False).flat)
-    for axis, (part, own) in zip(axes, curves.items(), strict=False):
-        for i, name in enumerate(found):
-            if name in own:
-                values = np.where(own[name] > 1e-7 * own[name].max(initial=0), own[name], np.nan)
+    for axis, (part, by_arm) in zip(axes, curves.items(), strict=False):
+        for i, name in enumerate(analyses):
+            if name in by_arm:
+                values = np.where(by_arm[name] > 1e-7 * by_arm[name].max(initial=0), by_arm[name], np.nan)
                 axis.plot(np.arange(1, len(values) + 1), values, color=PALETTE[i], label=name, linewidth=1.4)
         axis.axhline(0.01, color="#888888", linewidth=0.8)
         axis.set_yscale("log")

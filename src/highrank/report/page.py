@@ -51,13 +51,13 @@ def report(
     """
     results = collect(source.records, mix)
     shape = pivot(results, rows, columns)
-    found = items(results, shape)
-    compare(found, shape, baseline)
+    entries = items(results, shape)
+    compare(entries, shape, baseline)
     against = ", ".join(f"{key}={value}" for key, value in baseline.items()) if baseline else None
-    scores = tables.score_tables(results, found, shape, against)
+    scores = tables.score_tables(results, entries, shape, against)
     costs = [t for t in (tables.cost_table(results), tables.search_table(results)) if t]
     details = [
-        tables.comparison_table(found, shape, against),
+        tables.comparison_table(entries, shape, against),
         tables.measures_table(results),
         tables.pattern_table(results),
     ]
@@ -65,7 +65,7 @@ def report(
     page = _template().render(
         title=source.title,
         lead=_lead(source, results),
-        finding=finding(found, shape.compared, against),
+        finding=finding(entries, shape.compared, against),
         notes=results.notes,
         scores=scores,
         costs=costs,
@@ -108,8 +108,8 @@ def read(folders: Sequence[Path], out: Path | None = None) -> Source:
 
 
 def _absent(records: Sequence[Record], skipped: Sequence[tuple[Path, str]]) -> list[tuple[str, str, str]]:
-    found = [(r.name, r.status, str(r.results.get("error") or "")) for r in records if r.status != "done"]
-    return found + [(path.name, "damaged", reason) for path, reason in skipped]
+    unfinished = [(r.name, r.status, str(r.results.get("error") or "")) for r in records if r.status != "done"]
+    return unfinished + [(path.name, "damaged", reason) for path, reason in skipped]
 
 
 def _template() -> jinja2.Template:
@@ -117,10 +117,10 @@ def _template() -> jinja2.Template:
     return environment.from_string((files("highrank.report") / "page.html").read_text(encoding="utf-8"))
 
 
-def finding(found: Sequence[Item], compared: Sequence[str], baseline: str | None) -> str:
+def finding(entries: Sequence[Item], compared: Sequence[str], baseline: str | None) -> str:
     """Returns the report's answer in a sentence: what is best, and whether that is more than chance."""
-    last = found[-1].at
-    group = [item for item in found if all(item.at[key] == last[key] for key in last if key not in compared)]
+    last = entries[-1].at
+    group = [item for item in entries if all(item.at[key] == last[key] for key in last if key not in compared)]
     best = max(group, key=lambda item: item.score.mean)
     score, name = best.score, str(last["set"])
     where = {"average": "on average"}.get(name, f"on {name}")
@@ -141,8 +141,8 @@ def finding(found: Sequence[Item], compared: Sequence[str], baseline: str | None
     close = [item.arm.label for item in others if item.score.p is not None and item.score.p >= ALPHA]
     if not close:
         return text + ". Not every arm could be tested against it."
-    shown = "; ".join(close[:4]) + (f" and {len(close) - 4} more" if len(close) > 4 else "")
-    return text + f". Not distinguishable from it: {shown}."
+    listed = "; ".join(close[:4]) + (f" and {len(close) - 4} more" if len(close) > 4 else "")
+    return text + f". Not distinguishable from it: {listed}."
 
 
 def _lead(source: Source, results: Results) -> str:
@@ -171,16 +171,16 @@ def _provenance(source: Source, results: Results) -> list[tuple[str, str]]:
         return "; ".join(dict.fromkeys(str(value) for value in map(of, records) if value))
 
     def protocol(record: Record) -> str:
-        own = record.results["protocol"]
-        return f"{own.get('name')}, version {own.get('version')}, hash {own['hash'][:12]}"
+        fields = record.results["protocol"]
+        return f"{fields.get('name')}, version {fields.get('version')}, hash {fields['hash'][:12]}"
 
     def model(record: Record) -> str:
-        own = record.results.get("model", {})
-        return ", ".join(str(own[key])[:60] for key in ("name", "kind", "sha") if own.get(key))
+        fields = record.results.get("model", {})
+        return ", ".join(str(fields[key])[:60] for key in ("name", "kind", "sha") if fields.get(key))
 
     def git(record: Record) -> str:
-        own = record.results.get("git") or {}
-        return own.get("commit", "")[:12] + (" with changes" if own.get("dirty") else "")
+        fields = record.results.get("git") or {}
+        return fields.get("commit", "")[:12] + (" with changes" if fields.get("dirty") else "")
 
     data = dict.fromkeys(
         f"{shown(file['name'])} ({file.get('rows')} rows, sha256 {str(file.get('sha256'))[:12]})"
@@ -190,10 +190,10 @@ def _provenance(source: Source, results: Results) -> list[tuple[str, str]]:
     packages = ("highrank", "torch", "transformers", "python", "device")
 
     def versions(record: Record) -> str:
-        own = record.results.get("versions", {})
-        return ", ".join(f"{name} {own[name]}" for name in packages if own.get(name))
+        fields = record.results.get("versions", {})
+        return ", ".join(f"{name} {fields[name]}" for name in packages if fields.get(name))
 
-    found = [
+    pairs = [
         ("Command", source.command or ""),
         ("Protocol", distinct(protocol)),
         ("Model", distinct(model)),
@@ -201,7 +201,7 @@ def _provenance(source: Source, results: Results) -> list[tuple[str, str]]:
         ("Code", distinct(git)),
         ("Versions", distinct(versions)),
     ]
-    return [(name, value) for name, value in found if value]
+    return [(name, value) for name, value in pairs if value]
 
 
 def command(words: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The papers' own numbers, in percent as printed, by table, and which runs they stand beside.
+"""The papers' own numbers, in percent as printed, by table, and which runs they can be compared with.
 
 HiRA: Huang et al., ICLR 2025. HyperAdapt: Gurung and Campbell, arXiv 2509.18629. PEFT: huggingface/peft's MetaMathQA
 benchmark. Rows that a paper copied from elsewhere say so in their label.

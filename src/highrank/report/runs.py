@@ -113,7 +113,7 @@ def read_sweep(folder: Path | str) -> Sweep:
         except UserError as error:
             sweep.skipped.append((path, str(error)))
             continue
-        arm = next((arm for own, arm in searched if own == record.arm), None)
+        arm = next((arm for arm_axes, arm in searched if arm_axes == record.arm), None)
         about = {key: value for key, value in search.items() if key != "arms"} if search else {}
         sweep.records.append(_with(record, search={**about, **arm} if arm else None))
     return sweep
@@ -124,7 +124,7 @@ def read_runs(folders: Iterable[Path | str]) -> tuple[list[Record], list[tuple[P
 
     Their axes are the keys in which they differ. Trials of a learning-rate search (below `search/`) are left out.
     """
-    found: dict[Path, Record] = {}
+    by_path: dict[Path, Record] = {}
     skipped: dict[Path, str] = {}
     cells: dict[Path, Record] = {}
     for folder in map(Path, folders):
@@ -135,12 +135,12 @@ def read_runs(folders: Iterable[Path | str]) -> tuple[list[Record], list[tuple[P
             skipped[folder] = "no results.json in it or below it"
         for path in runs:
             try:
-                found[path.resolve()] = cells.get(path.resolve()) or _read(path, {})
+                by_path[path.resolve()] = cells.get(path.resolve()) or _read(path, {})
             except UserError as error:
                 skipped[path] = str(error)
-    records = list(found.values())
+    records = list(by_path.values())
     axes = differences([record.config for record in records])
-    named = [_with(r, axes={**own, "seed": r.seed}) for r, own in zip(records, axes, strict=True)]
+    named = [_with(r, axes={**values, "seed": r.seed}) for r, values in zip(records, axes, strict=True)]
     return named, list(skipped.items())
 
 
@@ -184,9 +184,9 @@ def _check(config: Any, results: Mapping[str, Any]) -> None:
     metric = next(key for key in final if key != "sets")
     if not final["sets"]:
         raise ValueError("no test sets")
-    for name, found in final["sets"].items():
-        if not (isinstance(found[metric], int | float) and math.isfinite(found[metric]) and found["n"] > 0):
-            raise ValueError(f"{name} has {metric}={found[metric]}, n={found['n']}")
+    for name, metrics in final["sets"].items():
+        if not (isinstance(metrics[metric], int | float) and math.isfinite(metrics[metric]) and metrics["n"] > 0):
+            raise ValueError(f"{name} has {metric}={metrics[metric]}, n={metrics['n']}")
     if not {"protocol", "data", "params", "seed"} <= results.keys() or "hash" not in results["protocol"]:
         raise ValueError("no protocol, data, params or seed")
     if not all("name" in file for file in results["data"]):
@@ -195,18 +195,18 @@ def _check(config: Any, results: Mapping[str, Any]) -> None:
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a resolved config by the keys of the command line: core keys and method fields bare, others dotted."""
-    found: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     for key, value in config.items():
         if key not in GROUPS or not isinstance(value, Mapping):
-            found[key] = value
+            by_key[key] = value
             continue
         member = value.get("member")
-        for own, each in value.items():
-            if own == "name":
-                found[key] = f"{each}/{member}" if member else each
-            elif own != "member":
-                found[own if key == "method" else f"{key}.{own}"] = each
-    return found
+        for subkey, each in value.items():
+            if subkey == "name":
+                by_key[key] = f"{each}/{member}" if member else each
+            elif subkey != "member":
+                by_key[subkey if key == "method" else f"{key}.{subkey}"] = each
+    return by_key
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

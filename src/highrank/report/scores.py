@@ -1,4 +1,4 @@
-"""From records to scores: arms by test sets, with intervals, paired tests and what they stand beside."""
+"""The scores of a report: per arm and test set, with intervals, paired tests, and the rows they are compared with."""
 
 import itertools
 from collections import Counter
@@ -77,8 +77,8 @@ class Arm:
 
     def mean(self, of: Callable[[Record], Any]) -> float | None:
         """Returns the mean over the arm's runs of a number that a record may lack."""
-        found = [value for value in map(of, self.records) if value is not None]
-        return sum(found) / len(found) if found else None
+        values = [value for value in map(of, self.records) if value is not None]
+        return sum(values) / len(values) if values else None
 
     @property
     def published(self) -> list[Published]:
@@ -156,7 +156,10 @@ def collect(records: Sequence[Record], mix: Iterable[str] = ()) -> Results:
     sets = list(dict.fromkeys(name for record in done for name in record.final))
     metrics = {name: record.metric for record in done for name in record.final}
     unusable: dict[str, list[str]] = {}
-    arms = [Arm(_axes(own[0], keys), own, _scores(own, sets, unusable)) for own in grouped.values()]
+    arms = [
+        Arm(_axes(arm_records[0], keys), arm_records, _scores(arm_records, sets, unusable))
+        for arm_records in grouped.values()
+    ]
     if any(len(score.seeds) == 1 for arm in arms for score in arm.scores.values()):
         notes.append("Arms with one seed: no deviation, interval or test over seeds is claimed.")
     for reason, names in unusable.items():
@@ -169,7 +172,7 @@ def settings(record: Record) -> dict[str, Any]:
     """Returns what was swept as the config has it: 1e-3 given as a text is a number, task.member is part of task."""
     config = flat(record.config)
     keys = {key: "task" if key == "task.member" else key.removeprefix("method.") for key in record.arm}
-    return {own: config.get(own, record.arm[key]) for key, own in keys.items()}
+    return {config_key: config.get(config_key, record.arm[key]) for key, config_key in keys.items()}
 
 
 def _axes(record: Record, keys: Sequence[str]) -> dict[str, Any]:
@@ -182,19 +185,19 @@ def _check_mix(records: Sequence[Record], mix: set[str]) -> list[str]:
     """Refuses runs that cannot be compared on a test set; returns notes for those that are compared all the same."""
     notes = []
     for name in dict.fromkeys(name for record in records for name in record.final):
-        own = [record for record in records if name in record.final]
-        protocols = _by(own, lambda r: f"{r.results['protocol'].get('name')} {r.results['protocol']['hash'][:8]}")
+        scored = [record for record in records if name in record.final]
+        protocols = _by(scored, lambda r: f"{r.results['protocol'].get('name')} {r.results['protocol']['hash'][:8]}")
         files: dict[str, dict[Hashable, Record]] = {}
-        for record in own:
+        for record in scored:
             for file in record.results["data"]:
                 value = f"{file['name']} {str(file.get('sha256'))[:8]}, {file.get('rows')} rows"
                 files.setdefault(file["name"], {}).setdefault(value, record)
-        data = next((found for found in files.values() if len(found) > 1), None)
-        data = data or _by(own, lambda r, name=name: _examples(r, name))  # type: ignore[misc]
-        for part, found in (("protocols", protocols), ("data", data)):
-            if len(found) < 2:
+        data = next((by_value for by_value in files.values() if len(by_value) > 1), None)
+        data = data or _by(scored, lambda r, name=name: _examples(r, name))  # type: ignore[misc]
+        for part, versions in (("protocols", protocols), ("data", data)):
+            if len(versions) < 2:
                 continue
-            listed = "; ".join(f"{value} ({record.name})" for value, record in found.items())
+            listed = "; ".join(f"{value} ({record.name})" for value, record in versions.items())
             if part not in mix:
                 raise UserError(
                     f"report: one table has one {part.removesuffix('s')}, got {listed}; compare them anyway with --mix {part}"
@@ -204,10 +207,10 @@ def _check_mix(records: Sequence[Record], mix: set[str]) -> list[str]:
 
 
 def _by(records: Sequence[Record], of: Callable[[Record], Hashable]) -> dict[Hashable, Record]:
-    found: dict[Hashable, Record] = {}
+    by_value: dict[Hashable, Record] = {}
     for record in records:
-        found.setdefault(of(record), record)
-    return found
+        by_value.setdefault(of(record), record)
+    return by_value
 
 
 def _examples(record: Record, name: str) -> Hashable:
@@ -217,20 +220,20 @@ def _examples(record: Record, name: str) -> Hashable:
 
 def _scores(records: Sequence[Record], sets: Sequence[str], unusable: dict[str, list[str]]) -> dict[str, Score]:
     """Returns an arm's score per set, and of the average where it has all sets."""
-    found: dict[str, Score] = {}
+    scores: dict[str, Score] = {}
     values: dict[str, dict[Any, float]] = {}
     rows: dict[str, dict[Any, dict[str, float]]] = {}
     for name in sets:
-        own = {record.seed: record for record in records if name in record.final}
-        if not own:
+        runs = {record.seed: record for record in records if name in record.final}
+        if not runs:
             continue
-        values[name] = {seed: float(record.final[name][record.metric]) for seed, record in own.items()}
-        rows[name] = {seed: _read(record, name, unusable) for seed, record in own.items()}
-        found[name] = _score([name], list(own), values, rows, next(iter(own.values())).final[name]["n"])
+        values[name] = {seed: float(record.final[name][record.metric]) for seed, record in runs.items()}
+        rows[name] = {seed: _read(record, name, unusable) for seed, record in runs.items()}
+        scores[name] = _score([name], list(runs), values, rows, next(iter(runs.values())).final[name]["n"])
     common = [s for s in values.get(sets[0], {}) if all(s in values.get(name, {}) for name in sets)]
     if len(sets) > 1 and common:
-        found[AVERAGE] = _score(list(sets), common, values, rows, sum(found[name].n for name in sets))
-    return found
+        scores[AVERAGE] = _score(list(sets), common, values, rows, sum(scores[name].n for name in sets))
+    return scores
 
 
 def _score(
@@ -259,17 +262,17 @@ def _read(record: Record, name: str, unusable: dict[str, list[str]]) -> dict[str
     """Returns what each example adds to the metric, by id; notes why and returns nothing where that is not known."""
     rows = record.predictions(name)
     try:
-        found = example_values(record.metric, rows or [])
+        values = example_values(record.metric, rows or [])
     except (KeyError, TypeError, ValueError):
-        found = None
+        values = None
     if rows is None:
         reason = f"predictions/{name}.jsonl is missing or damaged"
-    elif found is None:
+    elif values is None:
         reason = f"{record.metric} of {name} is no mean over examples"
-    elif abs(found.mean() - record.final[name][record.metric]) > 0.01:
+    elif abs(values.mean() - record.final[name][record.metric]) > 0.01:
         reason = f"predictions/{name}.jsonl is not what results.json counts"
     else:
-        return {str(row["id"]): float(value) for row, value in zip(rows, found, strict=True)}
+        return {str(row["id"]): float(value) for row, value in zip(rows, values, strict=True)}
     unusable.setdefault(reason, []).append(record.name)
     return {}
 
@@ -279,24 +282,24 @@ def _untuned(records: Sequence[Record], sets: Sequence[str]) -> list[tuple[str, 
     before: dict[str, dict[str, list[float]]] = {}
     for record in records:
         model = str(flat(record.config).get("model"))
-        for name, found in record.results["metrics"].get("before", {}).get("sets", {}).items():
-            if record.metric in found:
-                before.setdefault(model, {}).setdefault(name, []).append(found[record.metric])
-    return [(m, {name: median(own[name]) for name in sets if name in own}) for m, own in before.items()]
+        for name, metrics in record.results["metrics"].get("before", {}).get("sets", {}).items():
+            if record.metric in metrics:
+                before.setdefault(model, {}).setdefault(name, []).append(metrics[record.metric])
+    return [(m, {name: median(by_set[name]) for name in sets if name in by_set}) for m, by_set in before.items()]
 
 
 def _majority(records: Sequence[Record]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for record in records:
         for name in record.final:
             if record.metric == "matthews":
-                found[name] = 0.0
-            if record.metric != "accuracy" or name in found:
+                scores[name] = 0.0
+            if record.metric != "accuracy" or name in scores:
                 continue
             golds = Counter(hashable(row.get("gold")) for row in record.predictions(name) or ())
             if 1 < len(golds) <= CLASSES and golds.total() >= 4 * len(golds):
-                found[name] = 100 * max(golds.values()) / golds.total()
-    return found
+                scores[name] = 100 * max(golds.values()) / golds.total()
+    return scores
 
 
 @dataclass(frozen=True)
@@ -352,20 +355,20 @@ def items(results: Results, shape: Pivot) -> list[Item]:
         UserError: if that is asked for and no arm has all test sets.
     """
     names = results.columns if "set" in (*shape.rows, *shape.columns) else [results.headline]
-    found = [
+    entries = [
         Item({**{key: arm.axes.get(key) for key in results.keys}, "set": name}, arm, arm.scores[name])
         for arm in results.arms
         for name in names
         if name in arm.scores
     ]
-    if not found:
+    if not entries:
         raise UserError(
             f"report: an average needs all test sets in one arm, got none with {', '.join(results.sets)}; add set to --columns"
         )
-    return found
+    return entries
 
 
-def compare(found: Sequence[Item], shape: Pivot, baseline: Mapping[str, str] | None = None) -> None:
+def compare(entries: Sequence[Item], shape: Pivot, baseline: Mapping[str, str] | None = None) -> None:
     """Marks what is really better, within every group of scores that compete; see `Score`.
 
     Without a baseline the best score is compared with each other one, and is bold if it beats all of them. With one,
@@ -375,10 +378,10 @@ def compare(found: Sequence[Item], shape: Pivot, baseline: Mapping[str, str] | N
         UserError: if no arm, or in one group several arms, are the baseline.
     """
     groups: dict[tuple[Hashable, ...], list[Item]] = {}
-    for item in found:
+    for item in entries:
         groups.setdefault(tuple(hashable(v) for k, v in item.at.items() if k not in shape.compared), []).append(item)
     if baseline:
-        _check_baseline(found, baseline)
+        _check_baseline(entries, baseline)
     for group in groups.values():
         best = max(group, key=lambda item: item.score.mean)
         base = _baseline(group, baseline) if baseline else [best]
@@ -421,10 +424,10 @@ def _is(item: Item, baseline: Mapping[str, str]) -> bool:
     return all(key in item.at and shown(item.at[key]) == value for key, value in baseline.items())
 
 
-def _check_baseline(found: Sequence[Item], baseline: Mapping[str, str]) -> None:
-    if not any(_is(item, baseline) for item in found):
+def _check_baseline(entries: Sequence[Item], baseline: Mapping[str, str]) -> None:
+    if not any(_is(item, baseline) for item in entries):
         words = ",".join(f"{key}={value}" for key, value in baseline.items())
-        arms = "; ".join(dict.fromkeys(item.arm.label for item in found))
+        arms = "; ".join(dict.fromkeys(item.arm.label for item in entries))
         raise UserError(f"report: the baseline is an arm of the sweep, got --baseline {words}; the arms are {arms}")
 
 

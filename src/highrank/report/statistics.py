@@ -1,4 +1,4 @@
-"""What a table may claim: intervals and paired tests in which seeds and test examples are both random draws.
+"""Statistics of a report: intervals and paired tests in which seeds and test examples are both random draws.
 
 A score is the unweighted mean over test sets t of the mean over seeds s and examples i of x[t][s, i], in percent. Runs of
 one arm see the same examples under every seed, so seeds and examples cross. With one seed nothing is said about seeds:
@@ -30,9 +30,9 @@ def example_values(metric: str, rows: Sequence[Mapping[str, Any]]) -> NDArray[np
         return np.array([100.0 * bool(row["correct"]) for row in rows])
     if metric in ("pearson", "matthews") and len(rows) > 2:
         x, y = (np.array([float(row[key]) for row in rows]) for key in ("output", "gold"))
-        whole, without = correlation(x, y)
-        pseudo = len(rows) * whole - (len(rows) - 1) * without
-        return 100 * (pseudo + (whole - pseudo.mean()))
+        theta, without = correlation(x, y)
+        pseudo = len(rows) * theta - (len(rows) - 1) * without
+        return 100 * (pseudo + (theta - pseudo.mean()))
     return None
 
 
@@ -44,8 +44,8 @@ def correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, 
     sxx, syy, sxy = ((a * b).sum() - np.concatenate([[0.0], a * b]) for a, b in ((x, x), (y, y), (x, y)))
     square = (sxx - sx**2 / m) * (syy - sy**2 / m)
     defined = square > 1e-18 * max(square[0], 1e-300)
-    found = np.where(defined, (sxy - sx * sy / m) / np.sqrt(np.where(defined, square, 1)), 0.0)
-    return float(found[0]), found[1:]
+    correlations = np.where(defined, (sxy - sx * sy / m) / np.sqrt(np.where(defined, square, 1)), 0.0)
+    return float(correlations[0]), correlations[1:]
 
 
 def deviation(scores: Sequence[float]) -> float | None:
@@ -95,8 +95,8 @@ def seed_variance(arms: Sequence[Mapping[Any, float]]) -> tuple[float, int]:
     `arms` map seeds to scores. The variance is twice the mean square of what is left of the scores after an effect per
     arm and one per seed (the error of a two-way analysis of variance); of two arms it is that of their differences.
     """
-    seeds = list(dict.fromkeys(seed for own in arms for seed in own))
-    cells = [(a, seeds.index(seed), score) for a, own in enumerate(arms) for seed, score in own.items()]
+    seeds = list(dict.fromkeys(seed for scores in arms for seed in scores))
+    cells = [(a, seeds.index(seed), score) for a, scores in enumerate(arms) for seed, score in scores.items()]
     design = np.zeros((len(cells), len(arms) + len(seeds)))
     for row, (a, s, _) in enumerate(cells):
         design[row, [a, len(arms) + s]] = 1
@@ -120,10 +120,10 @@ def paired_test(ours: Scores, theirs: Scores, pooled: tuple[float, int] | None =
     if num_seeds < 2 or min(d.shape[1] for d in differences) < 2:
         return None
     by_seed = seed_means(differences)
-    own, df_seeds = by_seed.var(ddof=1), num_seeds - 1
+    var_seeds, df_seeds = by_seed.var(ddof=1), num_seeds - 1
     if pooled is not None:
-        own, df_seeds = max(own, pooled[0]), max(df_seeds, pooled[1])
-    parts = [(own / num_seeds, df_seeds)]
+        var_seeds, df_seeds = max(var_seeds, pooled[0]), max(df_seeds, pooled[1])
+    parts = [(var_seeds / num_seeds, df_seeds)]
     for d in differences:
         n = d.shape[1]
         parts.append((d.mean(axis=0).var(ddof=1) / n / num_sets**2, n - 1))

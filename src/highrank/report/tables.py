@@ -79,11 +79,11 @@ def _score(score: Score | None) -> Cell:
 # --- the scores -------------------------------------------------------------------
 
 
-def score_tables(results: Results, found: Sequence[Item], shape: Pivot, baseline: str | None) -> list[Table]:
+def score_tables(results: Results, entries: Sequence[Item], shape: Pivot, baseline: str | None) -> list[Table]:
     """Returns the pivot tables of scores, one for each combination of the keys that are neither rows nor columns."""
     facets = [key for key in results.keys if key not in (*shape.rows, *shape.columns)]
     groups: dict[tuple[str, ...], list[Item]] = {}
-    for item in found:
+    for item in entries:
         groups.setdefault(tuple(shown(item.at[key]) for key in facets), []).append(item)
     tables = []
     for at, group in groups.items():
@@ -96,15 +96,15 @@ def score_tables(results: Results, found: Sequence[Item], shape: Pivot, baseline
     return tables
 
 
-def _pivot_table(name: str, title: str, caption: str, results: Results, found: Sequence[Item], shape: Pivot) -> Table:
+def _pivot_table(name: str, title: str, caption: str, results: Results, entries: Sequence[Item], shape: Pivot) -> Table:
     def place(item: Item, keys: Sequence[str]) -> tuple[str, ...]:
         return tuple(shown(item.at[key]) if item.at[key] is not None else "" for key in keys)
 
-    rows = list(dict.fromkeys(place(item, shape.rows) for item in found))
-    columns = list(dict.fromkeys(place(item, shape.columns) for item in found))
+    rows = list(dict.fromkeys(place(item, shape.rows) for item in entries))
+    columns = list(dict.fromkeys(place(item, shape.columns) for item in entries))
     if shape.columns == ["set"]:
         columns = [(name,) for name in results.columns if (name,) in columns]
-    at = {(place(item, shape.rows), place(item, shape.columns)): item.score for item in found}
+    at = {(place(item, shape.rows), place(item, shape.columns)): item.score for item in entries}
     body = [
         [*(Cell(key, key) if key else Cell() for key in row), *(_score(at.get((row, column))) for column in columns)]
         for row in rows
@@ -133,36 +133,36 @@ def _reference(results: Results, columns: Sequence[tuple[str, ...]], width: int)
         return [Cell(name, name), *[Cell(None, "")] * (width - 1), *cells]
 
     def averaged(scores: Mapping[str, float]) -> dict[str, float]:
-        whole = all(name in scores for name in results.sets)
-        return {**scores, **({AVERAGE: sum(scores[n] for n in results.sets) / len(results.sets)} if whole else {})}
+        complete = all(name in scores for name in results.sets)
+        return {**scores, **({AVERAGE: sum(scores[n] for n in results.sets) / len(results.sets)} if complete else {})}
 
-    found = [row(f"untuned {model}", averaged(scores)) for model, scores in results.untuned]
+    rows = [row(f"untuned {model}", averaged(scores)) for model, scores in results.untuned]
     if results.majority:
-        found.append(row("majority class", averaged(results.majority)))
+        rows.append(row("majority class", averaged(results.majority)))
     for label, scores, sd in _printed(results):
-        found.append(row(label, scores, sd))
-    return found
+        rows.append(row(label, scores, sd))
+    return rows
 
 
 def _printed(results: Results) -> list[tuple[str, dict[str, float], dict[str, float]]]:
     """Returns printed rows, those that a paper splits over tasks put together."""
-    found: dict[tuple[str, str, str], tuple[dict[str, float], dict[str, float]]] = {}
+    joined_rows: dict[tuple[str, str, str], tuple[dict[str, float], dict[str, float]]] = {}
     for row in dict.fromkeys(id(row) for arm in results.arms for row in arm.published):
-        printed = next(own for arm in results.arms for own in arm.published if id(own) == row)
+        printed = next(candidate for arm in results.arms for candidate in arm.published if id(candidate) == row)
         if not printed.scores and printed.average is None:
             continue
-        scores, sd = found.setdefault((printed.source, printed.label, printed.model), ({}, {}))
+        scores, sd = joined_rows.setdefault((printed.source, printed.label, printed.model), ({}, {}))
         scores.update(printed.scores)
         sd.update(printed.sd)
         if printed.average is not None and set(results.sets) >= set(printed.scores):
             scores[AVERAGE] = printed.average
-    return [(f"{source}: {name}, {model}", *values) for (source, name, model), values in found.items()]
+    return [(f"{source}: {name}, {model}", *values) for (source, name, model), values in joined_rows.items()]
 
 
-def _score_caption(results: Results, found: Sequence[Item], shape: Pivot, baseline: str | None) -> str:
-    sets = [item for item in found if item.at["set"] != AVERAGE]
-    ns = sorted({item.score.n for item in sets or found})
-    seeds = sorted({len(item.score.seeds) for item in found})
+def _score_caption(results: Results, entries: Sequence[Item], shape: Pivot, baseline: str | None) -> str:
+    sets = [item for item in entries if item.at["set"] != AVERAGE]
+    ns = sorted({item.score.n for item in sets or entries})
+    seeds = sorted({len(item.score.seeds) for item in entries})
     metric = " and ".join(dict.fromkeys(results.metrics.values()))
     n = f"n = {ns[0]:,}" if len(ns) == 1 else f"n = {ns[0]:,} to {ns[-1]:,}"
     text = f"{metric.capitalize()} in percent; mean over {_range(seeds)} seed{'s' if seeds != [1] else ''}, {n} test examples{' per set' if sets else ''}."
@@ -252,31 +252,31 @@ def train_seconds(record: Record) -> float | None:
 
 def unparsed(record: Record) -> float | None:
     """Returns the mean share of unreadable answers over test sets, in percent."""
-    found = [own["unparsed"] for own in record.final.values() if "unparsed" in own]
-    return sum(found) / len(found) if found else None
+    shares = [metrics["unparsed"] for metrics in record.final.values() if "unparsed" in metrics]
+    return sum(shares) / len(shares) if shares else None
 
 
 def _time(arm: Arm, key: str) -> Cell:
-    found = [r.results["time"][key] for r in arm.records if key in r.results.get("time", {})]
-    if not found:
+    seconds = [r.results["time"][key] for r in arm.records if key in r.results.get("time", {})]
+    if not seconds:
         return Cell()
     one_task = len({flat(record.config).get("task") for record in arm.records}) == 1
-    mean, sd = sum(found) / len(found), deviation(found) if one_task else None
+    mean, sd = sum(seconds) / len(seconds), deviation(seconds) if one_task else None
     return Cell(mean, f"{mean:,.0f}", "" if sd is None else f"± {sd:,.0f}", more={"sd": sd})
 
 
 def searches(arm: Arm) -> list[Mapping[str, Any] | None]:
     """Returns the different searches of an arm's runs: one, but for runs of several sweeps; None is no search."""
-    found = {json.dumps(record.search, sort_keys=True): record.search for record in arm.records}
-    return list(found.values())
+    by_json = {json.dumps(record.search, sort_keys=True): record.search for record in arm.records}
+    return list(by_json.values())
 
 
 def _search(arm: Arm) -> Cell:
-    found = searches(arm)
-    made = [search for search in found if search]
+    arm_searches = searches(arm)
+    made = [search for search in arm_searches if search]
     if not made:
         return Cell("none", "none")
-    tried = sorted({len(search.get("trials", [])) if search else 0 for search in found})
+    tried = sorted({len(search.get("trials", [])) if search else 0 for search in arm_searches})
     text = f"{' to '.join(map(str, dict.fromkeys((tried[0], tried[-1]))))} tried, seed {made[0].get('seed')}"
     text += ", best at the edge" if any(search.get("at_edge") for search in made) else ""
     return Cell(text, text)
@@ -325,18 +325,18 @@ def search_table(results: Results) -> Table | None:
 
 def measures_table(results: Results) -> Table | None:
     """Returns every other measure per set, leak-free scores first; None if there are none."""
-    found: dict[tuple[str, str], None] = {}
+    measures: dict[tuple[str, str], None] = {}
     for arm in results.arms:
         for record in arm.records:
-            for name, own in record.final.items():
-                for key, value in own.items():
+            for name, metrics in record.final.items():
+                for key, value in metrics.items():
                     if (
                         key not in ("n", "n_clean", record.metric)
                         and isinstance(value, int | float)
                         and (key != "leaked" or value)
                     ):
-                        found[name, key] = None
-    columns = sorted(found, key=lambda at: (not at[1].endswith("_clean"), results.sets.index(at[0])))
+                        measures[name, key] = None
+    columns = sorted(measures, key=lambda at: (not at[1].endswith("_clean"), results.sets.index(at[0])))
     if not columns:
         return None
     leaks = len(results.sets) > 1 and any(key.endswith("_clean") for _, key in columns)
@@ -360,20 +360,20 @@ def measures_table(results: Results) -> Table | None:
 
 def _clean_average(arm: Arm, sets: Sequence[str]) -> float | None:
     """Returns the average over sets without questions seen in training; None where a set is missing."""
-    found = [arm.mean(lambda record, name=name: _clean(record, name)) for name in sets]  # type: ignore[misc]
-    return None if None in found else sum(value for value in found if value is not None) / len(found)
+    scores = [arm.mean(lambda record, name=name: _clean(record, name)) for name in sets]  # type: ignore[misc]
+    return None if None in scores else sum(value for value in scores if value is not None) / len(scores)
 
 
 def _clean(record: Record, name: str) -> float | None:
-    own = record.final.get(name, {})
-    return own.get(f"{record.metric}_clean", None if own.get("leaked") else own.get(record.metric))
+    metrics = record.final.get(name, {})
+    return metrics.get(f"{record.metric}_clean", None if metrics.get("leaked") else metrics.get(record.metric))
 
 
-def comparison_table(found: Sequence[Item], shape: Pivot, baseline: str | None) -> Table | None:
+def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None) -> Table | None:
     """Returns every paired test; None if there was none."""
-    others = [key for key in found[0].at if key not in shape.compared]
+    others = [key for key in entries[0].at if key not in shape.compared]
     rows = []
-    for item in found:
+    for item in entries:
         score = item.score
         if score.difference is None:
             continue

@@ -80,10 +80,10 @@ def expand(words: Sequence[str]) -> Grid:
     cells: dict[str, Cell] = {}
     problems: list[tuple[Mapping[str, Any], UserError]] = []
     for all_words, chosen in planned:
-        own = [word for word in all_words if not _foreign(key_of(word), method_of(all_words), methods)]
-        left = {key_of(word) for word in own}
+        cell_words = [word for word in all_words if not _foreign(key_of(word), method_of(all_words), methods)]
+        left = {key_of(word) for word in cell_words}
         try:
-            cell = Cell(tuple(own), {k: v for k, v in chosen.items() if k in left}, compose_run(own))
+            cell = Cell(tuple(cell_words), {k: v for k, v in chosen.items() if k in left}, compose_run(cell_words))
             cells.setdefault(cell.run.hash, cell)
         except UserError as error:
             problems.append((chosen, error))
@@ -158,13 +158,13 @@ def _merged(choice: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _by_key(axes: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}
     for choices in axes.values():
         for choice in choices:
             for key, value in choice.items():
-                if value not in found.setdefault(key, []):
-                    found[key].append(value)
-    return found
+                if value not in values.setdefault(key, []):
+                    values[key].append(value)
+    return values
 
 
 def _words(values: Mapping[str, Any]) -> list[str]:

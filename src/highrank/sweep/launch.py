@@ -118,8 +118,8 @@ class Ray:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         ray = self.ray
-        own = {key: value for key, value in os.environ.items() if key.startswith(("HIGHRANK_", "HF_", "OMP_"))}
-        ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": own})
+        env_vars = {key: value for key, value in os.environ.items() if key.startswith(("HIGHRANK_", "HF_", "OMP_"))}
+        ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": env_vars})
         execute = ray.remote(max_calls=1, max_retries=0)(run_job)  # one call per worker process
         waiting = list(jobs)
         while self.pending or (waiting and not self.stopped):

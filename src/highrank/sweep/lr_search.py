@@ -66,8 +66,8 @@ class Search:
             key: [(rate, base.with_words(f"lr={rate:g}")) for rate in self.rates(base)]
             for key, base in ((key, trial(cell, seed)) for key, cell in arms.items())
         }
-        execute([own for arm in trials.values() for _, own in arm])
-        records = {key: record(arms[key], own, folder) for key, own in trials.items()}
+        execute([trial_cell for arm_trials in trials.values() for _, trial_cell in arm_trials])
+        records = {key: record(arms[key], arm_trials, folder) for key, arm_trials in trials.items()}
         chosen = [
             cell.with_words(f"lr={lr:g}") if (lr := records[digest(cell.arm)]["lr"]) is not None else None
             for cell in cells
@@ -112,13 +112,13 @@ def record(cell: Cell, trials: Sequence[tuple[float, Cell]], folder: Path) -> di
     """Returns an arm's trials with their losses, and the rate with the lowest; at_edge says that it is the first or
     the last of them, so that a better one may lie outside."""
     rows = []
-    for rate, own in trials:
+    for rate, trial_cell in trials:
         try:
-            found = read_results(folder / own.folder)
+            results = read_results(folder / trial_cell.folder)
         except UserError:
-            found = {"status": "missing"}
-        loss = found.get("validation", {}).get("loss") if found["status"] == "done" else None
-        rows.append({"lr": rate, "loss": loss, "run": own.folder, "status": found["status"]})
+            results = {"status": "missing"}
+        loss = results.get("validation", {}).get("loss") if results["status"] == "done" else None
+        rows.append({"lr": rate, "loss": loss, "run": trial_cell.folder, "status": results["status"]})
     usable = [row for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]
     best = min(usable, key=lambda row: row["loss"], default=None)
     return {

@@ -47,18 +47,18 @@ class Sweep:
         Raises:
             UserError: naming everything that is wrong, before anything starts.
         """
-        own, words = _take(scaled(words), (*SWEEP_KEYS, "output", "dry_run"))
+        options, words = _take(scaled(words), (*SWEEP_KEYS, "output", "dry_run"))
         if any(key_of(word) == "run_dir" for word in words):
             raise UserError("sweep: every run has a folder of its own in the sweep's, got run_dir; use sweep_dir")
         self.words, self.main = words, main
         self.grid: Grid = expand(words)
-        self.search = lr_search.parse(own.get("lr_search"), self.grid)
-        self.launcher = launcher(own.get("launcher", "local"), own.get("jobs", "1"))
-        self.dry_run = own.get("dry_run", "false").lower() == "true"
+        self.search = lr_search.parse(options.get("lr_search"), self.grid)
+        self.launcher = launcher(options.get("launcher", "local"), options.get("jobs", "1"))
+        self.dry_run = options.get("dry_run", "false").lower() == "true"
         preset = preset_of(words)
         self.name = preset.replace("/", "-") if preset else "sweep"
-        key = digest([sorted(cell.run.hash for cell in self.grid.cells), own.get("lr_search")])
-        sweep_dir, output = (given_text(f"{name}={own.get(name, 'null')}") for name in ("sweep_dir", "output"))
+        key = digest([sorted(cell.run.hash for cell in self.grid.cells), options.get("lr_search")])
+        sweep_dir, output = (given_text(f"{name}={options.get(name, 'null')}") for name in ("sweep_dir", "output"))
         self.folder = Path(sweep_dir or Path(output or "outputs") / f"{self.name}_{key[:8]}")
 
     def plan(self) -> tuple[list[Cell], list[Plan]]:
@@ -88,29 +88,31 @@ class Sweep:
         self._check_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone(self.folder), interruptible(self.launcher) as stopped:
-            asked, found = self.grid.cells, None
+            asked, search = self.grid.cells, None
             cells: list[Cell | None] = list(asked)
             if self.search:
                 trials = self.folder / "search"
-                found = self.search.run(asked, trials, lambda trial_cells: self._run(trial_cells, trials))
-                cells = found.cells
-                for arm in found.arms:
+                search = self.search.run(asked, trials, lambda trial_cells: self._run(trial_cells, trials))
+                cells = search.cells
+                for arm in search.arms:
                     if arm["at_edge"]:
                         tried = ", ".join(f"{trial['lr']:g}" for trial in arm["trials"])
                         say(
                             f"warning: the best rate found is at the edge, got lr={arm['lr']:g} of {tried} for "
                             f"{arm['axes']}: a better one may lie beyond"
                         )
-            known = [(cell, own.run.hash) for cell, own in zip(cells, asked, strict=True) if cell is not None]
+            known = [
+                (cell, asked_cell.run.hash) for cell, asked_cell in zip(cells, asked, strict=True) if cell is not None
+            ]
             if not stopped:
-                self._write(known, found)
+                self._write(known, search)
                 self._run([cell for cell, _ in known], self.folder)
             rows = [(cell, _read(self.folder / cell.folder)) for cell, _ in known]
             write_atomic(self.folder / "table.csv", table(self.grid, rows).encode())
             if (self.folder / "sweep.json").is_file():  # not before the learning-rate search is over
                 dashboard.write(self.folder)
         show_rows(self.grid, rows)
-        unfinished = len(self.grid.cells) - sum(found.get("status") in SETTLED for _, found in rows)
+        unfinished = len(self.grid.cells) - sum(results.get("status") in SETTLED for _, results in rows)
         return 128 + stopped[0] if stopped else int(unfinished > 0)
 
     def _run(self, cells: Sequence[Cell], folder: Path) -> None:
@@ -127,15 +129,17 @@ class Sweep:
             if _read(folder / cell.folder).get("status") not in SETTLED
         ]
         for number, (job, note) in enumerate(self.launcher.run(jobs), 1):
-            found = _read(Path(job.run_dir))
-            if found.get("status") not in (*SETTLED, "failed", "oom", "interrupted"):
-                found = {**found, "status": "failed", "error": note, "config_hash": job.config_hash}
+            results = _read(Path(job.run_dir))
+            if results.get("status") not in (*SETTLED, "failed", "oom", "interrupted"):
+                results = {**results, "status": "failed", "error": note, "config_hash": job.config_hash}
                 Path(job.run_dir).mkdir(parents=True, exist_ok=True)
-                write_atomic(Path(job.run_dir) / "results.json", json.dumps(found, indent=1).encode())
+                write_atomic(Path(job.run_dir) / "results.json", json.dumps(results, indent=1).encode())
             reason = (
-                f": {found.get('error')}; see {job.log}" if found["status"] in ("failed", "oom", "diverged") else ""
+                f": {results.get('error')}; see {job.log}" if results["status"] in ("failed", "oom", "diverged") else ""
             )
-            console.print(f"{number}/{len(jobs)} {Path(job.run_dir).name}: {found['status']}{reason}", highlight=False)
+            console.print(
+                f"{number}/{len(jobs)} {Path(job.run_dir).name}: {results['status']}{reason}", highlight=False
+            )
 
     def _done(self, cell: Cell) -> bool:
         return _read(self.folder / cell.folder).get("status") in SETTLED
@@ -187,8 +191,8 @@ class Sweep:
 
 def _take(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Returns the words of `keys` as a mapping, and the other words."""
-    own = {key_of(word): word.partition("=")[2] for word in words if key_of(word) in keys}
-    return own, [word for word in words if key_of(word) not in keys]
+    options = {key_of(word): word.partition("=")[2] for word in words if key_of(word) in keys}
+    return options, [word for word in words if key_of(word) not in keys]
 
 
 @contextmanager
@@ -233,33 +237,33 @@ def _read(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def metrics(found: dict[str, Any]) -> dict[str, float]:
+def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Returns the final metrics of a run as {set/metric: value}, {metric: value} of the macro average, and the loss on
     held-out training examples as validation/loss."""
-    final = found.get("metrics", {}).get("final", {})
+    final = results.get("metrics", {}).get("final", {})
     values = {key: value for key, value in final.items() if key != "sets"}
-    if "validation" in found:
-        values["validation/loss"] = found["validation"]["loss"]
-    for name, own in final.get("sets", {}).items():
-        values |= {f"{name}/{key}": value for key, value in own.items() if isinstance(value, int | float)}
+    if "validation" in results:
+        values["validation/loss"] = results["validation"]["loss"]
+    for name, set_metrics in final.get("sets", {}).items():
+        values |= {f"{name}/{key}": value for key, value in set_metrics.items() if isinstance(value, int | float)}
     return values
 
 
 def table(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
     """Returns the sweep's table as CSV: one row per cell, in the grid's order."""
-    columns = list(dict.fromkeys(key for _, found in rows for key in metrics(found)))
+    columns = list(dict.fromkeys(key for _, results in rows for key in metrics(results)))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*grid.axes, "run", "status", "lr", "trainable", *columns])
-    for cell, found in rows:
-        values = metrics(found)
+    for cell, results in rows:
+        values = metrics(results)
         writer.writerow(
             [
                 *(cell.axes.get(key, "") for key in grid.axes),
                 cell.folder,
-                found.get("status", "missing"),
+                results.get("status", "missing"),
                 cell.run.core.lr,
-                found.get("params", {}).get("trainable", ""),
+                results.get("params", {}).get("trainable", ""),
                 *(values.get(column, "") for column in columns),
             ]
         )
@@ -296,13 +300,13 @@ def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan]) -> None
 def show_rows(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
     """Prints the sweep's final table: per cell its axes, status, learning rate, main metric and time."""
     shown = Table(*grid.axes, "status", "lr", "metric", "time")
-    for cell, found in rows:
-        values = metrics(found)
+    for cell, results in rows:
+        values = metrics(results)
         final = {key: value for key, value in values.items() if "/" not in key or len(values) == 1}
-        seconds = found.get("time", {}).get("total_s")
+        seconds = results.get("time", {}).get("total_s")
         shown.add_row(
             *(str(cell.axes.get(key, "")) for key in grid.axes),
-            found.get("status", "missing"),
+            results.get("status", "missing"),
             f"{cell.run.core.lr:g}",
             ", ".join(f"{key} {value:.2f}" for key, value in final.items()),
             f"{seconds:.0f} s" if seconds else "",

@@ -93,12 +93,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def _digest(path: Path) -> bytes:
     """Returns the sha256 of a file without its last DIGEST_BYTES."""
-    found, left = hashlib.sha256(), path.stat().st_size - DIGEST_BYTES
+    hasher, left = hashlib.sha256(), path.stat().st_size - DIGEST_BYTES
     with open(path, "rb") as file:
         while left > 0 and (chunk := file.read(min(left, 2**20))):
-            found.update(chunk)
+            hasher.update(chunk)
             left -= len(chunk)
-    return found.digest()
+    return hasher.digest()
 
 
 def _flush_names(folder: Path) -> None:
@@ -202,8 +202,8 @@ class Checkpoints(Callback):
         self._saved_at = self._counted_to = 0.0
 
     def find(self) -> None:
-        """Looks for what training goes on from: `found`."""
-        self.found = newest(self.path.parent)
+        """Looks for what training goes on from: `resume_from`."""
+        self.resume_from = newest(self.path.parent)
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._began = self._saved_step = trainer.global_step
@@ -219,7 +219,7 @@ class Checkpoints(Callback):
         stopping = self.stop.agree(trainer) and trainer.global_step > self._began  # every try gets on by a step
         age = highest(int(time.perf_counter() - self._saved_at), trainer.strategy.root_device)
         due = trainer.global_step - self._saved_step >= self.every or age >= 60 * MINUTES_BETWEEN
-        due |= self.first and self.found is None and trainer.global_step == 0
+        due |= self.first and self.resume_from is None and trainer.global_step == 0
         if due or stopping:
             self.save(trainer)
         if stopping:
@@ -277,11 +277,11 @@ def check_generators(states: Mapping[str, Any], device: torch.device) -> None:
 
     Earlier checkpoints have the states of every GPU in sight and do not name the device.
     """
-    had, found = states.get("device", device.type), len(states["cuda"])
-    if had != device.type or (device.type == "cuda" and found != 1):
+    had, num_gpus = states.get("device", device.type), len(states["cuda"])
+    if had != device.type or (device.type == "cuda" and num_gpus != 1):
         raise UserError(
             f"checkpoint: a run goes on on the kind of device that it had, got {device.type} instead of {had} (random "
-            f"states of {found} GPUs); set trainer.accelerator, or start afresh with resume=never"
+            f"states of {num_gpus} GPUs); set trainer.accelerator, or start afresh with resume=never"
         )
 
 

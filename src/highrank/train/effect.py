@@ -82,17 +82,17 @@ def check_packing(adapters: Adapters, texts: Sequence[Sequence[int]]) -> None:
         behind = slice(rows[0].shape[1], None)
         difference = float((packed - apart).abs().mean() / apart.std())
         seen = float((moved - packed)[:, behind].abs().mean() / apart.std())
-        found = (
+        outcome = (
             f"a difference of {difference:.2%} of the logits' spread, {seen:.2%} where another text of the row changes"
         )
     except TypeError as error:
-        difference, seen, found = math.inf, math.inf, str(error)
+        difference, seen, outcome = math.inf, math.inf, str(error)
     finally:
         model.train(was_training)
     allowed = ROUNDING.get(model.dtype, ROUNDING_16_BIT)
     if not (difference <= allowed and seen <= allowed / 100):
         raise UserError(
-            f"packing: texts in one row must be computed as they are alone, got {found} (rounding: {allowed:.1%}) in "
+            f"packing: texts in one row must be computed as they are alone, got {outcome} (rounding: {allowed:.1%}) in "
             f"{_about(adapters)}; leave out packing=true"
         )
 

@@ -64,5 +64,5 @@ def evaluate(
 
 def validate(trainer: lightning.Trainer, module: FineTuner, data: TrainingData) -> dict[str, float]:
     """Returns the mean loss over the held-out training examples, in nats for texts and classes, and how many were used."""
-    (found,) = trainer.validate(module, data.val_dataloader(), verbose=False)
-    return {"loss": found["validation/loss"], "n": len(data.held_out)}
+    (metrics,) = trainer.validate(module, data.val_dataloader(), verbose=False)
+    return {"loss": metrics["validation/loss"], "n": len(data.held_out)}

@@ -1,4 +1,4 @@
-"""What ends a run: written down in its folder, and told to a person with what to do."""
+"""Failures of a run: written down in its folder, and told to a person with what to do."""
 
 import contextlib
 from collections.abc import Iterator

@@ -46,7 +46,7 @@ def _fits(trainer: lightning.Trainer, module: FineTuner, data: TrainingData, che
             module,
             train_dataloaders=data.train_dataloader(),
             val_dataloaders=data.val_dataloader() if data.validation else None,
-            ckpt_path=checkpoints.found and checkpoints.found.path,
+            ckpt_path=checkpoints.resume_from and checkpoints.resume_from.path,
             weights_only=True,
         )
     except Interrupted:  # saved; the caller looks for the signal
@@ -61,6 +61,6 @@ def _fits(trainer: lightning.Trainer, module: FineTuner, data: TrainingData, che
 
 def tell(directory: RunDirectory, checkpoints: Checkpoints) -> None:
     """Says, and writes down, which checkpoint training goes on from."""
-    if checkpoints.found:
-        directory.write(resumed=[*directory.results.get("resumed", []), checkpoints.found.told])
-        say(checkpoints.found.told)
+    if checkpoints.resume_from:
+        directory.write(resumed=[*directory.results.get("resumed", []), checkpoints.resume_from.told])
+        say(checkpoints.resume_from.told)

@@ -29,15 +29,15 @@ class Sharded(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Gives each process its shard of the moments, which have the shapes of their parameters."""
-        for optimizer, found in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, saved_state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for place, state in found["state"].items():
+            for place, state in saved_state["state"].items():
                 like = parameters[place]
-                found["state"][place] = {
+                saved_state["state"][place] = {
                     key: sharded_like(like, value) if value.shape == like.shape else value
                     for key, value in state.items()
                 }
-            optimizer.load_state_dict(found)
+            optimizer.load_state_dict(saved_state)
 
 
 def shard(model: Any, mesh: Any) -> None:

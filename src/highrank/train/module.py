@@ -107,9 +107,9 @@ class FineTuner(lightning.LightningModule):
         if rows >= len(batch["labels"]):
             return self.loss(batch)
         parts = zip(*(tensor.split(rows) for tensor in batch.values()), strict=True)
-        found = [checkpoint(self.loss, dict(zip(batch, part, strict=True)), use_reentrant=False) for part in parts]
-        num_targets = sum(n for _, n in found)
-        return sum(loss * (n / num_targets) for loss, n in found), num_targets
+        losses = [checkpoint(self.loss, dict(zip(batch, part, strict=True)), use_reentrant=False) for part in parts]
+        num_targets = sum(n for _, n in losses)
+        return sum(loss * (n / num_targets) for loss, n in losses), num_targets
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         rows = min(self.validation_rows, len(batch["labels"]))

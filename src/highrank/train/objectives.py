@@ -26,8 +26,8 @@ class Generate:
     """Texts: cross-entropy in nats over supervised tokens; an answer is what the model writes."""
 
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        own = ("input_ids", "attention_mask", "labels", "position_ids")
-        return language_model_loss(model, **{name: batch[name] for name in own if name in batch})
+        names = ("input_ids", "attention_mask", "labels", "position_ids")
+        return language_model_loss(model, **{name: batch[name] for name in names if name in batch})
 
     def answers(
         self, model: Any, batch: Mapping[str, Tensor], tokenizer: Any, decoding: Mapping[str, Any], seed: int

@@ -19,31 +19,31 @@ def decoding(task: Task, p: Protocol | None) -> dict[str, Any]:
     """The protocol's decoding as arguments of `generate`; sampling is seeded per batch."""
     if p is None:
         return {"max_new_tokens": task.max_new_tokens, "do_sample": False}
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "max_new_tokens": p.max_new_tokens or task.max_new_tokens,
         "do_sample": p.do_sample,
         "num_beams": p.num_beams,
         "no_repeat_ngram_size": p.no_repeat_ngram,
     }
     if p.num_beams > 1:
-        found["length_penalty"] = p.length_penalty
+        arguments["length_penalty"] = p.length_penalty
     if p.do_sample:
-        found |= {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k}
-    return found
+        arguments |= {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k}
+    return arguments
 
 
 def generate(
-    model: Any, tokenizer: Any, batch: Mapping[str, Tensor], decoding: Mapping[str, Any], seed: int
+    model: Any, tokenizer: Any, batch: Mapping[str, Tensor], arguments: Mapping[str, Any], seed: int
 ) -> list[str]:
     """Returns the text that the model writes after each prompt; `seed` is for decoding that samples."""
-    with torch.random.fork_rng(enabled=decoding["do_sample"]):
-        if decoding["do_sample"]:
+    with torch.random.fork_rng(enabled=arguments["do_sample"]):
+        if arguments["do_sample"]:
             torch.manual_seed(seed)
         # In place of the checkpoint's own defaults (penalties, sampling), which would mix into the protocol's.
         model.generation_config = GenerationConfig(
             eos_token_id=batch["stop"].tolist() if "stop" in batch else tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **decoding,
+            **arguments,
         )
         tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -116,7 +116,7 @@ def _rank_whole(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
 
 
 def _by_option(batch: dict[str, Tensor], scores: Tensor) -> list[tuple[int, Any]]:
-    found: dict[int, dict[int, float]] = {row: {} for row in range(len(batch["attention_mask"]))}
+    by_row: dict[int, dict[int, float]] = {row: {} for row in range(len(batch["attention_mask"]))}
     for row, score in zip(batch["owner"].tolist(), scores.tolist(), strict=True):
-        found[row][len(found[row])] = score
-    return [(place, found[row]) for row, place in enumerate(batch["index"].tolist())]
+        by_row[row][len(by_row[row])] = score
+    return [(place, by_row[row]) for row, place in enumerate(batch["index"].tolist())]

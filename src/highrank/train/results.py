@@ -57,13 +57,13 @@ class RunDirectory:
                     "choose another run_dir"
                 )
             return {}
-        found = read_results(self.path)
-        if found["config_hash"] != self.run.hash:
+        results = read_results(self.path)
+        if results["config_hash"] != self.run.hash:
             raise UserError(
                 f"run: an existing run directory keeps its config, got run_dir={self.path} with {self._differences()}; "
                 "choose another run_dir"
             )
-        return found
+        return results
 
     def _differences(self) -> str:
         """Returns which values of the folder's config are others than this run's."""
@@ -72,10 +72,11 @@ class RunDirectory:
             saved = _flat(as_given(values))
         except (OSError, YAMLError, OmegaConfBaseException):
             return "a config.yaml that is missing or damaged"
-        own = _flat(as_given(OmegaConf.to_container(OmegaConf.create(self.run.resolved))))  # type: ignore[arg-type]
-        keys = [key for key in {**saved, **own} if key not in UNHASHED and saved.get(key) != own.get(key)]
+        current = _flat(as_given(OmegaConf.to_container(OmegaConf.create(self.run.resolved))))  # type: ignore[arg-type]
+        keys = [key for key in {**saved, **current} if key not in UNHASHED and saved.get(key) != current.get(key)]
         return (
-            ", ".join(f"{key}={saved.get(key)} instead of {own.get(key)}" for key in keys) or "another version's config"
+            ", ".join(f"{key}={saved.get(key)} instead of {current.get(key)}" for key in keys)
+            or "another version's config"
         )
 
     def kept(
@@ -170,7 +171,7 @@ def _compare(what: str, new: Mapping[str, str], old: Mapping[str, str]) -> None:
 def changed(new: Mapping[str, str], old: Mapping[str, str]) -> str:
     """Returns which files are not the same, given the sha256 of each by name."""
     lists = [
-        ", ".join(f"{name} {own[:12]}…" for name, own in one.items() if other.get(name) != own) or "none"
+        ", ".join(f"{name} {sha256[:12]}…" for name, sha256 in one.items() if other.get(name) != sha256) or "none"
         for one, other in ((new, old), (old, new))
     ]
     return f"sha256 of {lists[0]} instead of {lists[1]}"
@@ -190,7 +191,9 @@ def _flat(values: Any, start: str = "") -> dict[str, Any]:
     """Returns nested mappings as {dotted key: value}."""
     if not isinstance(values, Mapping):
         return {start: values}
-    return {k: v for key, own in values.items() for k, v in _flat(own, f"{start}.{key}" if start else str(key)).items()}
+    return {
+        k: v for key, value in values.items() for k, v in _flat(value, f"{start}.{key}" if start else str(key)).items()
+    }
 
 
 def _default_path(run: Run) -> Path:
@@ -207,12 +210,12 @@ def read_results(folder: Path) -> dict[str, Any]:
         UserError: if it is missing or damaged.
     """
     try:
-        found = json.loads((folder / "results.json").read_text())
-        if not isinstance(found, dict) or not {"status", "config_hash"} <= found.keys():
+        results = json.loads((folder / "results.json").read_text())
+        if not isinstance(results, dict) or not {"status", "config_hash"} <= results.keys():
             raise ValueError("no status and config_hash")
     except (OSError, ValueError) as error:
         raise UserError(f"run: results.json is damaged, got {error} in {folder}; choose another run_dir") from error
-    return found
+    return results
 
 
 def git_state() -> dict[str, Any] | None:
@@ -233,9 +236,9 @@ def git_state() -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     packages = ("highrank", "torch", "lightning", "transformers", "tokenizers", "safetensors", "hydra-core", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
+    by_package = {name: importlib.metadata.version(name) for name in packages}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {**found, "python": platform.python_version(), "platform": platform.platform(), "device": device}
+    return {**by_package, "python": platform.python_version(), "platform": platform.platform(), "device": device}
 
 
 def peak_memory() -> dict[str, int]:

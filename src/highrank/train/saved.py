@@ -1,4 +1,4 @@
-"""What a finished run can be turned back into: its config, the words that make it, its model."""
+"""Reads a finished run back from its folder: its config, the words that make it, its model."""
 
 import dataclasses
 import functools
@@ -86,18 +86,20 @@ def _replaces(key: str, old: str) -> bool:
 def words_of(run: Run, typed: bool = False) -> list[str]:
     """Returns the command-line words that make this run: the chosen names, then every value that is not their default;
     paths absolute, or as they were `typed`."""
-    found, words = as_given(run.resolved) if typed else run.resolved, _choices(run)
-    words += [f"{key}={spelled(value)}" for key, value in _given(run.method.config, found["method"]).items()]
-    fields = _given(run.task.config, found["task"])
+    resolved, words = as_given(run.resolved) if typed else run.resolved, _choices(run)
+    words += [f"{key}={spelled(value)}" for key, value in _given(run.method.config, resolved["method"]).items()]
+    fields = _given(run.task.config, resolved["task"])
     words += [f"task.{key}={spelled(value)}" for key, value in fields.items() if key != "member" or not value]
     usual = _usual(tuple(words))
     for group in ("model", "protocol", "trainer"):
         words += [
             f"{group}.{key}={spelled(value)}"
-            for key, value in found[group].items()
+            for key, value in resolved[group].items()
             if key not in usual[group] or value != usual[group][key]
         ]
-    words += [f"{key}={spelled(found[key])}" for key in CORE_KEYS if key not in UNHASHED and found[key] != usual[key]]
+    words += [
+        f"{key}={spelled(resolved[key])}" for key in CORE_KEYS if key not in UNHASHED and resolved[key] != usual[key]
+    ]
     return words
 
 

@@ -49,14 +49,14 @@ def dry_run(run: Run) -> Path:
     return directory.path
 
 
-def _shown(found: dict[str, Any]) -> str:
+def _shown(metrics: dict[str, Any]) -> str:
     """Returns the headline rule's metrics; results.json has the other rules' and the clean subset's."""
     skipped = ("n", "leaked", "cut", "not_finite")
-    values = [f"{k} {v:.1f} %" for k, v in found.items() if k not in skipped and not k.endswith(SECONDARY)]
-    seen = f", {found['leaked']} seen in training" if found["leaked"] else ""
-    cut = f", {found['cut']} cut to the longest length" if found.get("cut") else ""
-    lost = f", {found['not_finite']} predictions are no number" if found.get("not_finite") else ""
-    return f"{', '.join(values)} (n = {found['n']}{seen}{cut}{lost})"
+    values = [f"{k} {v:.1f} %" for k, v in metrics.items() if k not in skipped and not k.endswith(SECONDARY)]
+    seen = f", {metrics['leaked']} seen in training" if metrics["leaked"] else ""
+    cut = f", {metrics['cut']} cut to the longest length" if metrics.get("cut") else ""
+    lost = f", {metrics['not_finite']} predictions are no number" if metrics.get("not_finite") else ""
+    return f"{', '.join(values)} (n = {metrics['n']}{seen}{cut}{lost})"
 
 
 def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
@@ -66,8 +66,8 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
     params = plan.params
     table.add_row("trainable / total", f"{params.trainable:,} / {params.total:,} ({params.percent:.4f} %)")
     for when, label in (("before", "before"), ("final", "after")):
-        for name, found in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
-            table.add_row(f"{name} {label}", _shown(found))
+        for name, metrics in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
+            table.add_row(f"{name} {label}", _shown(metrics))
     cut_off = results.get("tokens", {}).get("cut_off", {})
     lengths = [f"{n} {key.replace('_', ' ')}" for key, n in cut_off.items() if n]
     if lengths:

@@ -51,10 +51,10 @@ class StopOnSignal(Callback):
 
         A signal that comes while they ask stays noted for the next time.
         """
-        found = highest(self.received or 0, trainer.strategy.root_device)
-        if found and self.received is None:
-            self.received = found
-        return found > 0
+        signum = highest(self.received or 0, trainer.strategy.root_device)
+        if signum and self.received is None:
+            self.received = signum
+        return signum > 0
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == "validate":  # one within training is finished

@@ -75,7 +75,7 @@ def make_trainer(
         StopsWhenDiverged(),
         *([checkpoints] if checkpoints else []),
     ]
-    start = checkpoints.found.step if checkpoints and checkpoints.found else 0
+    start = checkpoints.resume_from.step if checkpoints and checkpoints.resume_from else 0
     validation: dict[str, Any] = {}
     if run.protocol.num_validation:
         interval = min(run.protocol.validate_every, steps) * run.core.accumulate

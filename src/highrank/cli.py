@@ -86,8 +86,8 @@ def show_help() -> int:
     from highrank.config import run_config
 
     print(USAGE, end="")
-    body = ast.parse(inspect.getsource(run_config.RunConfig)).body[0].body  # type: ignore[attr-defined]
-    for field, doc in pairwise(body):
+    (definition,) = ast.parse(inspect.getsource(run_config.RunConfig)).body
+    for field, doc in pairwise(getattr(definition, "body", [])):
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
             print(f"  {ast.unparse(field.target):16} {ast.literal_eval(doc.value)}")
     return 0

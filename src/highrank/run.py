@@ -184,7 +184,7 @@ def train(job: Job, trainer: lightning.Trainer) -> lightning.Trainer:
     directory, data, module = job.directory, job.data, job.module
     trainer = fit(trainer, job.run, directory, module, data, job.checkpoints, job.stop)
     job.adapters.save(directory.path / "adapter")
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from afar
     directory.write(
         time={**directory.results["time"], "train_s": job.checkpoints.seconds},
         tokens={

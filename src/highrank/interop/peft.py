@@ -373,7 +373,7 @@ def _base_words(config: Mapping[str, Any]) -> list[str]:
     if Path(name).is_dir():
         return [f"model=hf:{Path(name).resolve().name}", f"path={spelled(name)}"]
     shipped = (Path(configs.__path__[0]) / "model").glob("*.yaml")
-    known = [file.stem for file in shipped if OmegaConf.to_container(OmegaConf.load(file)).get("hub") == name]  # type: ignore[union-attr]
+    known = [file.stem for file in shipped if OmegaConf.select(OmegaConf.load(file), "hub") == name]
     words = [f"model={known[0]}" if known else f"model=hf:{name}" if "/" in name else f"model={name}"]
     return words + ([f"model.revision={spelled(revision)}"] if revision else [])
 

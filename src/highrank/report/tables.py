@@ -345,7 +345,7 @@ def measures_table(results: Results) -> Table | None:
         cells = _keys(arm, results)
         cells += [number(_clean_average(arm, results.sets))] if leaks else []
         for name, key in columns:
-            mean = arm.mean(lambda r, name=name, key=key: r.final.get(name, {}).get(key))  # type: ignore[misc]
+            mean = arm.mean(lambda r, name=name, key=key: r.final.get(name, {}).get(key))  # type: ignore[misc]  # a default value binds the loop's
             cells.append(number(mean, ".0f" if key == "leaked" else ".1f"))
         rows.append(cells)
     heads = [
@@ -360,7 +360,7 @@ def measures_table(results: Results) -> Table | None:
 
 def _clean_average(arm: Arm, sets: Sequence[str]) -> float | None:
     """Returns the average over sets without questions seen in training; None where a set is missing."""
-    scores = [arm.mean(lambda record, name=name: _clean(record, name)) for name in sets]  # type: ignore[misc]
+    scores = [arm.mean(lambda record, name=name: _clean(record, name)) for name in sets]  # type: ignore[misc]  # a default value binds the loop's
     return None if None in scores else sum(value for value in scores if value is not None) / len(scores)
 
 

@@ -124,7 +124,8 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, list[dict[str, An
 
 def typed(text: str) -> Any:
     """Returns what YAML text spells, as OmegaConf reads it: 1e-3 is a number, which YAML 1.1 takes for a text."""
-    return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload,index]
+    values: Any = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
+    return values["value"]
 
 
 def preset_of(words: Sequence[str]) -> str | None:
@@ -139,9 +140,11 @@ def _preset_axes(fixed: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     file = Path(configs.__path__[0]) / "experiment" / f"{preset}.yaml" if preset else None
     if file is None or not file.is_file():
         return {}
-    section: Any = OmegaConf.to_container(OmegaConf.load(file)).get("sweep") or {}  # type: ignore[union-attr]
+    values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    section = values.get("sweep") or {}
     return {
-        key: _cases(values) if key == "cases" else [{key: value} for value in values] for key, values in section.items()
+        key: _cases(choices) if key == "cases" else [{key: choice} for choice in choices]
+        for key, choices in section.items()
     }
 
 

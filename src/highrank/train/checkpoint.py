@@ -262,10 +262,11 @@ def generators(device: torch.device) -> dict[str, Any]:
 
     Of several GPUs this is the process's own: how many others a machine has does not matter.
     """
-    name, keys, *rest = numpy.random.get_state()  # type: ignore[misc]
+    state: Any = numpy.random.get_state()
+    name, keys, *rest = state
     return {
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],  # type: ignore[attr-defined]
+        "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
         "device": device.type,
         "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],

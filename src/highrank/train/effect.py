@@ -56,8 +56,8 @@ class EveryAdapterLearns(Callback):
 class PacksExactly(Callback):
     """Looks, before the first step, whether examples that share a row are computed as they are alone."""
 
-    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        examples = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        examples = trainer.train_dataloader.dataset
         check_packing(module.adapters, [examples[i].input_ids for i in range(min(3, len(examples)))])
 
 
@@ -68,14 +68,15 @@ def check_packing(adapters: Adapters, texts: Sequence[Sequence[int]]) -> None:
     Raises:
         UserError: if they are not: the model does not keep apart what begins again at position 0, or remembers.
     """
-    model, device = adapters.model, next(adapters.model.parameters()).device
+    model: Any = adapters.model
+    device = next(model.parameters()).device
     rows = [torch.tensor([list(text[:PACKED_TOKENS])], device=device) for text in (*texts, *texts)]
     positions = torch.cat([torch.arange(row.shape[1], device=device) for row in rows])[None]
     was_training = model.training
     model.eval()
     try:
         apart = torch.cat([_logits(model, row, attention_mask=torch.ones_like(row)) for row in rows], 1)
-        other = (rows[0] + 1) % model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        other = (rows[0] + 1) % model.get_input_embeddings().num_embeddings
         packed, moved = (
             _logits(model, torch.cat([first, *rows[1:]], 1), position_ids=positions) for first in (rows[0], other)
         )

@@ -7,7 +7,7 @@ import lightning
 
 def leave_signals_alone(trainer: lightning.Trainer) -> None:
     """Keeps Lightning's own handlers out: that of SIGTERM would stop between two micro-batches, unsaved."""
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # on purpose
 
 
 def count_logged_steps(trainer: lightning.Trainer) -> None:

@@ -76,7 +76,8 @@ class FineTuner(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss, num_targets = self.loss_by_rows(batch, math.ceil(len(batch["labels"]) / self.parts))
-        weight = self.trainer.train_dataloader.batch_sampler.weight(index)  # type: ignore[union-attr]
+        trainer: Any = self.trainer
+        weight = trainer.train_dataloader.batch_sampler.weight(index)
         if not weight:
             return 0 * loss  # this process has no examples left in the step
         self.num_tokens += int(batch["attention_mask"].sum())
@@ -153,7 +154,8 @@ class FineTuner(lightning.LightningModule):
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard(self.model, self.device_mesh["data_parallel"])  # type: ignore[index]
+            mesh: Any = self.device_mesh
+            shard(self.model, mesh["data_parallel"])
             return
         # Every process has read the same frozen base: DDP need not send it, and could not send a quantised one.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]

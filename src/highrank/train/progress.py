@@ -49,9 +49,9 @@ class Progress(Callback):
         self.done = 0
 
     def on_predict_batch_end(
-        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        dataset = trainer.predict_dataloaders.dataset  # type: ignore[union-attr]
+        dataset = trainer.predict_dataloaders.dataset
         of = len(dataset)
         before, self.done = self.done, self.done + len(batch["index"])
         if self.lines and 4 * self.done // of > 4 * before // of:

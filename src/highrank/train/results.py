@@ -72,7 +72,8 @@ class RunDirectory:
             saved = _flat(as_given(values))
         except (OSError, YAMLError, OmegaConfBaseException):
             return "a config.yaml that is missing or damaged"
-        current = _flat(as_given(OmegaConf.to_container(OmegaConf.create(self.run.resolved))))  # type: ignore[arg-type]
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(self.run.resolved))
+        current = _flat(as_given(resolved))
         keys = [key for key in {**saved, **current} if key not in UNHASHED and saved.get(key) != current.get(key)]
         return (
             ", ".join(f"{key}={saved.get(key)} instead of {current.get(key)}" for key in keys)

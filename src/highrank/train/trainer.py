@@ -112,5 +112,5 @@ def make_evaluator(run: Run) -> lightning.Trainer:
 class EpochOrder(Callback):
     """Gives each epoch its own batch order."""
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        trainer.train_dataloader.batch_sampler.set_epoch(trainer.current_epoch)  # type: ignore[union-attr]
+    def on_train_epoch_start(self, trainer: Any, module: lightning.LightningModule) -> None:
+        trainer.train_dataloader.batch_sampler.set_epoch(trainer.current_epoch)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from highrank.base.errors import UserError
 from highrank.model import torch_internals, transformers_internals
@@ -92,6 +93,20 @@ def test_transformers_names_the_classes_of_blocks(name):
     model = empty_model(model_config({"name": f"tiny_{name}"}, None), kind)
     blocks = transformers_internals.block_names(model)
     assert sum(type(module).__name__ in blocks for module in model.modules()) >= 2
+
+
+def test_transformers_keeps_experts_in_two_parameters_and_gates_apart():
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=3, vocab_size=16,
+    )  # fmt: skip
+    layer = AutoModelForCausalLM.from_config(config).model.layers[0].mlp
+    assert not transformers_internals.is_experts(layer)
+    experts = layer.experts
+    assert transformers_internals.is_experts(experts)
+    both = torch.randn(5, 12)
+    expected = torch.nn.functional.silu(both[:, :6]) * both[:, 6:]
+    torch.testing.assert_close(transformers_internals.gated(experts, both), expected)
 
 
 def test_transformers_names_tied_weights():

@@ -232,7 +232,7 @@ def test_the_list_of_core_keys_is_a_decision():
         *("path", "placement", "layers", "fused", "architecture", "seed"),
         *("lr", "head_lr", "optimizer", "betas", "weight_decay", "schedule", "warmup_steps", "warmup_ratio"),
         *("epochs", "max_steps", "batch_size", "accumulate", "max_grad_norm"),
-        *("compile", "checkpoint_activations", "auto_microbatch", "eval_batch_size"),
+        *("compile", "packing", "checkpoint_activations", "auto_microbatch", "eval_batch_size"),
         *("eval_before", "eval_test", "general_text"),
         "analyze",
         *("output", "run_dir", "resume", "checkpoint_every", "dry_run"),

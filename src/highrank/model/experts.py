@@ -7,12 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts in the form that transformers gives most of them, with a gate."""
-    parameters = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-    form = all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "is_concatenated"))
-    return form and all(isinstance(matrix, nn.Parameter) and matrix.dim() == 3 for matrix in parameters)
+from highrank.model.transformers_internals import gated
 
 
 class Expert(nn.Module):
@@ -55,7 +50,7 @@ class Experts(nn.Module):
         for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
             tokens, places = torch.where(chosen == number)
             if len(tokens) or torch.is_grad_enabled():  # in training each has a gradient, if only of 0
-                inner = self.base._apply_gate(up(hidden_states[tokens]))
+                inner = gated(self.base, up(hidden_states[tokens]))
                 y = down(inner) * weights[tokens, places, None]
                 out = out.index_add(0, tokens, y.to(out.dtype))
         return out

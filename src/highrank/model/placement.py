@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from highrank.base.errors import UserError, suggest
-from highrank.model.experts import Expert, is_experts, matrices
+from highrank.model.experts import Expert, matrices
 from highrank.model.quantised import QuantisedWeight, is_quantised
-from highrank.model.transformers_internals import decoder_of, setting, text_config
+from highrank.model.transformers_internals import decoder_of, is_experts, setting, text_config
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 

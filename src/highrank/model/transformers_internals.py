@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
 from highrank.base.errors import UserError
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -100,3 +102,16 @@ def block_names(model: Any) -> set[str]:
 def tied_weights(model: Any) -> set[str]:
     """Returns the names of parameters that a checkpoint stores under another name."""
     return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module holds experts in the form that transformers gives most of them, with a gate."""
+    parameters = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    form = all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "is_concatenated"))
+    return form and all(isinstance(matrix, nn.Parameter) and matrix.dim() == 3 for matrix in parameters)
+
+
+def gated(experts: Any, gate_and_up: Tensor) -> Tensor:
+    """Returns what an expert's down matrix reads, from the joint output (T, 2 n) of its gate and up: (T, n)."""
+    inner: Tensor = experts._apply_gate(gate_and_up)
+    return inner

@@ -96,12 +96,19 @@ def test_padding_that_moves_a_row_is_found(name, moves):
     assert padding_moves(robustness.built(name)) == moves
 
 
-@pytest.mark.parametrize(("name", "method"), [("gemma4_text", "prompt_tuning"), ("mamba", "prefix")])
-def test_a_model_that_takes_no_virtual_tokens_is_named(name, method):
+@pytest.mark.parametrize(
+    ("name", "method", "said"),
+    [
+        ("gemma4_text", "prompt_tuning", r"^prompt_tuning: .*gemma4_text"),
+        # by the argument for its cache, which transformers 5.24 has and 5.23 has not
+        ("mamba", "prefix", r"^prefix: .*mamba|^model: a decoder takes its key-value cache as .*, got MambaModel"),
+    ],
+)
+def test_a_model_that_takes_no_virtual_tokens_is_named(name, method, said):
     sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 260}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **robustness.SIZES, **sizes))
     cls = load("methods", method)
-    with pytest.raises(UserError, match=rf"^{method}: .*{name}"):
+    with pytest.raises(UserError, match=said):
         attach(model, [], cls, cls.config())
 
 

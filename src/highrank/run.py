@@ -77,7 +77,7 @@ def execute(run: Run) -> tuple[Path, int]:
 
 
 @dataclass(frozen=True)
-class Job:
+class Prepared:
     """A run whose model and data are there: what its stages work with."""
 
     run: Run
@@ -120,7 +120,7 @@ def fine_tune(
 
 def prepare(
     run: Run, plan: Plan, task: Task, directory: RunDirectory, earlier: dict[str, Any], stop: StopOnSignal
-) -> Job:
+) -> Prepared:
     """Loads the model and the data, opens the run directory, and looks for what training goes on from."""
     core = run.core
     share, eval_share = devices.share_of(run.trainer), devices.evaluation_share_of(run.trainer)
@@ -154,10 +154,10 @@ def prepare(
     tell(directory, checkpoints)
     steps, parts = optimizer_steps(run, len(data.examples)), directory.results.get("parts", 1)
     module = FineTuner(adapters, task, tokenizer, core, steps, run.protocol, eval_share, parts)
-    return Job(run, directory, stop, adapters, tokenizer, data, tests, module, checkpoints)
+    return Prepared(run, directory, stop, adapters, tokenizer, data, tests, module, checkpoints)
 
 
-def evaluate_before(job: Job, trainer: lightning.Trainer, batch_size: int) -> int:
+def evaluate_before(job: Prepared, trainer: lightning.Trainer, batch_size: int) -> int:
     """Evaluates the untrained model; returns the batch size that fitted.
 
     Training draws the same random numbers whether or not this is done.
@@ -175,7 +175,7 @@ def evaluate_before(job: Job, trainer: lightning.Trainer, batch_size: int) -> in
     return fitting
 
 
-def train(job: Job, trainer: lightning.Trainer) -> lightning.Trainer:
+def train(job: Prepared, trainer: lightning.Trainer) -> lightning.Trainer:
     """Trains, saves the adapter, and returns the Trainer.
 
     Raises:
@@ -201,7 +201,7 @@ def train(job: Job, trainer: lightning.Trainer) -> lightning.Trainer:
     return trainer
 
 
-def evaluate_after(job: Job, trainer: lightning.Trainer, batch_size: int) -> None:
+def evaluate_after(job: Prepared, trainer: lightning.Trainer, batch_size: int) -> None:
     """Evaluates the trained model: its test sets, what it forgot, and what changed in its weights, where asked for."""
     directory, core = job.directory, job.run.core
     with directory.timing("eval_final_s"):

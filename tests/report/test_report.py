@@ -687,10 +687,10 @@ def test_names_from_outside_are_text_not_markup(fake):
 @pytest.fixture
 def small():
     cells = [
-        tables.Cell("a_b", "a_b"),
-        tables.Cell(81.25, "81.2", "± 1.0", "[79.0, 83.0]", bold=True, more={"sd": 1.0}),
+        tables.TableCell("a_b", "a_b"),
+        tables.TableCell(81.25, "81.2", "± 1.0", "[79.0, 83.0]", bold=True, more={"sd": 1.0}),
     ]
-    other = [tables.Cell("x|y", "x|y"), tables.Cell(None)]
+    other = [tables.TableCell("x|y", "x|y"), tables.TableCell(None)]
     return tables.Table("t", "Title & more", "Caption: 95 %", ["arm", "set_1"], [cells, other])
 
 

@@ -43,7 +43,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Table:
+class SourceTable:
     """Rows as read, and what to record of them."""
 
     rows: list[Any]
@@ -107,7 +107,7 @@ def find(source: Source, root: Path, folders: Sequence[str] = ("",)) -> Path | N
     return None
 
 
-def read(source: Source, root: Path | None, revision: str | None = None, folders: Sequence[str] = ("",)) -> Table:
+def read(source: Source, root: Path | None, revision: str | None = None, folders: Sequence[str] = ("",)) -> SourceTable:
     """Returns the rows of a source: from `root` if there is a data folder, else from the Hub.
 
     Raises:
@@ -120,7 +120,7 @@ def read(source: Source, root: Path | None, revision: str | None = None, folders
             raise MissingData(f"data: {source.paths[0]} (or .gz) is needed, got none in {root}; {source.get}")
         rows = read_file(file, source.columns, source.has_broken_rows)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        table = Table(rows, str(file.relative_to(root)), digest, str(file))
+        table = SourceTable(rows, str(file.relative_to(root)), digest, str(file))
     else:
         table = _read_hub(source, revision)
     if not table.rows:
@@ -128,7 +128,7 @@ def read(source: Source, root: Path | None, revision: str | None = None, folders
     return table
 
 
-def _read_hub(source: Source, revision: str | None) -> Table:
+def _read_hub(source: Source, revision: str | None) -> SourceTable:
     place = f"the Hub's {source.hub}" if source.hub else "the Hub (it has no such set)"
     advice = f"set HIGHRANK_DATA or task.data=<folder with {source.paths[0]}>; {source.get}"
     if source.hub is None:
@@ -148,7 +148,7 @@ def _read_hub(source: Source, revision: str | None) -> Table:
             raise MissingData(f"data: {source.paths[0]} is needed, got no data folder, and {said}; {advice}") from error
     digest = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
     name = f"{name}/{source.split}@{revision or 'main'}"
-    return Table(rows, name, digest, name)
+    return SourceTable(rows, name, digest, name)
 
 
 def read_file(file: Path, columns: Sequence[str] = (), has_broken_rows: bool = False) -> list[Any]:

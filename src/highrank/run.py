@@ -196,8 +196,7 @@ def train(job: Prepared, trainer: lightning.Trainer) -> lightning.Trainer:
         steps_planned=module.total_steps,
         selected=[{"step": c.step, "loss": c.loss} for c in callbacks if isinstance(c, KeepBest)],
     )
-    if job.stop.agree(trainer):
-        job.stop.check()
+    job.stop.check_all(trainer)
     return trainer
 
 

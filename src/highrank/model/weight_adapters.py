@@ -58,13 +58,11 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base.weight
-        return weight
+        return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base.bias
-        return bias
+        return self.base.bias
 
     def pairs(self) -> Iterator[tuple[Any, Rows | None]]:
         return zip(self.adapters, self.spans, strict=True)

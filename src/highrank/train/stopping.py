@@ -56,6 +56,11 @@ class StopOnSignal(Callback):
             self.received = signum
         return signum > 0
 
+    def check_all(self, trainer: lightning.Trainer) -> None:
+        """Raises Interrupted, in every process, if a signal came to any."""
+        if self.agree(trainer):
+            self.check()
+
     def on_validation_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == "validate":  # one within training is finished
             self.on_predict_batch_end(trainer)
@@ -69,8 +74,7 @@ class StopOnSignal(Callback):
             self.check()
 
     def on_predict_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        if self.agree(trainer):
-            self.check()
+        self.check_all(trainer)
 
 
 def requeue(received: int) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from highrank.base.errors import UserError
-from highrank.base.registry import load
+from highrank.base.registry import available, load
 from highrank.data.batches import pad
 from highrank.data.encoding import IGNORED
 from highrank.model.adapters import Adapters, attach
@@ -423,15 +423,18 @@ def causality(name: str) -> None:
 
 
 def experts(name: str) -> None:
-    """With an adapter on each expert's up and down: none changes nothing, some compute what merging writes, all learn."""
+    """With an adapter of every method on each expert's up and down: at the start nothing changes, moved they compute what
+    merging writes, all learn."""
     ids = torch.tensor(PROMPTS[:1])
     model = built(name)
     with torch.no_grad():
         base = model(input_ids=ids).logits
     views = resolve(model, "experts")
-    for method in ("hira", "hyperadapt", "dora", "lora"):
+    for method in available("methods"):
         cls = load("methods", method)
-        adapters = attach(model, views, cls, cls.config())
+        if not (cls.family.changes_weights and cls.family.keeps_base):  # matrices that train are taken whole
+            continue
+        adapters = attach(model, views, cls, cls.config(**cls.examples[0]))
         with torch.no_grad():
             close(model(input_ids=ids).logits, base, f"{method}: logits at the start")
             generator = torch.Generator().manual_seed(1)

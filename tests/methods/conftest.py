@@ -1,11 +1,21 @@
-"""Ours against a reference, in fp64: output, all gradients, one AdamW step, and the weight after it."""
+"""Ours against a reference, in fp64: output, all gradients, one AdamW step, and the weight after it.
+
+What every method's tests share besides: refused fields, and counts on models of which only the shapes are known.
+"""
+
+import functools
 
 import pytest
 import torch
 from torch import nn
 
+from highrank.base.errors import UserError
 from highrank.base.registry import load
+from highrank.config.words import compose_run
+from highrank.model.backbones import empty_model, model_config
 from highrank.model.method import Site
+from highrank.train.build import adapted_views
+from highrank.train.plan import Params, count
 
 N, K, TOKENS = 24, 16, 7
 # fp64 sums of a few dozen terms in another order; the AdamW step divides by |gradient| and may magnify it
@@ -100,3 +110,37 @@ def agree_with_peft(layer, agree):
         agree(adapter, model, parameters, lambda: model.merge_and_unload().fc.weight)
 
     return check
+
+
+@pytest.fixture
+def refused():
+    """Holds that a weight of (N, K) refuses `fields`, and that the message names method and field."""
+
+    def check(name, fields, named):
+        cls = load("methods", name)
+        with pytest.raises(UserError) as error:
+            cls.validate(K, N, cls.config(**fields))
+        message = str(error.value)
+        assert message.startswith(f"{name}: ")
+        assert f"{named}=" in message
+
+    return check
+
+
+@functools.cache
+def _model_of(name, kind):
+    run = compose_run([f"model={name}"])
+    return empty_model(model_config(run.model, None), kind, 2)
+
+
+@pytest.fixture(scope="session")
+def params():
+    """Counts what `words` adapt, from the model's public shapes."""
+
+    def counted(words) -> Params:
+        run = compose_run(words.split())
+        kind = "classify" if run.model["name"] == "roberta_large" else "generate"
+        model = _model_of(run.model["name"], kind)
+        return count(model, adapted_views(run, model), run.method, run.method_cfg)
+
+    return counted

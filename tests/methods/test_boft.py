@@ -66,3 +66,21 @@ def test_rotation_is_orthogonal(layer):
     Q = layer.adapter("boft", butterfly_factor=3).rotation()
     eye = torch.eye(16, dtype=torch.float64).expand_as(Q)
     torch.testing.assert_close(Q @ Q.mT, eye, rtol=0, atol=1e-12)  # fp64 rounding of sums of 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"block_size": -1}, "block_size"),
+        ({"block_size": 0}, "block_size"),
+        ({"block_num": 4}, "block_num"),
+        ({"block_size": 5}, "block_size"),
+        ({"block_size": 0, "block_num": 5}, "block_num"),
+        ({"block_size": 0, "block_num": 32}, "block_num"),
+        ({"butterfly_factor": 0}, "butterfly_factor"),
+        ({"butterfly_factor": 4}, "butterfly_factor"),
+        ({"block_size": 1, "butterfly_factor": 2}, "block_size"),
+    ],
+)
+def test_bad_fields_are_named(refused, fields, named):
+    refused("boft", fields, named)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from highrank.base.errors import UserError
 from highrank.base.registry import available, load
 from highrank.model.method import Site
 
@@ -22,40 +21,6 @@ CASES = [
     pytest.param(name, kwargs, id="-".join([name, *(f"{key}={value}" for key, value in kwargs.items())]))
     for name in WEIGHT_METHODS
     for kwargs in load("methods", name).examples
-]
-BAD = [
-    ("lora", {"r": 0}, "r"),
-    ("lora", {"alpha": 0.0}, "alpha"),
-    ("lora", {"dropout": 1.0}, "dropout"),
-    ("hira", {"r": 0}, "r"),
-    ("hira", {"R": "w1"}, "R"),
-    ("hira", {"R": "w0_trunc"}, "R_rank"),
-    ("hira", {"R": "w0_trunc", "R_rank": 0}, "R_rank"),
-    ("hira", {"R": "w0_trunc", "R_rank": 17}, "R_rank"),
-    ("hira", {"R_rank": 4}, "R_rank"),
-    ("hira", {"R": "ones", "official_numerics": True}, "official_numerics"),
-    ("hilora", {"r1": -1}, "r1"),
-    ("hilora", {"r2": -1}, "r2"),
-    ("hilora", {"r1": 0, "r2": 0}, "r1"),
-    ("hilora", {"s": 0.0}, "s"),
-    ("dora", {"r": 0}, "r"),
-    ("dora", {"alpha": -1.0}, "alpha"),
-    ("dora", {"dropout": -0.1}, "dropout"),
-    ("vera", {"r": 0}, "r"),
-    ("vera", {"dropout": 1.5}, "dropout"),
-    ("vera", {"d_initial": 0.0}, "d_initial"),
-    ("boft", {"block_size": -1}, "block_size"),
-    ("boft", {"block_size": 0}, "block_size"),
-    ("boft", {"block_num": 4}, "block_num"),
-    ("boft", {"block_size": 5}, "block_size"),
-    ("boft", {"block_size": 0, "block_num": 5}, "block_num"),
-    ("boft", {"block_size": 0, "block_num": 32}, "block_num"),
-    ("boft", {"butterfly_factor": 0}, "butterfly_factor"),
-    ("boft", {"butterfly_factor": 4}, "butterfly_factor"),
-    ("boft", {"block_size": 1, "butterfly_factor": 2}, "block_size"),
-    ("mora", {"r": 0}, "r"),
-    ("mora", {"type": 2}, "type"),
-    ("mora", {"dropout": 1.0}, "dropout"),
 ]
 # Reading order: dtype of W and x, dtype of the parameters, error allowed relative to the largest entry.
 # fp64 and fp32: a few dozen roundings of 1e-16 and 6e-8. bf16: three roundings (W', y, the sum) of 2^-9, doubled for luck.
@@ -209,7 +174,7 @@ def test_counts(name, kwargs):
     cls = load("methods", name)
     adapter = build(name, kwargs, weight())
     assert sum(p.numel() for p in adapter.parameters()) == cls.num_trainable(K, N, adapter.cfg)
-    frozen = [b for key, b in adapter.named_buffers() if b.is_floating_point() and not key.endswith("_cache")]
+    frozen = [b for key, b in adapter.named_buffers() if not key.endswith("_cache")]
     assert sum(b.numel() for b in frozen) == cls.num_frozen_extra(K, N, adapter.cfg)
     shapes = [(N, 7), (5, K), (N, K)]
     shared = cls.shared(shapes, adapter.cfg)
@@ -301,16 +266,6 @@ def test_dropout_acts_on_the_update_in_training_only(name):
     assert torch.equal(plain.eval()(x, W, bias), dropping.eval()(x, W, bias))
     start = build(name, {"r": 4, "dropout": 0.5}, W, moved=False)
     assert_near(start(x, W, bias), F.linear(x, W, bias), 1e-6)  # DoRA's m / ‖W_i‖ is rounded
-
-
-@pytest.mark.parametrize(("name", "kwargs", "field"), BAD)
-def test_bad_values_name_method_and_field(name, kwargs, field):
-    cls = load("methods", name)
-    with pytest.raises(UserError) as error:
-        cls.validate(K, N, cls.config(**kwargs))
-    message = str(error.value)
-    assert message.startswith(f"{name}: ")
-    assert f"{field}=" in message
 
 
 @pytest.mark.parametrize("name", available("methods"))

@@ -4,28 +4,7 @@ Counted from the models' public shapes, without weights. `percent` is 100 traina
 of both papers' tables (HyperAdapt, arXiv 2509.18629, tables of arithmetic and commonsense; HiRA, ICLR 2025, Tables 1-3).
 """
 
-import functools
-
 import pytest
-
-from highrank.config.words import compose_run
-from highrank.model.backbones import empty_model, model_config
-from highrank.train.build import adapted_views
-from highrank.train.plan import count
-
-
-@functools.cache
-def model_of(name, kind):
-    run = compose_run([f"model={name}"])
-    return empty_model(model_config(run.model, None), kind, 2)
-
-
-def params(words):
-    run = compose_run(words.split())
-    kind = "classify" if run.model["name"] == "roberta_large" else "generate"
-    model = model_of(run.model["name"], kind)
-    return count(model, adapted_views(run, model), run.method, run.method_cfg)
-
 
 TOTALS = {
     "llama2_7b": 6_738_415_616,
@@ -39,7 +18,7 @@ TOTALS = {
 
 
 @pytest.mark.parametrize(("name", "total"), TOTALS.items())
-def test_totals(name, total):
+def test_totals(params, name, total):
     placement = "qkvo" if name == "roberta_large" else "all"
     assert params(f"model={name} method=hyperadapt placement={placement}").total == total
 
@@ -74,13 +53,13 @@ HYPERADAPT_PAPER = [
 
 
 @pytest.mark.parametrize(("words", "trainable", "percent", "frozen"), HYPERADAPT_PAPER)
-def test_hyperadapt_paper(words, trainable, percent, frozen):
+def test_hyperadapt_paper(params, words, trainable, percent, frozen):
     found = params(f"placement=all model={words}")
     assert (found.trainable, found.frozen_extra) == (trainable, frozen)
     assert round(found.percent, 4) == percent
 
 
-def test_hyperadapt_is_one_32nd_of_lora_r32_on_every_model():
+def test_hyperadapt_is_one_32nd_of_lora_r32_on_every_model(params):
     """The paper says 34 and 37 times fewer, ratios of its rounded percentages."""
     for name in ("llama3_8b", "qwen2.5_7b", "phi4"):
         lora, ours = (
@@ -89,7 +68,7 @@ def test_hyperadapt_is_one_32nd_of_lora_r32_on_every_model():
         assert lora == 32 * ours
 
 
-def test_roberta_large():
+def test_roberta_large(params):
     ours = params("model=roberta_large placement=qkvo method=hyperadapt")
     assert ours.trainable == 196_608
     assert round(100 * ours.trainable / ours.total, 4) == 0.0555
@@ -120,7 +99,7 @@ HIRA_PAPER = [
 
 
 @pytest.mark.parametrize(("words", "trainable", "percent"), HIRA_PAPER)
-def test_hira_paper(words, trainable, percent):
+def test_hira_paper(params, words, trainable, percent):
     found = params(f"placement=fc_qkv model={words}")
     assert found.trainable == trainable
     assert round(found.percent, 4) == percent
@@ -139,7 +118,7 @@ RANKS = {
 
 
 @pytest.mark.parametrize(("r", "trainable"), RANKS.items())
-def test_hira_rank_sweep(r, trainable):
+def test_hira_rank_sweep(params, r, trainable):
     assert params(f"model=llama3_8b method=hira r={r}").trainable == trainable
     if 2 <= r <= 30:  # every HiLoRA split of Table 6 has the parameters of r = 32
         assert params(f"model=llama3_8b method=hilora r1={r} r2={32 - r}").trainable == 56_623_104
@@ -157,7 +136,7 @@ PLACEMENTS = {
 
 
 @pytest.mark.parametrize(("placement", "trainable"), PLACEMENTS.items())
-def test_hira_placements(placement, trainable):
+def test_hira_placements(params, placement, trainable):
     """HiRA Table 5 does not equalise parameters."""
     assert params(f"model=llama3_8b method=hira r=32 placement={placement}").trainable == trainable
 
@@ -174,7 +153,7 @@ FROZEN_R = {
 
 
 @pytest.mark.parametrize(("words", "frozen"), FROZEN_R.items())
-def test_frozen_numbers_of_r(words, frozen):
+def test_frozen_numbers_of_r(params, words, frozen):
     assert params(f"model=llama3_8b method=hira r=32 {words}").frozen_extra == frozen
 
 
@@ -190,16 +169,16 @@ PEFT_COMPARISON = {
 
 
 @pytest.mark.parametrize(("words", "trainable"), PEFT_COMPARISON.items())
-def test_peft_method_comparison(words, trainable):
+def test_peft_method_comparison(params, words, trainable):
     """Llama-3.2-3B, q and v, as listed in huggingface/peft method_comparison/MetaMathQA."""
     assert params(f"model=llama3.2_3b placement=qv {words}").trainable == trainable
 
 
-def test_bitfit():
+def test_bitfit(params):
     assert params("model=qwen2.5_7b method=bitfit").trainable == 129_024  # q, k and v
     assert params("model=roberta_large method=bitfit").trainable == 271_360  # linear layers and norms of the encoder
 
 
-def test_full_fine_tuning_trains_everything():
+def test_full_fine_tuning_trains_everything(params):
     found = params("model=llama3_8b method=full")
     assert (found.trainable, found.percent) == (8_030_261_248, 100.0)

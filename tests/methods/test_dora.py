@@ -50,3 +50,15 @@ def test_a_row_of_zeros_stays_finite(layer):
     assert torch.equal(y[:, 3], torch.zeros_like(y[:, 3]))
     y.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"r": 0}, "r"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"dropout": -0.1}, "dropout"),
+    ],
+)
+def test_bad_fields_are_named(refused, fields, named):
+    refused("dora", fields, named)

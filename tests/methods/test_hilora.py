@@ -18,3 +18,16 @@ def test_no_hadamard_part_is_lora_in_peft(layer, agree_with_peft):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, lora_alpha=1.5, target_modules=["fc"])
     agree_with_peft(layer.adapter("hilora", r1=0, r2=3, s=0.5), config, {"L1": "lora_B", "L2": "lora_A"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"r1": -1}, "r1"),
+        ({"r2": -1}, "r2"),
+        ({"r1": 0, "r2": 0}, "r1"),
+        ({"s": 0.0}, "s"),
+    ],
+)
+def test_bad_fields_are_named(refused, fields, named):
+    refused("hilora", fields, named)

@@ -107,3 +107,19 @@ def test_a_small_update_survives_a_bf16_base_unless_official():
             )  # two roundings to bf16
     assert surviving[False] == 1
     assert surviving[True] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"r": 0}, "r"),
+        ({"R": "w1"}, "R"),
+        ({"R": "w0_trunc"}, "R_rank"),
+        ({"R": "w0_trunc", "R_rank": 0}, "R_rank"),
+        ({"R": "w0_trunc", "R_rank": 17}, "R_rank"),
+        ({"R_rank": 4}, "R_rank"),
+        ({"R": "ones", "official_numerics": True}, "official_numerics"),
+    ],
+)
+def test_bad_fields_are_named(refused, fields, named):
+    refused("hira", fields, named)

@@ -17,3 +17,15 @@ def test_peft(layer, agree_with_peft, dropout):
     config = peft.LoraConfig(r=3, lora_alpha=4.5, lora_dropout=dropout, target_modules=["fc"])
     adapter = layer.adapter("lora", r=3, alpha=4.5, dropout=dropout)
     agree_with_peft(adapter, config, {"A": "lora_A", "B": "lora_B"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"r": 0}, "r"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_bad_fields_are_named(refused, fields, named):
+    refused("lora", fields, named)

@@ -77,3 +77,15 @@ def test_rotation_drops_the_inputs_whose_outputs_are_cut():
     delta = adapter(8, 100, r=1).delta_weight(torch.zeros(8, 100))  # r̂ = 10: one block of outputs
     assert delta[:, :10].count_nonzero() == 80
     assert delta[:, 10:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"r": 0}, "r"),
+        ({"type": 2}, "type"),
+        ({"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_bad_fields_are_named(refused, fields, named):
+    refused("mora", fields, named)

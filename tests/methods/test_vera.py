@@ -43,3 +43,15 @@ def test_a_small_weight_takes_the_first_rows_and_columns():
     expected = shared.B[:8] @ shared.A[:, :10]
     # fp32 sums of 4 terms
     torch.testing.assert_close(adapter.effective_weight(torch.zeros(8, 10)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"r": 0}, "r"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"d_initial": 0.0}, "d_initial"),
+    ],
+)
+def test_bad_fields_are_named(refused, fields, named):
+    refused("vera", fields, named)

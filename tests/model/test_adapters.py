@@ -28,7 +28,7 @@ SMALL = {
     "mora": [{"r": 2}, {"r": 2, "type": 1}],
 }
 WEIGHT_METHODS = [name for name in sorted(available("methods")) if load("methods", name).family.changes_weights]
-CASES = [(name, fields) for name in WEIGHT_METHODS for fields in SMALL.get(name, [{}])]
+CASES = [(name, fields) for name in WEIGHT_METHODS for fields in SMALL.get(name, load("methods", name).examples[:1])]
 
 
 def backbone(name, dtype="float32", shuffled=False):

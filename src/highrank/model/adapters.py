@@ -70,6 +70,11 @@ class Adapters:
         """Makes the adapters and lets them act."""
         raise NotImplementedError
 
+    @property
+    def exact_base(self) -> bool:
+        """Whether the adapter acts on the base in the dtype that it was trained on alone."""
+        return False
+
     def trains(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter outside adapters and heads trains too."""
         return False
@@ -230,6 +235,11 @@ class Adapters:
         """
         card, tensors = adapter_folder.read(folder, self.method.name)
         same_dtype = card["base_dtype"] == self.base_dtype
+        if self.exact_base and not same_dtype:
+            raise UserError(
+                f"adapter: {self.method.name} with these fields needs the exact base that it was trained on, got one in "
+                f"{self.base_dtype} for {card['base_dtype']}"
+            )
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         self.load_state_dict(tensors)
         # The same base held in another dtype differs by its rounding, 2^-9 per entry, and some 10 % in four bits; in the

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,29 @@ def in_compute_dtype(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | N
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return x, None if bias is None else bias.to(x.dtype)
+
+
+def is_added_apart(x: Tensor, W: Tensor) -> bool:
+    """Whether ΔW x is a product of its own beside W x: in 16 bits W + ΔW would round a small ΔW away, and a quantised W
+    has no matrix to add it to."""
+    return x.dtype.itemsize < 4 or isinstance(W, QuantisedWeight)
+
+
+def updated_linear(
+    x: Tensor,
+    W: Tensor,
+    update: Callable[[], Tensor],
+    bias: Tensor | None,
+    cached: Callable[[str, Tensor, Callable], Tensor],
+) -> Tensor:
+    """Returns x (W + update())ᵀ + bias for an update (n, k) that has no cheaper form; `cached` is the adapter's, so that
+    decoding builds it once."""
+    x, bias = in_compute_dtype(x, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        if is_added_apart(x, W):
+            delta = cached(f"update {x.dtype}", W, lambda: update().to(x.dtype))
+            return F.linear(x, W if isinstance(W, QuantisedWeight) else W.to(x.dtype), bias) + F.linear(x, delta)
+        return F.linear(x, cached(f"sum {x.dtype}", W, lambda: (W + update()).to(x.dtype)), bias)
 
 
 def low_rank_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:

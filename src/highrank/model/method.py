@@ -85,6 +85,12 @@ class Method(nn.Module):
         """Raises UserError if `cfg` does not fit a weight of this shape; called before any weight loads."""
 
     @classmethod
+    def exact_base(cls, cfg: Any) -> bool:
+        """Whether trained numbers mean something beside this very W alone, no rounding of it: places in the order of its
+        entries, coordinates in its singular vectors."""
+        return False
+
+    @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: Any) -> int:
         """Trainable parameters per adapted weight, from the paper's formula."""
         raise NotImplementedError

@@ -1,0 +1,150 @@
+"""SHiRA: train a few scattered entries of the weight.
+
+    W' = W + S(v),    S(v)[i_t, j_t] = v_t for the p chosen places (i_t, j_t), and 0 elsewhere
+
+| symbol | shape  | start                       | trained |
+| ------ | ------ | --------------------------- | ------- |
+| W      | (n, k) | pretrained                  | no      |
+| v      | (p,)   | 0                           | yes     |
+| places | (p,)   | by `mask`, in row order     | no      |
+
+Choices of the places: `random`, p of the n k with the same chance; `wm` (weight magnitude), those of the p largest |W|.
+A weight has its own random places unless `mask_seed` is given; then weights of one shape share theirs.
+
+Trainable: p = r (n + k) per weight, as many as LoRA of rank r has. W' = W at the start because v = 0. ΔW may have full
+rank: r bounds how many entries change, not their rank.
+
+Source: Bhardwaj et al., "Sparse High Rank Adapters", arXiv 2406.13175, section 3 (SHiRA-Rand and SHiRA-WM; Grad and SNIP
+choose by a gradient before training, which a method here does not see, and Struct is left out).
+Reference code: huggingface/peft 0.21, tuners/shira/layer.py, mask_functions.py (shira_weight = v, shira_indices = places as
+(rows, columns), random_seed = mask_seed: the same places, entry for entry).
+Differences: PEFT gives all weights of one shape the same places also where it is given no seed, and has no `wm`. It keeps
+a second (n, k) matrix and its gradient in each step; here W + S(v) is built again in backward. On a 16-bit base it rounds
+W + v to 16 bits; here S(v) x is a product of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from highrank.model.kernels import in_compute_dtype, is_added_apart, updated_linear
+from highrank.plugin import Method, Site, UserError, register_method
+
+MASKS = ("random", "wm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHiRAConfig:
+    r: int = 32
+    """Rank of the LoRA update with as many parameters."""
+    mask: str = "random"
+    """How places are chosen: random, or wm (the largest weights)."""
+    mask_seed: int | None = None
+    """Seed of the random places, the same for every weight; for mask=random alone."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"shira: r must be >= 1, got r={self.r}")
+        if self.mask not in MASKS:
+            raise UserError(f"shira: mask must be one of {', '.join(MASKS)}, got mask={self.mask}")
+        if self.mask != "random" and self.mask_seed is not None:
+            raise UserError(
+                f"shira: mask_seed belongs to mask=random, got mask_seed={self.mask_seed} with mask={self.mask}"
+            )
+
+
+@register_method(config=SHiRAConfig)
+class SHiRA(Method):
+    default_lr = 5e-4
+    examples = ({"r": 2}, {"r": 2, "mask": "wm"}, {"r": 1, "mask_seed": 7})
+
+    def __init__(self, in_features: int, out_features: int, cfg: SHiRAConfig, shared: nn.Module | None = None):
+        super().__init__(in_features, out_features, cfg, shared)
+        p = self.num_trainable(in_features, out_features, cfg)
+        self.v = nn.Parameter(torch.empty(p))
+        self.register_buffer("places", torch.empty(p, dtype=torch.int32), persistent=False)
+
+    def reset_parameters(self, W: Tensor, site: Site) -> None:
+        nn.init.zeros_(self.v)
+        if self.cfg.mask == "wm":
+            order = W.float().abs().flatten().sort(descending=True, stable=True).indices  # of equals the first
+        else:
+            seed = site.seed if self.cfg.mask_seed is None else self.cfg.mask_seed
+            order = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(seed))
+        self.places.copy_(order[: len(self.v)].sort().values)
+
+    def update(self) -> Tensor:
+        return scattered(self.v, self.places, (self.out_features, self.in_features))
+
+    def effective_weight(self, W: Tensor) -> Tensor:
+        return W + self.update()
+
+    def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return updated_linear(x, W, self.update, bias, self.cached)
+        x, bias = in_compute_dtype(x, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            if not is_added_apart(x, W):
+                return ScatteredLinear.apply(x, W, self.v, self.places, bias)
+            zero = torch.zeros((), dtype=x.dtype, device=x.device).expand(W.shape)
+            return F.linear(x, W.to(x.dtype), bias) + ScatteredLinear.apply(x, zero, self.v, self.places, None)
+
+    @classmethod
+    def exact_base(cls, cfg: SHiRAConfig) -> bool:
+        return cfg.mask == "wm"
+
+    @classmethod
+    def validate(cls, in_features: int, out_features: int, cfg: SHiRAConfig) -> None:
+        entries, most = in_features * out_features, in_features * out_features // (in_features + out_features)
+        if cls.num_trainable(in_features, out_features, cfg) > entries:
+            raise UserError(
+                f"shira: r (out + in) must be <= out * in, got r={cfg.r} for a weight of shape ({out_features}, "
+                f"{in_features}); at most r={most}"
+            )
+
+    @classmethod
+    def num_trainable(cls, in_features: int, out_features: int, cfg: SHiRAConfig) -> int:
+        return cfg.r * (in_features + out_features)
+
+    @classmethod
+    def num_frozen_extra(cls, in_features: int, out_features: int, cfg: SHiRAConfig) -> int:
+        return cls.num_trainable(in_features, out_features, cfg)
+
+
+def scattered(v: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Returns S(v), of that shape."""
+    return v.new_zeros(shape[0] * shape[1]).index_add(0, places, v).view(shape)
+
+
+class ScatteredLinear(torch.autograd.Function):
+    """y = x M^T + bias with M = W + S(v), keeping only x: M is built again in backward.
+
+    With δ = ∂y: ∂x = δ M, ∂v = (δᵀ x)[places]. W is frozen and gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, v: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, W, v, places)
+        return F.linear(x, _sum(W, v, places).to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, v, places = ctx.saved_tensors
+        dx = dv = dbias = None
+        rows = dy.reshape(-1, W.shape[0])
+        if ctx.needs_input_grad[0]:
+            dx = (rows @ _sum(W, v, places).to(dy.dtype)).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            dv = (rows.T @ x.reshape(-1, W.shape[1])).flatten().index_select(0, places).to(v.dtype)
+        if ctx.needs_input_grad[4]:
+            dbias = rows.sum(0)
+        return dx, None, dv, None, dbias
+
+
+def _sum(W: Tensor, v: Tensor, places: Tensor) -> Tensor:
+    return W + scattered(v, places, (W.shape[0], W.shape[1]))

@@ -22,14 +22,16 @@ factors are multiplied inside their groups, k g numbers, and the g x g blocks ac
 (unless g = k). PEFT's multiplicative dropout is off by default and absent here. s does not decay.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import row_scaled
-from highrank.plugin import Method, Site, UserError, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,12 @@ class BOFTConfig:
         return self.block_size or in_features // self.block_num
 
 
+def _factors_of(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Without its CUDA extension PEFT computes with one factor, and still writes the number that was asked for."""
+    (m,) = {len(tensor) for key, tensor in tensors.items() if key.endswith("boft_R")} or {fields["butterfly_factor"]}
+    return {**fields, "butterfly_factor": m}
+
+
 @register_method(config=BOFTConfig)
 class BOFT(Method):
     no_decay = ("s",)
@@ -68,6 +76,19 @@ class BOFT(Method):
         {"block_size": 8, "butterfly_factor": 2},
         {"block_size": 16},
         {"block_size": 0, "block_num": 8, "butterfly_factor": 3},
+    )
+    peft = PeftForm(
+        type="BOFT",
+        fields={
+            "block_size": "boft_block_size",
+            "block_num": "boft_block_num",
+            "butterfly_factor": "boft_n_butterfly_factor",
+        },
+        ignored=("boft_dropout",),
+        tensors={"R": "boft_R", "s": "boft_s"},
+        shapes={"s": (-1, 1)},
+        linear_only=True,
+        read=_factors_of,
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: BOFTConfig, shared: nn.Module | None = None):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import low_rank_linear, row_scaled
-from highrank.plugin import Method, Site, UserError, kaiming_uniform_, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,14 @@ class DoRA(Method):
     no_decay = ("m",)
     exact_gradient = False  # the detached norm: finite differences see it move, the gradient does not
     examples = ({"r": 2}, {"r": 2, "alpha": 3.0})
+    peft = PeftForm(
+        type="LORA",
+        fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+        computed={"lora_alpha": lambda cfg: cfg.scaling * cfg.r},
+        fixed={"use_dora": True},
+        tensors={"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
+        factors=("B", "A"),
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: DoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

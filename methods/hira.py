@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from highrank.model.kernels import in_compute_dtype
-from highrank.plugin import Method, Site, UserError, kaiming_uniform_, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
 
 CHOICES = ("w0", "random_uniform", "random_scaled", "w0_trunc", "w0_smooth", "ones")
 
@@ -65,6 +65,11 @@ class HiRAConfig:
             raise UserError(f"hira: official_numerics needs R=w0, got official_numerics=True with R={self.R}")
 
 
+def _beyond_peft(cfg: HiRAConfig) -> str:
+    got = f"R={cfg.R}" if cfg.R != "w0" else f"official_numerics={cfg.official_numerics}"
+    return f"PEFT's HiRA has R = W in full precision, got {got}" if cfg.R != "w0" or cfg.official_numerics else ""
+
+
 @register_method(config=HiRAConfig)
 class HiRA(Method):
     default_lr = 5e-3
@@ -72,6 +77,14 @@ class HiRA(Method):
         {"r": 2},
         *({"r": 2, "R": R} for R in ("random_uniform", "random_scaled", "w0_smooth", "ones")),
         {"r": 2, "R": "w0_trunc", "R_rank": 3},
+    )
+    peft = PeftForm(
+        type="HIRA",
+        fields={"r": "r"},
+        ignored=("hira_dropout",),
+        tensors={"A": "hira_B", "B": "hira_A"},
+        factors=("A", "B"),
+        lacks=_beyond_peft,
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: HiRAConfig, shared: nn.Module | None = None):

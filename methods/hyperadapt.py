@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import ScaledWeightLinear, row_scaled, scaled_weight, scales_weight
-from highrank.plugin import Method, Site, register_method
+from highrank.plugin import Method, PeftForm, Site, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,17 @@ class HyperAdaptConfig:
 class HyperAdapt(Method):
     default_lr = 3e-3
     no_decay = ("a", "b")
+    peft = PeftForm(
+        type="HIRA",
+        fixed={"r": 2},
+        tensors={"A": "hira_B", "B": "hira_A"},
+        factors=("A", "B"),
+        one_way=True,
+        converted=lambda p: {
+            "A": torch.stack([p["a"], -torch.ones_like(p["a"])], dim=1),
+            "B": torch.stack([p["b"], torch.ones_like(p["b"])]),
+        },
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: HyperAdaptConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

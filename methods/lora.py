@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import low_rank_linear
-from highrank.plugin import Method, Site, UserError, kaiming_uniform_, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,13 @@ class LoRAConfig:
 @register_method(config=LoRAConfig)
 class LoRA(Method):
     examples = ({"r": 2}, {"r": 3, "alpha": 4.5}, {"r": 1})
+    peft = PeftForm(
+        type="LORA",
+        fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+        computed={"lora_alpha": lambda cfg: cfg.scaling * cfg.r},
+        tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+        factors=("B", "A"),
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: LoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

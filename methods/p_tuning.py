@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from highrank.plugin import UserError, VirtualTokens, register_method
+from highrank.plugin import PeftForm, UserError, VirtualTokens, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class PTuningConfig:
 class PTuning(VirtualTokens):
     default_lr = 1e-4
     examples = ({"num_virtual_tokens": 3}, {"hidden_size": 5})
+    peft = PeftForm(type="P_TUNING", fields={"num_virtual_tokens": "num_virtual_tokens"}, one_way=True)
 
     def __init__(self, model: Any, cfg: PTuningConfig):
         super().__init__(model, cfg)

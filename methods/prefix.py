@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from highrank.plugin import (
+    PeftForm,
     UserError,
     VirtualTokens,
     cache_name,
@@ -53,6 +54,7 @@ class PrefixConfig:
 @register_method(config=PrefixConfig)
 class Prefix(VirtualTokens):
     examples = ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 20})
+    peft = PeftForm(type="PREFIX_TUNING", fields={"num_virtual_tokens": "num_virtual_tokens"})
 
     def __init__(self, model: Any, cfg: PrefixConfig):
         super().__init__(model, cfg)

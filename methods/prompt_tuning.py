@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from highrank.plugin import UserError, VirtualTokens, register_method
+from highrank.plugin import PeftForm, UserError, VirtualTokens, register_method
 
 STARTS = ("random", "sample_vocab", "text")
 
@@ -51,6 +51,12 @@ class PromptTuningConfig:
 @register_method(config=PromptTuningConfig)
 class PromptTuning(VirtualTokens):
     examples = ({"num_virtual_tokens": 3}, {"start": "sample_vocab"}, {"start": "text", "start_text": "Answer:"})
+    peft = PeftForm(
+        type="PROMPT_TUNING",
+        fields={"num_virtual_tokens": "num_virtual_tokens"},
+        ignored=("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+        also_reads=("P_TUNING",),
+    )
 
     def __init__(self, model: Any, cfg: PromptTuningConfig):
         super().__init__(model, cfg)

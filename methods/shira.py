@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from highrank.model.kernels import in_compute_dtype, is_added_apart, updated_linear
-from highrank.plugin import Method, Site, UserError, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, register_method
 
 MASKS = ("random", "wm")
 
@@ -61,6 +61,18 @@ class SHiRAConfig:
 class SHiRA(Method):
     default_lr = 5e-4
     examples = ({"r": 2}, {"r": 2, "mask": "wm"}, {"r": 1, "mask_seed": 7})
+    peft = PeftForm(
+        type="SHIRA",
+        fields={"r": "r", "mask_seed": "random_seed"},
+        fixed={"mask_type": "random"},  # the places are in the file, and what PEFT draws is replaced
+        tensors={"v": "shira_weight"},
+        frozen=lambda adapter: {"shira_indices": adapter.rows_and_columns()},
+        linear_only=True,
+        # without a seed PEFT draws with the one that a new generator has
+        read=lambda fields, tensors: (
+            {**fields, "mask_seed": torch.Generator().initial_seed()} if fields["mask_seed"] is None else fields
+        ),
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: SHiRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)
@@ -76,6 +88,10 @@ class SHiRA(Method):
             seed = site.seed if self.cfg.mask_seed is None else self.cfg.mask_seed
             order = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(seed))
         self.places.copy_(order[: len(self.v)].sort().values)
+
+    def rows_and_columns(self) -> Tensor:
+        """Returns the places as (2, p) rows and columns."""
+        return torch.stack([self.places // self.in_features, self.places % self.in_features])
 
     def update(self) -> Tensor:
         return scattered(self.v, self.places, (self.out_features, self.in_features))

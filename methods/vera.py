@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from highrank.plugin import Method, Site, UserError, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,14 @@ class Projections(nn.Module):
 class VeRA(Method):
     default_lr = 3e-3
     examples = ({"r": 4},)
+    peft = PeftForm(
+        type="VERA",
+        fields={key: key for key in ("r", "projection_prng_key", "d_initial")} | {"dropout": "vera_dropout"},
+        fixed={"save_projection": True},
+        ignored=("save_projection",),
+        tensors={"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"},
+        shared={"A": "vera_A", "B": "vera_B"},
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: VeRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

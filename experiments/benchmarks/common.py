@@ -83,16 +83,6 @@ class Gap(Exception):
     """Why a side of a comparison does not exist; stands in the table in its place."""
 
 
-PEFT_NAMES = {
-    "lora": {"A": "lora_A", "B": "lora_B"},
-    "dora": {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"},
-    "hira": {"A": "hira_B", "B": "hira_A"},
-    "vera": {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"},
-    "boft": {"R": "boft_R", "s": "boft_s"},
-}
-"""Our name of each parameter -> PEFT's."""
-
-
 def import_peft() -> Any:
     try:
         import peft
@@ -101,44 +91,33 @@ def import_peft() -> Any:
     return peft
 
 
-def _peft_config(peft: Any, method: str, cfg: Any) -> Any:
-    where = {"target_modules": TARGETS}
-    match method:
-        case "lora" | "dora":
-            return peft.LoraConfig(r=cfg.r, lora_alpha=cfg.scaling * cfg.r, use_dora=method == "dora", **where)
-        case "hira":
-            return peft.HiraConfig(r=cfg.r, **where)
-        case "vera":
-            key = cfg.projection_prng_key
-            return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=key, **where)
-        case _:
-            factor = cfg.butterfly_factor
-            return peft.BOFTConfig(boft_block_size=cfg.block_size, boft_n_butterfly_factor=factor, **where)
-
-
 def add_peft(model: nn.Module, label: str, ours: Adapters) -> Any:
     """Returns PEFT's model around `model`, with the parameters of `ours`.
 
     Raises:
         Gap: if PEFT is not there, lacks the method, or would run another one.
     """
-    peft, name, cfg = import_peft(), ours.method.name, ours.cfg
-    if name not in PEFT_NAMES:
+    peft, form = import_peft(), ours.method.peft
+    if form is None or form.converted or form.lacks(ours.cfg):
         raise Gap(f"PEFT has no {label.split()[0]}")
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[form.type](target_modules=TARGETS, **form.options(ours.cfg))
     # silenced: PEFT tells of BOFT's missing extension in warnings, and prints the compiler's complaint
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
-            found = peft.get_peft_model(model, _peft_config(peft, name, cfg))
+            found = peft.get_peft_model(model, config)
         except (AttributeError, TypeError, ValueError) as error:
             raise Gap(f"PEFT {peft.__version__}: {error}") from error
     trainable = {key: p for key, p in found.named_parameters() if p.requires_grad}
     for view in ours.views:
-        for own, theirs in PEFT_NAMES[name].items():
-            match = [key for key in trainable if f".{view.path}." in key and f".{theirs}." in f"{key}."]
+        for own, theirs in form.tensors.items():
+            part = theirs.removesuffix(".weight")  # which stands behind the adapter's name there
+            match = [key for key in trainable if f".{view.path}." in key and f".{part}." in f"{key}."]
             source, target = getattr(ours.by_view[view.name], own), trainable.pop(match[0])
             if target.numel() != source.numel():
-                raise Gap("PEFT runs factor 1 without its CUDA extension" if name == "boft" else "another shape")
+                raise Gap(
+                    "PEFT runs factor 1 without its CUDA extension" if ours.method.name == "boft" else "another shape"
+                )
             with torch.no_grad():
                 target.copy_(source.view_as(target))
     assert not trainable, f"parameters without a counterpart: {list(trainable)[:3]}"

@@ -7,6 +7,7 @@ from highrank.data.chat import messages_of
 from highrank.data.sources import Source, as_text, find, text_of
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
 from highrank.model.method import Method, Site, kaiming_uniform_
+from highrank.model.peft_form import PeftForm
 from highrank.model.transformers_internals import (
     by_name,
     cache_name,
@@ -27,6 +28,7 @@ __all__ = [
     "FullAdapters",
     "LabelledText",
     "Method",
+    "PeftForm",
     "Site",
     "Source",
     "Task",

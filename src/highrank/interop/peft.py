@@ -1,16 +1,7 @@
 """Adapter folders of Hugging Face PEFT (0.21), both ways: `highrank export` writes one, `highrank import` reads one.
 
-| method        | peft_type     | tensors, PEFT's = ours                                                    |
-| ------------- | ------------- | ------------------------------------------------------------------------- |
-| lora          | LORA          | lora_A = A, lora_B = B                                                    |
-| dora          | LORA          | the same with use_dora, and lora_magnitude_vector = m                     |
-| vera          | VERA          | vera_lambda_b = λ_b, vera_lambda_d = λ_d; once: vera_A, vera_B            |
-| boft          | BOFT          | boft_R = R, boft_s = s as (n, 1)                                          |
-| hira          | HIRA          | hira_B = A, hira_A = B                                                    |
-| hyperadapt    | HIRA, r = 2   | hira_B = [a, -1], hira_A = [bᵀ; 1ᵀ], so that W ⊙ (1 + BA) = W ⊙ (a bᵀ)    |
-| prompt_tuning | PROMPT_TUNING | prompt_embeddings = P                                                     |
-| p_tuning      | P_TUNING      | prompt_embeddings = P, what the network gives; PEFT keeps no network      |
-| prefix        | PREFIX_TUNING | prompt_embeddings = P as (p, 2 L g d_h)                                   |
+What PEFT calls a method, its fields and its tensors stands in the method's file, as `peft`. HyperAdapt is written as HiRA of
+rank 2, hira_B = [a, -1] and hira_A = [bᵀ; 1ᵀ], so that W ⊙ (1 + BA) = W ⊙ (a bᵀ).
 
 PEFT adapts modules whole. Adapters on row slices of a fused matrix become one low-rank pair on all its rows: their
 factors (n_i, r) on a block diagonal, their factors (r, k) on top of each other. Every module of such an adapter gets the
@@ -22,7 +13,7 @@ Every other option that PEFT would compute with, and that has no counterpart her
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +27,13 @@ from highrank import configs
 from highrank.base.console import say
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import sha256, write_atomic
-from highrank.base.registry import load
+from highrank.base.registry import available, load
 from highrank.config.run_config import Run
 from highrank.config.words import compose_run, spelled
 from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import empty_model, head_modules, model_config
+from highrank.model.peft_form import PeftForm
 from highrank.model.placement import EXPERTS, WeightView, is_transposed, resolve, row_index, weight_of
 from highrank.model.weight_adapters import WeightAdapters
 from highrank.model.whole_model import WholeModelAdapters
@@ -51,53 +43,6 @@ from highrank.train.results import RunDirectory
 from highrank.train.saved import check_new, load_run, read_run, written_whole
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-
-
-@dataclass(frozen=True)
-class Form:
-    """How PEFT writes a method: our names of fields and tensors, and its own."""
-
-    peft_type: str
-    fields: Mapping[str, str]
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    """Of one module; none for a method whose update is no weight."""
-    factors: tuple[str, str] | None = None
-    """Our names of the low-rank pair, (n, r) and (r, k), if slices can be joined."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-
-VIRTUAL = {"num_virtual_tokens": "num_virtual_tokens"}
-LORA = Form(
-    "LORA",
-    {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-    {"A": "lora_A.weight", "B": "lora_B.weight"},
-    ("B", "A"),
-)
-FORMS = {
-    "lora": LORA,
-    "dora": replace(LORA, tensors={**LORA.tensors, "m": "lora_magnitude_vector"}, fixed={"use_dora": True}),
-    "vera": Form(
-        "VERA",
-        {"r": "r", "projection_prng_key": "projection_prng_key", "dropout": "vera_dropout", "d_initial": "d_initial"},
-        {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"},
-        fixed={"save_projection": True},
-    ),
-    "boft": Form(
-        "BOFT",
-        {
-            "block_size": "boft_block_size",
-            "block_num": "boft_block_num",
-            "butterfly_factor": "boft_n_butterfly_factor",
-        },
-        {"R": "boft_R", "s": "boft_s"},
-    ),
-    "hira": Form("HIRA", {"r": "r"}, {"A": "hira_B", "B": "hira_A"}, ("A", "B")),
-    "prompt_tuning": Form("PROMPT_TUNING", VIRTUAL),
-    "p_tuning": Form("P_TUNING", VIRTUAL),
-    "prefix": Form("PREFIX_TUNING", VIRTUAL),
-}
-WRITTEN_AS = {name: name for name in FORMS} | {"hyperadapt": "hira"}
-READ_AS = {form.peft_type: name for name, form in FORMS.items() if name != "dora"} | {"P_TUNING": "prompt_tuning"}
 
 
 def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -> Path:
@@ -129,29 +74,26 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
 
 def check_expressible(run: Run, model: Any, views: Sequence[WeightView]) -> None:
     """Raises UserError unless PEFT has a type that computes what the run's adapter does; `model` may hold no weights."""
-    cfg, name = run.method_cfg, run.method.name
+    form, name = run.method.peft, run.method.name
     instead = "; `highrank merge RUN --out DIR` writes the adapted model instead"
-    if name not in WRITTEN_AS:
+    if form is None:
         raise UserError(f"export: PEFT has no type for this method, got method={name}{instead}")
-    if name == "hira" and (cfg.R != "w0" or cfg.official_numerics):
-        got = f"R={cfg.R}" if cfg.R != "w0" else "official_numerics=True"
-        raise UserError(f"export: PEFT's HiRA has R = W in full precision, got {got}{instead}")
+    if lacking := form.lacks(run.method_cfg):
+        raise UserError(f"export: {lacking}{instead}")
     if experts := [view.path for view in views if view.part == EXPERTS]:
         raise UserError(f"export: PEFT's {name} adapts linear layers, got the expert {experts[0]}{instead}")
     sliced = [view.name for view in views if view.rows is not None]
-    if sliced and name != "hyperadapt" and FORMS[name].factors is None:
+    if sliced and form.factors is None:
         raise UserError(f"export: PEFT's {name} adapts a fused matrix whole, got the slice {sliced[0]}{instead}")
     transposed = [view.path for view in views if is_transposed(model.get_submodule(view.path))]
-    if transposed and name == "boft":
-        raise UserError(f"export: PEFT's boft adapts linear layers only, got the Conv1D {transposed[0]}{instead}")
+    if transposed and form.linear_only:
+        raise UserError(f"export: PEFT's {name} adapts linear layers only, got the Conv1D {transposed[0]}{instead}")
 
 
 def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns adapter_config.json, less what tells of the base model, and the tensors of adapter_model.safetensors."""
-    name = WRITTEN_AS[adapters.method.name]
-    form = FORMS[name]
-    cfg = adapters.cfg if name == adapters.method.name else load("methods", name).config(r=2)
-    config: dict[str, Any] = {"peft_type": form.peft_type, **_fields(form, cfg), **form.fixed}
+    form: PeftForm = adapters.method.peft
+    config: dict[str, Any] = {"peft_type": form.type, **form.options(adapters.cfg)}
     if isinstance(adapters, WholeModelAdapters):
         tokens = _virtual_tokens(adapters.module)
         return config, {"prompt_embeddings": tokens.detach().float().cpu().contiguous()}
@@ -161,23 +103,23 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     modules = {path: [view for view in adapters.views if view.path == path] for path in adapters.layers}
     if form.factors is not None:
         most = max(map(len, modules.values()))
-        config |= {form.fields[key]: most * config[form.fields[key]] for key in ("r", "alpha") if key in form.fields}
+        config |= {key: most * config[key] for key in ("r", "lora_alpha") if key in config}
     tensors: dict[str, Tensor] = {}
     for path, views in modules.items():
         module = _module(adapters, views, form, config.get("r", 0))
         tensors |= {f"{PREFIX}{path}.{theirs}": module[ours] for ours, theirs in form.tensors.items()}
-    if name == "vera":
-        tensors |= {f"base_model.vera_{key}": tensor for key, tensor in _projections(adapters).items()}
+        tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in _frozen(adapters, views[0], form).items()}
+    tensors |= {f"base_model.{key}": tensor for key, tensor in _shared(adapters, form).items()}
     if adapters.extra:
         config["modules_to_save"] = head_modules(adapters.model)
         named = dict(adapters.model.named_parameters())
         tensors |= {f"{PREFIX}{key}": named[key] for key in adapters.extra}
-    return config, {key: tensor.detach().float().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return config, {key: _as_saved(tensor) for key, tensor in tensors.items()}
 
 
-def _fields(form: Form, cfg: Any) -> dict[str, Any]:
-    values = {theirs: getattr(cfg, ours) for ours, theirs in form.fields.items()}
-    return values | ({"lora_alpha": cfg.scaling * cfg.r} if "alpha" in form.fields else {})
+def _as_saved(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous().clone()
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _targets(adapters: WeightAdapters) -> list[str]:
@@ -187,9 +129,9 @@ def _targets(adapters: WeightAdapters) -> list[str]:
     return sorted(names) if alike == adapters.layers.keys() else list(adapters.layers)
 
 
-def _module(adapters: WeightAdapters, views: Sequence[WeightView], form: Form, rank: int) -> dict[str, Tensor]:
+def _module(adapters: WeightAdapters, views: Sequence[WeightView], form: PeftForm, rank: int) -> Mapping[str, Tensor]:
     """Returns one module's tensors by our names; low-rank pairs are joined to one of the given rank on all rows."""
-    parts = [_parameters(adapters, view) for view in views]
+    parts = [_parameters(adapters, view, form) for view in views]
     if form.factors is None:
         return parts[0]
     left, right = form.factors
@@ -205,24 +147,23 @@ def _module(adapters: WeightAdapters, views: Sequence[WeightView], form: Form, r
     return joined
 
 
-def _parameters(adapters: WeightAdapters, view: WeightView) -> dict[str, Tensor]:
+def _parameters(adapters: WeightAdapters, view: WeightView, form: PeftForm) -> Mapping[str, Tensor]:
     parameters = {name: p.detach().float().cpu() for name, p in adapters.by_view[view.name].named_parameters()}
-    if adapters.method.name == "boft":
-        parameters["s"] = parameters["s"][:, None]
-    if adapters.method.name != "hyperadapt":
-        return parameters
-    a, b = parameters["a"], parameters["b"]
-    return {"A": torch.stack([a, -torch.ones_like(a)], dim=1), "B": torch.stack([b, torch.ones_like(b)])}
+    shaped = {name: p.view(form.shapes.get(name, p.shape)) for name, p in parameters.items()}
+    return form.converted(shaped) if form.converted else shaped
+
+
+def _frozen(adapters: WeightAdapters, view: WeightView, form: PeftForm) -> Mapping[str, Tensor]:
+    return form.frozen(adapters.by_view[view.name]) if form.frozen else {}
+
+
+def _shared(adapters: WeightAdapters, form: PeftForm) -> dict[str, Tensor]:
+    return {theirs: getattr(adapters.shared, ours) for ours, theirs in form.shared.items()}
 
 
 def _virtual_tokens(module: Any) -> Tensor:
     """Returns (p, d), or a prefix as (p, 2 L g d_h)."""
     return module.P.permute(3, 0, 1, 2, 4).flatten(1) if module.name == "prefix" else module.embeddings()
-
-
-def _projections(adapters: WeightAdapters) -> dict[str, Tensor]:
-    shared: Any = adapters.shared
-    return {"A": shared.A, "B": shared.B}
 
 
 def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -> Path:
@@ -236,8 +177,10 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
     out_folder, folder = check_new("import", out), Path(folder)
     config = read_config(folder)
     method, fields = read_fields(config)
-    tensors = read_tensors(folder)
-    fields |= _factors_of(method, fields, tensors)
+    cls: Any = load("methods", method)
+    form: PeftForm = cls.peft
+    tensors = read_tensors(folder, form)
+    fields = _corrected(form, fields, tensors)
     given = {word.partition("=")[0] for word in words}
     base = [] if given & {"model", "path"} else _base_words(config)
     chosen = [
@@ -249,7 +192,7 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
     ]
     run = compose_run(chosen)
     if run.method.family.placed:
-        run = compose_run([*chosen, *_placement_words(run, FORMS[method], tensors)])
+        run = compose_run([*chosen, *_placement_words(run, form, tensors)])
     task = run.make_task()
     if config.get("modules_to_save") and task.kind == "generate":
         raise UserError(
@@ -290,7 +233,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, form: PeftForm) -> dict[str, Tensor]:
     """Returns what adapter_model.safetensors holds."""
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"import: weights are read from {WEIGHTS} only, got none in {folder}")
@@ -299,7 +242,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise UserError(f"import: {WEIGHTS} is damaged, got {error} in {folder}; fetch it again") from error
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        places = form.frozen is not None and not key.endswith(tuple(form.tensors.values()))
+        if not (tensor.is_floating_point() or places) or not tensor.float().isfinite().all():
             raise UserError(
                 f"import: an adapter holds finite numbers, got {key} ({tensor.dtype}) with others in {folder}"
             )
@@ -308,24 +252,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 NEUTRAL: tuple[Any, ...] = (None, False, "", "none", {}, [])
 HARMLESS = {
-    *(
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_weights"),
-    *("save_projection", "boft_dropout", "hira_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
-    *("token_dim", "num_attention_heads", "num_layers", "prefix_projection", "tokenizer_name_or_path"),
-    *("tokenizer_kwargs", "prompt_tuning_init", "prompt_tuning_init_text", "encoder_reparameterization_type"),
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("fan_in_fan_out", "init_weights", "megatron_core", "qalora_group_size", "runtime_config", "modules_to_save"),
+    *("token_dim", "num_attention_heads", "num_layers", "prefix_projection", "encoder_reparameterization_type"),
     *("encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
 }
 """Options that say how an adapter came about or where it sits, which the tensors show; or act in training alone."""
 ALLOWED = {"init_lora_weights": (True, "gaussian", "orthogonal", "eva"), "num_transformer_submodules": (1,)}
 """Values that leave the base model as it is; PiSSA, OLoRA, CorDA and LoftQ replace its weights."""
+
+
+def _readers() -> dict[str, dict[str, PeftForm]]:
+    """Returns, per PEFT type, the methods that read it and their forms."""
+    readers: dict[str, dict[str, PeftForm]] = {}
+    for name in available("methods"):
+        form = getattr(load("methods", name), "peft", None)
+        for kind in () if form is None else (*(() if form.one_way else (form.type,)), *form.also_reads):
+            readers.setdefault(kind, {})[name] = form
+    return readers
 
 
 def read_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -334,35 +279,49 @@ def read_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: naming the type, or the option, that has no counterpart.
     """
-    kind = config["peft_type"]
-    if kind not in READ_AS:
-        raise UserError(f"import: this PEFT type has no counterpart, got peft_type={kind}{suggest(kind, READ_AS)}")
-    method = "dora" if kind == "LORA" and config.get("use_dora") else READ_AS[kind]
-    form = FORMS[method]
+    kind, readers = config["peft_type"], _readers()
+    if kind not in readers:
+        raise UserError(f"import: this PEFT type has no counterpart, got peft_type={kind}{suggest(kind, readers)}")
+
+    def fit(name: str) -> int:
+        fixed = readers[kind][name].fixed
+        return sum(1 if config.get(key) == value else -1 for key, value in fixed.items())
+
+    method = max(readers[kind], key=fit)
+    form = readers[kind][method]
     for key, value in config.items():
-        known = key in HARMLESS or key in form.fields.values() or key in form.fixed or key == "modules_to_save"
+        same = key in form.fixed and value == form.fixed[key]
+        known = same or key in HARMLESS or key in form.ignored or key in form.fields.values()
         if not known and value not in NEUTRAL and value not in ALLOWED.get(key, ()):
             raise UserError(f"import: this option of PEFT's {kind} has no counterpart, got {key}={value}")
     lacking = [theirs for theirs in form.fields.values() if theirs not in config]
     if lacking:
         raise UserError(f"import: {CONFIG} must hold {', '.join(lacking)}, got peft_type={kind} without")
-    return method, {ours: config[theirs] for ours, theirs in form.fields.items()}
+    return method, {ours: _value(form, ours, config[theirs]) for ours, theirs in form.fields.items()}
 
 
-def _factors_of(method: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns BOFT's number of factors as the tensors have it.
+def _value(form: PeftForm, ours: str, theirs: Any) -> Any:
+    """Returns our value of a field for PEFT's."""
+    if ours not in form.values:
+        return theirs
+    for value, known in form.values[ours].items():
+        if known == theirs and type(known) is type(theirs):
+            return value
+    raise UserError(f"import: this value of PEFT's {form.type} has no counterpart, got {form.fields[ours]}={theirs}")
 
-    PEFT computes with one factor where its CUDA extension does not build, and still writes the number that was asked for.
-    """
-    counts = {len(tensor) for key, tensor in tensors.items() if key.endswith("boft_R")} if method == "boft" else set()
-    if len(counts) != 1 or counts == {fields["butterfly_factor"]}:
-        return {}
-    (m,) = counts
-    say(
-        f"import: PEFT's config says boft_n_butterfly_factor={fields['butterfly_factor']}, its tensors have {m}, which it "
-        "computed with (its CUDA extension was not there): read as the tensors have it"
-    )
-    return {"butterfly_factor": m}
+
+def _corrected(form: PeftForm, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns the fields as the tensors have them, and says so if the config has another number."""
+    if form.read is None or not tensors:
+        return fields
+    corrected = dict(form.read(fields, tensors))
+    for key, value in corrected.items():
+        if value != fields[key] is not None:
+            say(
+                f"import: PEFT's config says {form.fields[key]}={fields[key]}, it computed with {value}: read as the "
+                "tensors have it"
+            )
+    return corrected
 
 
 def _base_words(config: Mapping[str, Any]) -> list[str]:
@@ -378,7 +337,7 @@ def _base_words(config: Mapping[str, Any]) -> list[str]:
     return words + ([f"model.revision={spelled(revision)}"] if revision else [])
 
 
-def _placement_words(run: Run, form: Form, tensors: Mapping[str, Tensor]) -> list[str]:
+def _placement_words(run: Run, form: PeftForm, tensors: Mapping[str, Tensor]) -> list[str]:
     """Returns the words that place adapters on exactly the modules that have tensors.
 
     Raises:
@@ -396,7 +355,7 @@ def _placement_words(run: Run, form: Form, tensors: Mapping[str, Tensor]) -> lis
             f"{meta.config.model_type}; is it an adapter of another model?"
         )
     if not here:
-        raise UserError(f"import: the adapter holds no {form.peft_type} tensors, got {sorted(tensors)[:3]}")
+        raise UserError(f"import: the adapter holds no {form.type} tensors, got {sorted(tensors)[:3]}")
     parts = sorted({part for view in here for part in view.part.split("+")})
     layers = sorted({view.layer for view in here})
     words = [f"placement=[{','.join(parts)}]"]
@@ -409,7 +368,7 @@ def _placement_words(run: Run, form: Form, tensors: Mapping[str, Tensor]) -> lis
     return words
 
 
-def _owners(form: Form, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+def _owners(form: PeftForm, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     """Returns, per tensor that belongs to a module, the module's path and our name of the tensor."""
     owners = {}
     for key in tensors:
@@ -425,7 +384,7 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
     Raises:
         UserError: for a tensor that belongs nowhere, or random projections that are not drawn again as saved.
     """
-    form = FORMS[adapters.method.name]
+    form: PeftForm = adapters.method.peft
     if isinstance(adapters, WholeModelAdapters):
         P: Any = adapters.module.P
         virtual = tensors.get("prompt_embeddings")
@@ -438,18 +397,25 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
         return {f"{adapters.method.name}.P": virtual.float()}
     names = {view.path: view.name for view in adapters.views}
     owners = _owners(form, tensors)
-    state = {f"{names[path]}.{ours}": tensors[key].float() for key, (path, ours) in owners.items()}
-    if adapters.method.name == "boft":
-        state = {key: tensor.flatten() if key.endswith(".s") else tensor for key, tensor in state.items()}
+    state = {}
+    for key, (path, ours) in owners.items():
+        name = f"{names[path]}.{ours}"
+        parameter = adapters.by_view[names[path]].get_parameter(ours)
+        as_theirs = parameter.view(form.shapes.get(ours, parameter.shape)).shape
+        state[name] = tensors[key].float()
+        if tensors[key].shape == as_theirs:
+            state[name] = state[name].view(parameter.shape)
     rest = {key: tensor for key, tensor in tensors.items() if key not in owners}
-    if adapters.method.name == "vera":
-        for key, drawn in _projections(adapters).items():
-            saved = rest.pop(f"base_model.vera_{key}", None)
-            if saved is not None and not torch.equal(saved.float(), drawn.cpu()):
-                raise UserError(
-                    f"import: vera_{key} must be what projection_prng_key={config['projection_prng_key']} draws, got "
-                    f"other numbers of shape {tuple(saved.shape)}"
-                )
+    drawn = {f"base_model.{key}": tensor for key, tensor in _shared(adapters, form).items()}
+    for view in adapters.views:
+        drawn |= {f"{PREFIX}{view.path}.{key}": tensor for key, tensor in _frozen(adapters, view, form).items()}
+    for key, tensor in drawn.items():
+        saved = rest.pop(key, None)
+        if saved is not None and not torch.equal(saved.to(tensor.dtype), tensor.cpu()):
+            given = ", ".join(f"{theirs}={config[theirs]}" for theirs in form.fields.values())
+            raise UserError(
+                f"import: {key} must be what {given} gives on this base, got other numbers of shape {tuple(saved.shape)}"
+            )
     for key, tensor in rest.items():
         if key.removeprefix(PREFIX) not in adapters.extra:
             raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from highrank.model.adapters import Adapters
 from highrank.model.kernels import DTYPES, handles
+from highrank.model.peft_form import PeftForm
 from highrank.model.torch_internals import version_of
 from highrank.model.weight_adapters import Site, WeightAdapters
 
@@ -43,6 +44,8 @@ class Method(nn.Module):
     where one is enough."""
     mergeable: ClassVar[bool] = True
     """Whether the base can hold what the method learns."""
+    peft: ClassVar[PeftForm | None] = None
+    """How Hugging Face PEFT writes its adapters; None if it has no such type."""
 
     def __init__(self, in_features: int, out_features: int, cfg: Any, shared: nn.Module | None = None):
         super().__init__()

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters, site_seed
 from highrank.model.language import some_tokens, write
+from highrank.model.peft_form import PeftForm
 from highrank.model.placement import WeightView
 from highrank.model.sharding import whole
 from highrank.model.transformers_internals import bodies_of, by_name, cache_of
@@ -139,6 +140,8 @@ class WholeModelMethod(nn.Module):
     """Fields that show what the method can do, on a tiny model: the tests run over them, the first where one is enough."""
     mergeable: ClassVar[bool] = False
     """Whether the base can hold what the method learns; such a method has `merge` and `unmerge`."""
+    peft: ClassVar[PeftForm | None] = None
+    """How Hugging Face PEFT writes its adapters; None if it has no such type."""
 
     def __init__(self, model: Any, cfg: Any):
         super().__init__()

@@ -39,6 +39,8 @@ VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if HYDRA_1_3 else {}
 """Hydra 1.3 asks whose defaults are meant; 1.4 has one set."""
 STORE_AGAIN: dict[str, Any] = {} if HYDRA_1_3 else {"replace": True}
 """Hydra 1.4 asks whether a config may be stored again under its name."""
+CHOOSING = ("experiment", "method", "task")
+"""The groups that say which method and task a run has."""
 NOT_TEXTS = ("null", "true", "false", "nan", "inf")
 """What Hydra reads as something else than a text."""
 
@@ -160,7 +162,7 @@ def _text_keys(words: Sequence[str]) -> tuple[set[str], set[str]]:
             names[key_of(word)] += [name.split("/")[0] for name in word.partition("=")[2].split(",")]
     configs: list[tuple[str, Any]] = [("", RunConfig), ("protocol.", Protocol)]
     with suppress(UserError):  # whatever is wrong with a name is said where it is used
-        single = (w for w in words if key_of(w) in GROUPS and "," not in w)
+        single = (w for w in words if key_of(w) in CHOOSING and "," not in w)
         chosen = _chosen(tuple(r for w in single for r in _rewrite_group(w)))
         for group, name in zip(names, chosen, strict=True):
             for each in {name, *names[group]}:
@@ -203,7 +205,7 @@ def method_of(words: Sequence[str]) -> Any:
     """
     for word in words:
         _check_word(word)
-    groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
+    groups = [w for w in words if key_of(w) in CHOOSING]
     return registry.load("methods", _chosen(tuple(r for w in groups for r in _rewrite_group(w)))[0])
 
 
@@ -311,6 +313,7 @@ def _check_choice(group: str, value: str) -> None:
         raise UserError(f"{group}: unknown name, got {group}={value}{suggest(value, known)}")
 
 
+@functools.cache
 def _options(group: str) -> list[str]:
     """Returns every choice of a config group, nested ones as `folder/name`."""
     loader = GlobalHydra.instance().config_loader()

@@ -87,6 +87,10 @@ def abba(m: Any, W: Tensor) -> Tensor:
     return W + m.cfg.scaling * (m.B1 @ m.A1) * (m.B2 @ m.A2)
 
 
+def boha(m: Any, W: Tensor) -> Tensor:
+    return W * (1 + (m.A @ m.B).transpose(1, 2).reshape(W.shape))
+
+
 LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "hyperadapt": hyperadapt,
     "hira": hira,
@@ -95,6 +99,7 @@ LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "vera": vera,
     "boft": boft,
     "abba": abba,
+    "boha": boha,
 }
 
 

@@ -91,6 +91,12 @@ def boha(m: Any, W: Tensor) -> Tensor:
     return W * (1 + (m.A @ m.B).transpose(1, 2).reshape(W.shape))
 
 
+def gralora(m: Any, W: Tensor) -> Tensor:
+    q = m.cfg.r // m.cfg.K
+    A, B = m.A.unflatten(2, (-1, q)), m.B.unflatten(1, (-1, q))
+    return W + m.cfg.scaling * torch.einsum("jciq,ijqo->iojc", A, B).reshape(W.shape)
+
+
 LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "hyperadapt": hyperadapt,
     "hira": hira,
@@ -100,6 +106,7 @@ LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "boft": boft,
     "abba": abba,
     "boha": boha,
+    "gralora": gralora,
 }
 
 

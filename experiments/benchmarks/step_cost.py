@@ -97,6 +97,10 @@ def gralora(m: Any, W: Tensor) -> Tensor:
     return W + m.cfg.scaling * torch.einsum("jciq,ijqo->iojc", A, B).reshape(W.shape)
 
 
+def diablo(m: Any, W: Tensor) -> Tensor:
+    return W + torch.block_diag(*m.D)
+
+
 LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "hyperadapt": hyperadapt,
     "hira": hira,
@@ -107,6 +111,8 @@ LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "abba": abba,
     "boha": boha,
     "gralora": gralora,
+    "diablo": diablo,
+    "loha": abba,
 }
 
 

@@ -101,6 +101,11 @@ def diablo(m: Any, W: Tensor) -> Tensor:
     return W + torch.block_diag(*m.D)
 
 
+def lokr(m: Any, W: Tensor) -> Tensor:
+    w1, w2 = m.factors()
+    return W + torch.kron(w1, w2[0] if len(w2) == 1 else w2[0] @ w2[1])
+
+
 LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "hyperadapt": hyperadapt,
     "hira": hira,
@@ -113,6 +118,7 @@ LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gralora": gralora,
     "diablo": diablo,
     "loha": abba,
+    "lokr": lokr,
 }
 
 

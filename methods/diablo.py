@@ -57,9 +57,11 @@ class DiaBlo(Method):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = x Wᵀ + bias + [x_g D_gᵀ], one batched product on the pieces x_g of x̃."""
-        pieces = F.dropout(x, self.cfg.dropout, self.training).reshape(-1, *self.D.shape[::2]).transpose(0, 1)
-        update = torch.bmm(pieces, self.D.to(x.dtype).mT).transpose(0, 1)
-        return F.linear(x, W, bias) + update.reshape(*x.shape[:-1], self.out_features)
+        N, rows, columns = self.D.shape
+        pieces = F.dropout(x, self.cfg.dropout, self.training).reshape(-1, N, columns).transpose(0, 1)
+        y = F.linear(x, W, bias).view(-1, N, rows).transpose(0, 1)
+        y = torch.baddbmm(y, pieces, self.D.to(x.dtype).mT)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: DiaBloConfig) -> None:

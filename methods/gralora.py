@@ -92,18 +92,16 @@ class GraLoRA(Method):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """Two batched thin products: x_j by the A_ij of all rows i of the grid, these summed over j by B_ij."""
-        y = F.linear(x, W, bias) + self._grid(F.dropout(x, self.cfg.dropout, self.training))
+        K, r = self.cfg.K, self.cfg.r
+        columns = F.dropout(x, self.cfg.dropout, self.training).reshape(-1, K, self.in_features // K).transpose(0, 1)
+        h = torch.bmm(columns, self.A.to(x.dtype)).view(K, -1, K, r // K).permute(2, 1, 0, 3).flatten(2)
+        rows = F.linear(x, W, bias).view(-1, K, self.out_features // K).transpose(0, 1)
+        y = torch.baddbmm(rows, h, self.B.to(x.dtype), alpha=self.cfg.scaling)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
         if self.cfg.hybrid_r:
             h = F.linear(F.dropout(x, self.cfg.dropout, self.training), self.L1.to(x.dtype))
             y = y + F.linear(h, (self.cfg.scaling * self.L2).to(x.dtype))
         return y
-
-    def _grid(self, x: Tensor) -> Tensor:
-        K, r = self.cfg.K, self.cfg.r
-        columns = x.reshape(-1, K, self.in_features // K).transpose(0, 1)
-        h = torch.bmm(columns, self.A.to(x.dtype)).view(K, -1, K, r // K).permute(2, 1, 0, 3).flatten(2)
-        y = torch.bmm(h, (self.cfg.scaling * self.B).to(x.dtype))
-        return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: GraLoRAConfig) -> None:

@@ -135,7 +135,7 @@ class KroneckerLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, *w2: Tensor) -> Tensor:
         ctx.save_for_backward(x, w1, *w2)
         Z = _chain(x, w1, w2)[-1]
-        return torch.matmul(w1, Z).reshape(*x.shape[:-1], -1)
+        return torch.bmm(w1.expand(len(Z), -1, -1), Z).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -143,8 +143,8 @@ class KroneckerLinear(torch.autograd.Function):
         x, w1, *w2 = ctx.saved_tensors
         steps = _chain(x, w1, w2)
         dY = dy.reshape(len(steps[-1]), len(w1), -1)
-        dw1 = torch.einsum("tip,tjp->ij", dY, steps[-1])
-        dZ = torch.matmul(w1.T, dY)
+        dw1 = torch.bmm(dY, steps[-1].mT).sum(0)
+        dZ = torch.bmm(w1.T.expand(len(dY), -1, -1), dY)
         dw2 = []
         for w, before in zip(w2, reversed(steps[:-1]), strict=True):
             dw2.append(dZ.flatten(0, 1).T @ before.flatten(0, 1))

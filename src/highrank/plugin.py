@@ -6,7 +6,7 @@ from highrank.base.registry import load, register_method, register_task
 from highrank.data.chat import messages_of
 from highrank.data.sources import Source, as_text, find, text_of
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
-from highrank.model.method import Method, Site, kaiming_uniform_
+from highrank.model.method import Method, Site, kaiming_uniform_, nearest_divisors
 from highrank.model.peft_form import PeftForm
 from highrank.model.transformers_internals import (
     by_name,
@@ -48,6 +48,7 @@ __all__ = [
     "load",
     "make_room",
     "messages_of",
+    "nearest_divisors",
     "one_of",
     "path_field",
     "register_method",

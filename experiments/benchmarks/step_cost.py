@@ -83,6 +83,10 @@ def boft(m: Any, W: Tensor) -> Tensor:
     return m.s[:, None] * (W.to(Q.dtype) @ Q.T)
 
 
+def abba(m: Any, W: Tensor) -> Tensor:
+    return W + m.cfg.scaling * (m.B1 @ m.A1) * (m.B2 @ m.A2)
+
+
 LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "hyperadapt": hyperadapt,
     "hira": hira,
@@ -90,6 +94,7 @@ LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "dora": dora,
     "vera": vera,
     "boft": boft,
+    "abba": abba,
 }
 
 

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 
 from highrank.base.registry import available, load
 from highrank.model import kernels
-from highrank.model.kernels import ScaledWeightLinear, low_rank_linear, row_scaled, scales_weight
+from highrank.model.kernels import ScaledWeightLinear, low_rank_linear, rebuilt_linear, row_scaled, scales_weight
 from highrank.model.method import Site
 
 N, K, R = 6, 4, 2
@@ -40,6 +40,31 @@ def test_low_rank_linear_of_a_transposed_weight_and_a_strided_input():
     """GPT-2's Conv1D gives W as a transposed view; x may be a slice."""
     x, W, A, B = rand(5, 2 * K), rand(K, N).detach().t(), rand(R, K), rand(N, R)
     assert gradcheck(lambda x, A, B: low_rank_linear(x[:, ::2], W, A, B, 0.7), (x, A, B))
+
+
+@pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_rebuilt_linear(shape, with_bias):
+    """W ⊙ (v wᵀ), of which W is an operand without a gradient."""
+    x, W, v, w = rand(*shape), rand(N, K).detach(), rand(N), rand(K)
+    bias = rand(N) if with_bias else None
+
+    def gradients(G, W, v, w):
+        G.mul_(W)
+        return None, G @ w, v @ G
+
+    def product(x, v, w, bias):
+        update = lambda W, v, w: W * torch.outer(v, w)  # noqa: E731
+        return rebuilt_linear(x, W, update, gradients, (W, v, w), bias, lambda key, W, build: build())
+
+    plain = F.linear(x, W + W * torch.outer(v, w), bias)
+    torch.testing.assert_close(product(x, v, w, bias), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(product(x, v, w, bias), plain)
+    assert gradcheck(product, (x, v, w, bias))
+    for frozen in range(3):
+        inputs = [t.detach() if i == frozen else t for i, t in enumerate((x, v, w))]
+        assert gradcheck(product, (*inputs, bias))
 
 
 @pytest.mark.parametrize("zero", [False, True], ids=["no zero", "a zero"])

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,111 @@ def updated_linear(
             delta = cached(f"update {x.dtype}", W, lambda: update().to(x.dtype))
             return F.linear(x, W if isinstance(W, QuantisedWeight) else W.to(x.dtype), bias) + F.linear(x, delta)
         return F.linear(x, cached(f"sum {x.dtype}", W, lambda: (W + update()).to(x.dtype)), bias)
+
+
+def rebuilt_linear(
+    x: Tensor,
+    W: Tensor,
+    update: Callable[..., Tensor],
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+    operands: Sequence[Tensor],
+    bias: Tensor | None,
+    cached: Callable[[str, Tensor, Callable], Tensor],
+) -> Tensor:
+    """Returns x (W + update(*operands))ᵀ + bias, keeping x and the operands for backward: the update (n, k) is built again.
+
+    `gradients(G, *operands)` returns those of the operands from G = δᵀ x, the update's own; it may write into G. An update
+    of W has W itself among the operands.
+    """
+    if not torch.is_grad_enabled():
+        return updated_linear(x, W, lambda: update(*operands), bias, cached)
+    x, bias = in_compute_dtype(x, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(W, QuantisedWeight) and all(operand is not W for operand in operands):  # no matrix is needed
+            return F.linear(x, W, bias) + RebuiltLinear.apply(x, None, None, update, gradients, *operands)
+        return RebuiltLinear.apply(x, W, bias, update, gradients, *operands)
+
+
+class RebuiltLinear(torch.autograd.Function):
+    """y = x (W + U)ᵀ + bias with U = update(*operands), or x Uᵀ without a W. With δ = ∂y: ∂x = δ (W + U), ∂U = δᵀ x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor | None, bias: Tensor | None, update: Any, gradients: Any, *operands: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, *operands)
+        ctx.update, ctx.gradients = update, gradients
+        U = update(*operands)
+        if W is None:
+            return F.linear(x, U.to(x.dtype), bias)
+        if x.dtype.itemsize < 4:
+            return F.linear(x, W.to(x.dtype), bias) + F.linear(x, U.to(x.dtype))
+        return F.linear(x, _added(U, W).to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, *operands = ctx.saved_tensors
+        dx = dbias = None
+        found: tuple[Tensor | None, ...] = (None,) * len(operands)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = dy.reshape(-1, dy.shape[-1])
+            if ctx.needs_input_grad[0]:
+                U = ctx.update(*operands)
+                dx = (rows @ (U if W is None else _added(U, W)).to(rows.dtype)).view(x.shape)
+                del U
+            if any(ctx.needs_input_grad[5:]):
+                G = rows.T @ x.reshape(-1, x.shape[-1])
+                found = ctx.gradients(G.to(operands[-1].dtype), *operands)
+            if ctx.needs_input_grad[2]:
+                dbias = rows.sum(0)
+        return dx, None, dbias, None, None, *found
+
+
+def _added(U: Tensor, W: Tensor) -> Tensor:
+    """Returns W + U, in U's place where its dtype can hold the sum."""
+    return U.add_(W) if U.dtype == torch.promote_types(U.dtype, W.dtype) else U + W
+
+
+def hadamard_low_rank_linear(
+    x: Tensor,
+    W: Tensor,
+    factors: tuple[Tensor, Tensor, Tensor, Tensor],
+    scaling: float,
+    bias: Tensor | None,
+    cached: Callable[[str, Tensor, Callable], Tensor],
+) -> Tensor:
+    """Returns x (W + scaling (B1 A1) ⊙ (B2 A2))ᵀ + bias for `factors` B1 (n, r1), A1 (r1, k), B2 (n, r2), A2 (r2, k).
+
+    The update is B* A* with the rows b1 ⊗ b2 in B* and the columns a1 ⊗ a2 in A* (Khatri-Rao products): two thin products
+    of inner size r1 r2. Where that is more work than to build the update, it is built, and again in backward.
+    """
+    B1, A1, B2, A2 = factors
+    if is_thin(len(B1), A1.shape[1], len(A1) * len(A2)):
+        A = cached(f"A* {x.dtype}", W, lambda: (A1[:, None] * A2).flatten(0, 1))
+        B = cached(f"B* {x.dtype}", W, lambda: (B1[:, :, None] * B2[:, None]).flatten(1))
+        return low_rank_linear(x, W, A, B, scaling, bias)
+
+    def update(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
+        return hadamard_low_rank(B1, A1, B2, A2, scaling)
+
+    def gradients(G: Tensor, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> tuple[Tensor, ...]:
+        first = (B2 @ A2).mul_(G.mul_(scaling))
+        second = G.mul_(B1 @ A1)
+        return first @ A1.T, B1.T @ first, second @ A2.T, B2.T @ second
+
+    return rebuilt_linear(x, W, update, gradients, factors, bias, cached)
+
+
+def hadamard_low_rank(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor, scaling: float) -> Tensor:
+    """Returns scaling (B1 A1) ⊙ (B2 A2), (n, k)."""
+    return (scaling * B1 @ A1) * (B2 @ A2)
+
+
+def is_thin(n: int, k: int, r: int) -> bool:
+    """Whether three products with thin factors, of inner size r, take less than the one dense product more that an update
+    (n, k) takes that is built: δᵀ x."""
+    return 3 * r * (n + k) <= n * k
 
 
 def low_rank_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:

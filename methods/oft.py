@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.plugin import Method, Site, UserError, nearest_divisors, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, nearest_divisors, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,20 @@ class OFT(Method):
         {"block_size": 4, "neumann": False},
         {"block_size": 0, "block_num": 2, "block_share": True},
         {"block_size": 8, "block_share": True, "neumann": False},
+    )
+    peft = PeftForm(
+        type="OFT",
+        fields={
+            "block_size": "oft_block_size",
+            "block_num": "r",
+            "block_share": "block_share",
+            "neumann": "use_cayley_neumann",
+            "terms": "num_cayley_neumann_terms",
+        },
+        fixed={"peft_version": "0.18.0"},  # since then the series has this last term, and PEFT asks for the version
+        ignored=("eps", "module_dropout"),  # eps is coft's
+        tensors={"theta": "oft_R.weight"},
+        linear_only=True,
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: OFTConfig, shared: nn.Module | None = None):

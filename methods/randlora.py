@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from highrank.model.kernels import rebuilt_linear
-from highrank.plugin import Method, Site, UserError, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,19 @@ class Bases(nn.Module):
 @register_method(config=RandLoRAConfig)
 class RandLoRA(Method):
     examples = ({"r": 4}, {"r": 5, "alpha": 20.0}, {"r": 20})
+    peft = PeftForm(
+        type="RANDLORA",
+        fields={
+            "r": "r",
+            "alpha": "randlora_alpha",
+            "dropout": "randlora_dropout",
+            "projection_prng_key": "projection_prng_key",
+        },
+        computed={"randlora_alpha": lambda cfg: cfg.scaling * cfg.r},
+        fixed={"save_projection": False},  # PEFT would have the bases once more for every weight
+        ignored=("save_projection",),
+        tensors={"lambda_": "randlora_lambda", "gamma": "randlora_gamma"},
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: RandLoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

@@ -44,6 +44,7 @@ CASES = {
     "oft": ["method=oft", "block_size=4", "placement=all"],
     "oft_exact_shared": ["method=oft", "block_size=0", "block_num=2", "neumann=false", "block_share=true"],
     "randlora": ["method=randlora", "r=3", "placement=all", "projection_prng_key=5"],
+    "fourierft": ["method=fourierft", "n_frequency=20", "placement=all", "scaling=300"],
 }
 ONE_WAY = {"hyperadapt": ["method=hyperadapt", "placement=all"]}
 WRITTEN = {  # places that PEFT cannot draw again are in its file, and only there
@@ -101,6 +102,7 @@ OTHER_MODELS = {
     "transposed_hira": ["model=tiny_gpt2", "method=hira", "r=2", "placement=[o,up]"],
     "transposed_vera": ["model=tiny_gpt2", "method=vera", "r=4", "placement=all"],
     "fused_whole": ["model=tiny_phi3", "method=boft", "placement=all", "fused=fused"],
+    "transposed_fourierft": ["model=tiny_gpt2", "method=fourierft", "n_frequency=20", "placement=all"],
     "transposed_randlora": ["model=tiny_gpt2", "method=randlora", "r=4", "placement=all"],
     "classifier": ["model=tiny_bert", "task=glue/mrpc", "method=lora", "r=2", "placement=qv"],
 }
@@ -181,6 +183,7 @@ FROM_PEFT = {
     ),
     "oft": ("OFTConfig", {"r": 2, "oft_block_size": 0, "num_cayley_neumann_terms": 6, "target_modules": LINEAR}),
     "randlora": ("RandLoraConfig", {"r": 3, "save_projection": False, "target_modules": LINEAR}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 20, "random_loc_seed": 5, "target_modules": LINEAR}),
 }
 
 

@@ -104,38 +104,41 @@ class RandLoRA(Method):
         nn.init.zeros_(self.lambda_)
         nn.init.constant_(self.gamma, 1 / max(self.gamma.shape))
 
+    @property
+    def is_wide(self) -> bool:
+        return self.least < self.in_features
+
     def _bases(self) -> tuple[Tensor, Tensor]:
-        """Returns A (r, m) and C (M, r n_b), the column of λ_ij at i n_b + j."""
+        """Returns A (r, m) and C (M, n_b, r), whose entries [:, i n_b + j] of the last two in a row go with λ_ij."""
         A, B = self.shared_tensors.A, self.shared_tensors.B
-        return A[:, : self.least], B[: max(self.in_features, self.out_features), : self.num_bases].flatten(1)
+        return A[:, : self.least], B[: max(self.in_features, self.out_features), : self.num_bases]
 
-    def update(self, lambda_: Tensor, gamma: Tensor) -> Tensor:
+    def update(self, scaled: Tensor, gamma: Tensor) -> Tensor:
+        """Returns ΔW for s λ and γ."""
         A, C = self._bases()
-        delta = self.cfg.scaling * (C @ Scaled.apply(A, lambda_, gamma))
-        return delta if self.least == self.in_features else delta.T
+        delta = C.flatten(1) @ _Q(A, scaled, gamma)
+        return delta.T if self.is_wide else delta
 
-    def _gradients(self, G: Tensor, lambda_: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients(self, G: Tensor, scaled: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         A, C = self._bases()
-        return scaled_gradients(
-            (C.T @ (G if self.least == self.in_features else G.T)).mul_(self.cfg.scaling), A, lambda_, gamma
-        )
+        return _gradients(C.flatten(1).T @ (G.T if self.is_wide else G), A, scaled, gamma)
 
     def effective_weight(self, W: Tensor) -> Tensor:
-        return W + self.update(self.lambda_, self.gamma)
+        return W + self.update(self.cfg.scaling * self.lambda_, self.gamma)
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """For few tokens two products beside the dense one, else a product with W + ΔW: whichever is less work in a step.
 
-        In units of m M: 5 per token there (2 forward, 2 for ∂x, 1 for ∂A); here 1 per token, for δᵀ x, and 3 m to build
-        ΔW twice and take its gradient.
+        In units of m M: 5 per token there (2 forward, 2 for ∂x, 1 for ∂λ and ∂γ); here 1 per token, for δᵀ x, and 3 m to
+        build ΔW twice and take its gradient.
         """
-        dropping = self.training and self.cfg.dropout > 0
+        scaled, dropping = self.cfg.scaling * self.lambda_, self.training and self.cfg.dropout > 0
         if not dropping and not (torch.is_grad_enabled() and 4 * x.numel() // x.shape[-1] < 3 * self.least):
-            return rebuilt_linear(x, W, self.update, self._gradients, [self.lambda_, self.gamma], bias, self.cached)
-        A, C = self._bases()
-        Q = (self.cfg.scaling * Scaled.apply(A, self.lambda_, self.gamma)).to(x.dtype)
-        first, second = (Q, C.to(x.dtype)) if self.least == self.in_features else (C.T.to(x.dtype), Q.T)
-        return F.linear(x, W, bias) + F.linear(F.linear(F.dropout(x, self.cfg.dropout, self.training), first), second)
+            return rebuilt_linear(x, W, self.update, self._gradients, [scaled, self.gamma], bias, self.cached)
+        y = F.linear(x, W, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            dropped = F.dropout(x.to(y.dtype), self.cfg.dropout, self.training)
+            return y + TwoProducts.apply(dropped, *self._bases(), scaled, self.gamma, self.is_wide)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: RandLoRAConfig) -> int:
@@ -152,24 +155,39 @@ class RandLoRA(Method):
         return Bases(shapes, cfg)
 
 
-class Scaled(torch.autograd.Function):
-    """Q (r n_b, m) with the rows λ_ij A_i ⊙ γ_j, keeping its three factors. A is frozen."""
+class TwoProducts(torch.autograd.Function):
+    """y = C (Q x), or Qᵀ (Cᵀ x) if wide, keeping x and for the latter h = Cᵀ x; Q is built again in backward.
+
+    With δ = ∂y: ∂h = Cᵀ δ, ∂x = Qᵀ ∂h, ∂Q = ∂h xᵀ, or ∂h = Q δ, ∂x = C ∂h, ∂Q = h δᵀ. A and C are frozen.
+    """
 
     @staticmethod
-    def forward(ctx: Any, A: Tensor, lambda_: Tensor, gamma: Tensor) -> Tensor:
-        ctx.save_for_backward(A, lambda_, gamma)
-        return (lambda_[:, :, None] * A[:, None]).mul_(gamma).flatten(0, 1)
+    def forward(ctx: Any, x: Tensor, A: Tensor, C: Tensor, scaled: Tensor, gamma: Tensor, wide: bool) -> Tensor:
+        Q, flat = _Q(A, scaled, gamma).to(x.dtype), C.flatten(1).to(x.dtype)
+        h = x @ (flat if wide else Q.T)
+        ctx.save_for_backward(x, A, C, scaled, gamma, h if wide else None)
+        return h @ (Q if wide else flat.T)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dQ: Tensor) -> tuple[None, Tensor, Tensor]:
-        return None, *scaled_gradients(dQ, *ctx.saved_tensors)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, C, scaled, gamma, h = ctx.saved_tensors
+        Q, flat = _Q(A, scaled, gamma).to(dy.dtype), C.flatten(1).to(dy.dtype)
+        dh = dy @ (flat if h is None else Q.T)
+        left, right = (dh, x) if h is None else (h, dy)
+        dQ = (left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])).to(A.dtype)
+        return dh @ (Q if h is None else flat.T), None, None, *_gradients(dQ, A, scaled, gamma), None
 
 
-def scaled_gradients(dQ: Tensor, A: Tensor, lambda_: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ∂λ_ij = Σ ∂Q_ij ⊙ A_i ⊙ γ_j and ∂γ_j = Σ_i λ_ij ∂Q_ij ⊙ A_i."""
-    dQ = dQ.unflatten(0, lambda_.shape) * A[:, None]
-    return torch.einsum("ijb,jb->ij", dQ, gamma), torch.einsum("ijb,ij->jb", dQ, lambda_)
+def _Q(A: Tensor, scaled: Tensor, gamma: Tensor) -> Tensor:
+    """Returns the rows s λ_ij A_i ⊙ γ_j, (r n_b, m)."""
+    return (scaled[:, :, None] * A[:, None] * gamma).flatten(0, 1)
+
+
+def _gradients(dQ: Tensor, A: Tensor, scaled: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns Σ ∂Q_ij ⊙ A_i ⊙ γ_j for every i and j, and Σ_i s λ_ij ∂Q_ij ⊙ A_i for every j."""
+    dQ = dQ.unflatten(0, scaled.shape) * A[:, None]
+    return torch.einsum("ijb,jb->ij", dQ, gamma), torch.einsum("ijb,ij->jb", dQ, scaled)
 
 
 def _largest(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from highrank.model.placement import resolve
 
 pytestmark = pytest.mark.parity
 
-FORMULAS = {"out": lambda W, **p: torch.diag(p["l"]) @ W, "in": lambda W, **p: W @ torch.diag(p["l"])}
+FORMULAS = {"out": lambda W, **p: torch.diag(p["l"][:, 0]) @ W, "in": lambda W, **p: W @ torch.diag(p["l"][0])}
 
 
 @pytest.mark.parametrize("side", FORMULAS)
@@ -30,14 +30,14 @@ def test_peft(layer, agree_with_peft, side, feedforward):
 def test_it_is_hyperadapt_with_the_other_side_1(layer, side, ours, neutral):
     ia3, hyperadapt = layer.adapter("ia3", side=side), layer.adapter("hyperadapt")
     with torch.no_grad():
-        hyperadapt.get_parameter(ours).copy_(ia3.l)
+        hyperadapt.get_parameter(ours).copy_(ia3.l.flatten())
         hyperadapt.get_parameter(neutral).fill_(1)
     assert torch.equal(ia3.effective_weight(layer.W), hyperadapt.effective_weight(layer.W))
     y, expected = (adapter(layer.x, layer.W, layer.bias) for adapter in (ia3, hyperadapt))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)  # fp64, another order of products
     for output in (y, expected):
         (output * layer.dy).sum().backward()
-    torch.testing.assert_close(ia3.l.grad, hyperadapt.get_parameter(ours).grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ia3.l.grad.flatten(), hyperadapt.get_parameter(ours).grad, rtol=1e-12, atol=1e-12)
 
 
 def test_outputs_of_up_are_inputs_of_down_where_a_gate_multiplies_them():

@@ -21,6 +21,7 @@ peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),  # PEFT's BOFT, without nvcc
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # PyTorch, on PEFT's sparse matrices
+    pytest.mark.filterwarnings("ignore:Specified to not save basis_A"),  # RandLoRA's, which are drawn from a seed
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # raised inside PEFT
     pytest.mark.filterwarnings("ignore:.*past_key_values. is deprecated:FutureWarning"),  # so is this
@@ -40,6 +41,10 @@ CASES = {
     "prompt_tuning": ["method=prompt_tuning", "num_virtual_tokens=4"],
     "p_tuning": ["method=p_tuning", "num_virtual_tokens=4", "hidden_size=7"],
     "prefix": ["method=prefix", "num_virtual_tokens=4"],
+    "oft": ["method=oft", "block_size=4", "placement=all"],
+    "oft_exact_shared": ["method=oft", "block_size=0", "block_num=2", "neumann=false", "block_share=true"],
+    "randlora": ["method=randlora", "r=3", "placement=all", "projection_prng_key=5"],
+    "fourierft": ["method=fourierft", "n_frequency=20", "placement=all", "scaling=300"],
 }
 ONE_WAY = {"hyperadapt": ["method=hyperadapt", "placement=all"]}
 WRITTEN = {  # places that PEFT cannot draw again are in its file, and only there
@@ -97,6 +102,8 @@ OTHER_MODELS = {
     "transposed_hira": ["model=tiny_gpt2", "method=hira", "r=2", "placement=[o,up]"],
     "transposed_vera": ["model=tiny_gpt2", "method=vera", "r=4", "placement=all"],
     "fused_whole": ["model=tiny_phi3", "method=boft", "placement=all", "fused=fused"],
+    "transposed_fourierft": ["model=tiny_gpt2", "method=fourierft", "n_frequency=20", "placement=all"],
+    "transposed_randlora": ["model=tiny_gpt2", "method=randlora", "r=4", "placement=all"],
     "classifier": ["model=tiny_bert", "task=glue/mrpc", "method=lora", "r=2", "placement=qv"],
 }
 
@@ -174,6 +181,9 @@ FROM_PEFT = {
         "PrefixTuningConfig",
         {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 6},
     ),
+    "oft": ("OFTConfig", {"r": 2, "oft_block_size": 0, "num_cayley_neumann_terms": 6, "target_modules": LINEAR}),
+    "randlora": ("RandLoraConfig", {"r": 3, "save_projection": False, "target_modules": LINEAR}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 20, "random_loc_seed": 5, "target_modules": LINEAR}),
 }
 
 
@@ -232,6 +242,7 @@ NO_TYPE = [
         r"vera adapts a fused matrix whole, got the slice .*\[q\]",
     ),
     (["method=boft", "model=tiny_gpt2", "placement=o"], "boft adapts linear layers only, got the Conv1D"),
+    (["method=oft", "block_size=4", "model=tiny_gpt2", "placement=o"], "oft adapts linear layers only, got the Conv1D"),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from highrank.base.errors import UserError
 from highrank.base.files import path_field, shown
-from highrank.base.registry import load, register_method, register_task
+from highrank.base.registry import later_field, load, register_method, register_task
 from highrank.data.chat import messages_of
 from highrank.data.sources import Source, as_text, find, text_of
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
@@ -45,6 +45,7 @@ __all__ = [
     "kaiming_uniform_",
     "kept_shapes",
     "label_of",
+    "later_field",
     "load",
     "make_room",
     "messages_of",

@@ -17,7 +17,7 @@ BAD = [
     ("r=0", "hira: r must be >= 1, got r=0"),
     ("r=abc", "hira: r must be of type int, got r=abc"),
     ("r=1.5", "hira: r must be of type int, got r=1.5"),
-    ("method=hyperadapt r=16", "hyperadapt has no field 'r'; it has: none"),
+    ("method=hyperadapt r=16", "hyperadapt has no field 'r'; it has: sides, init_std"),
     ("method=lora R=w0", "lora has no field 'R'; it has: r, alpha, dropout"),
     ("placement=qvk", "placement: unknown set or part, got placement=qvk; did you mean 'qv' or 'qk' or 'qkv'"),
     ("placement=[q,gates]", "got placement=gates; did you mean 'gate'"),

@@ -226,6 +226,7 @@ NO_TYPE = [
     (["method=full"], "no type for this method, got method=full"),
     (["method=bitfit", "model=tiny_qwen2"], "no type for this method, got method=bitfit"),
     (["method=hira", "r=2", "R=ones"], "PEFT's HiRA has R = W in full precision, got R=ones"),
+    (["method=hyperadapt", "sides=a"], "HiRA is made of both vectors, got sides=a"),
     (["method=hira", "r=2", "official_numerics=true"], "got official_numerics=True"),
     (
         ["method=vera", "r=2", "model=tiny_phi3", "placement=qv"],

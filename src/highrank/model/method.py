@@ -37,8 +37,8 @@ class Method(nn.Module):
     """Whether W' equals W before the first step, up to rounding."""
     exact_gradient: ClassVar[bool] = True
     """Whether parameter gradients are those of the forward value; False where a method stops one on purpose."""
-    no_decay: ClassVar[tuple[str, ...]] = ()
-    """Parameters whose neutral value is not 0, which weight decay must not touch."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters whose neutral value is not 0, which weight decay must not touch; an adapter may have its own."""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     """Fields that show what the method can do, on a weight as small as (24, 16): the tests run over them. The first is used
     where one is enough."""

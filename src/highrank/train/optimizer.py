@@ -18,13 +18,14 @@ def make_optimizer(adapters: Adapters, core: RunConfig) -> torch.optim.Optimizer
     Decay pulls towards 0, so it spares what a method names in `no_decay` (HyperAdapt's a and b, whose neutral value is
     1) and, outside the adapters, biases and norms. Heads are a group of their own where core.head_lr is given.
     """
-    no_decay = set(adapters.method.no_decay)
-    in_adapters = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
+    neutral_at_zero = {
+        id(p): name not in adapter.no_decay
+        for adapter in adapters.by_view.values()
+        for name, p in adapter.named_parameters()
+    }
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in adapters.named_parameters():
-        neutral_is_zero = (
-            name.rpartition(".")[2] not in no_decay if id(parameter) in in_adapters else parameter.dim() > 1
-        )
+        neutral_is_zero = neutral_at_zero.get(id(parameter), parameter.dim() > 1)
         in_head = core.head_lr is not None and name in adapters.heads
         groups.setdefault((in_head, not neutral_is_zero), []).append(parameter)
     settings: dict[str, Any] = {} if core.optimizer == "sgd" else {"betas": tuple(core.betas)}

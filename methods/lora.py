@@ -74,8 +74,11 @@ class LoRA(Method):
         """Two thin products beside the frozen one: y = x Wᵀ + bias + scaling (x̃ Aᵀ) Bᵀ."""
         if not (self.cfg.dropout and self.training):
             return low_rank_linear(x, W, self.A, self.B, self.cfg.scaling, bias)
+        return F.linear(x, W, bias) + self.added(x)
+
+    def added(self, x: Tensor) -> Tensor:
         A, B = self.A.to(x.dtype), (self.cfg.scaling * self.B).to(x.dtype)
-        return F.linear(x, W, bias) + F.linear(F.linear(F.dropout(x, self.cfg.dropout), A), B)
+        return F.linear(F.linear(F.dropout(x, self.cfg.dropout, self.training), A), B)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: LoRAConfig) -> int:

@@ -1,6 +1,7 @@
 """What plugins import: all that a method or a task of one's own needs of HighRank, wherever it is kept inside."""
 
 from highrank.base.errors import UserError
+from highrank.base.fields import dataclass_from
 from highrank.base.files import path_field, shown
 from highrank.base.registry import later_field, load, register_method, register_task
 from highrank.data.chat import messages_of
@@ -39,6 +40,7 @@ __all__ = [
     "by_name",
     "cache_name",
     "cache_of",
+    "dataclass_from",
     "decoder_of",
     "find",
     "is_start",

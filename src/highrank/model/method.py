@@ -79,6 +79,11 @@ class Method(nn.Module):
         """Returns x W'ᵀ + bias, (..., n) in the dtype that `F.linear` would give (x's, or autocast's)."""
         return F.linear(x, self.effective_weight(W).to(x.dtype), bias)
 
+    def added(self, x: Tensor) -> Tensor:
+        """Returns ΔW x (..., n) in the dtype that `F.linear` would give; for methods whose ΔW does not depend on W, and whose
+        ΔW x costs less than W x. It lets `sum` add it to what another method computes of W x."""
+        raise NotImplementedError
+
     def delta_weight(self, W: Tensor) -> Tensor:
         """Returns ΔW = W' - W (n, k) in fp32, subtracted in fp64 so that no bit of a small update is lost."""
         return (self.effective_weight(W.double()) - W.double()).float()

@@ -94,6 +94,7 @@ class Sum(Method):
         self.parts: Any = Parts(parts)
         self.main = _main(cfg.parts)
         self.no_decay = tuple(f"parts.{name}.{key}" for name, part in parts.items() for key in part.no_decay)
+        self.lr_factors = {f"parts.{n}.{key}": by for n, part in parts.items() for key, by in part.lr_factors.items()}
 
     def reset_parameters(self, W: Tensor, site: Site) -> None:
         for part in self.parts.values():

@@ -18,7 +18,7 @@ BAD = [
     ("r=abc", "hira: r must be of type int, got r=abc"),
     ("r=1.5", "hira: r must be of type int, got r=1.5"),
     ("method=hyperadapt r=16", "hyperadapt has no field 'r'; it has: sides, init_std"),
-    ("method=lora R=w0", "lora has no field 'R'; it has: r, alpha, dropout"),
+    ("method=lora R=w0", "lora has no field 'R'; it has: r, alpha, dropout, scaling, init, lr_ratio"),
     ("method=sum", "sum: parts must be given, got none"),
     ("method=sum parts=[hria]", "method: unknown name, got method=hria; did you mean 'hira'"),
     ("method=sum parts=[hira] parts.hira.rr=8", "hira has no field 'rr'; it has: r, R,"),

@@ -19,6 +19,7 @@ BEFORE = {
 """As printed by the first versions of these methods."""
 YOUNGER = {
     "method=hyperadapt": {"sides": "a", "init_std": 0.1},
+    "method=lora": {"scaling": "rs", "init": "pissa", "lr_ratio": 16},
 }
 
 

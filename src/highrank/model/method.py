@@ -39,6 +39,8 @@ class Method(nn.Module):
     """Whether parameter gradients are those of the forward value; False where a method stops one on purpose."""
     no_decay: tuple[str, ...] = ()
     """Parameters whose neutral value is not 0, which weight decay must not touch; an adapter may have its own."""
+    lr_factors: Mapping[str, float] = {}
+    """By what the learning rate of some parameters is multiplied; an adapter may have its own."""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     """Fields that show what the method can do, on a weight as small as (24, 16): the tests run over them. The first is used
     where one is enough."""

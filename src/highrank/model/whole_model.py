@@ -136,6 +136,7 @@ class WholeModelMethod(nn.Module):
     family: ClassVar[type[Adapters]] = WholeModelAdapters
     default_lr: ClassVar[float] = 1e-3
     no_decay: tuple[str, ...] = ()
+    lr_factors: Mapping[str, float] = {}
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     """Fields that show what the method can do, on a tiny model: the tests run over them, the first where one is enough."""
     mergeable: ClassVar[bool] = False

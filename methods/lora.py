@@ -1,20 +1,30 @@
-"""LoRA: low-rank adaptation.
+"""LoRA: low-rank adaptation, and the members of its family that differ in scaling, start or learning rate alone.
 
-    W' = W + (alpha / r) B A
+    W' = W + s (B A - B0 A0),    s = alpha / r, or alpha / √r with scaling=rs (rsLoRA)
 
-| symbol | shape  | start      | trained |
-| ------ | ------ | ---------- | ------- |
-| W      | (n, k) | pretrained | no      |
-| A      | (r, k) | U(±1/√k)   | yes     |
-| B      | (n, r) | 0          | yes     |
+| symbol | shape  | start, by `init`                                                              | trained |
+| ------ | ------ | ----------------------------------------------------------------------------- | ------- |
+| W      | (n, k) | pretrained                                                                    | no      |
+| A      | (r, k) | kaiming: U(±1/√k); gaussian: N(0, 1/r²); else A0                              | yes     |
+| B      | (n, r) | kaiming, gaussian: 0; else B0                                                 | yes     |
+| A0, B0 |        | pissa: √(Σ_r/s) V_rᵀ, U_r √(Σ_r/s) of W = U Σ Vᵀ; olora: R_r, Q_r of W = Q R  | no      |
 
-Trainable: r (n + k) per weight. W' = W at the start because B = 0.
+Trainable: r (n + k) per weight, and r (n + k) frozen with pissa and olora; the others have no A0 and B0. W' = W at the start
+because B = 0, or because B A = B0 A0. ΔW has rank r, with pissa and olora 2 r. With `lr_ratio` (LoRA+) B learns at
+lr_ratio times A's rate.
 
-Source: Hu et al., "LoRA", arXiv 2106.09685, section 4.1 (h = W0 x + BA x; alpha / r scaling below eq. 3).
-Reference code: huggingface/peft 0.21, tuners/lora/layer.py (same names, lora_A and lora_B).
-Dropout acts on the adapter's input only, as in both.
+Source: Hu et al., "LoRA", arXiv 2106.09685, section 4.1 (h = W0 x + BA x; alpha / r scaling below eq. 3); Kalajdzievski,
+"rsLoRA", arXiv 2312.03732; Meng et al., "PiSSA", arXiv 2404.02948; Büyükakyüz, "OLoRA", arXiv 2406.01775; Hayou et al.,
+"LoRA+", arXiv 2402.12354.
+Reference code: huggingface/peft 0.21, tuners/lora/layer.py (same names, lora_A and lora_B; use_rslora, init_lora_weights),
+optimizers/loraplus.py. Dropout acts on the update's input only, as in LoRA's.
+Differences: PiSSA and OLoRA put W - s B0 A0 into the base, rounded to its dtype, and train A and B; here W stays, A0 and B0
+are made from it again when an adapter is loaded (in fp64, so that any device makes the same), and the update is computed as
+(B - B0) A + B0 (A - A0), which no rounding of A and B to 16 bits touches while they are near A0 and B0. There A and B do not
+decay: their neutral values are A0 and B0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import low_rank_linear
-from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, later_field, register_method
+
+SCALINGS = ("alpha_over_r", "rs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +42,15 @@ class LoRAConfig:
     r: int = 16
     """Rank of the update."""
     alpha: float | None = None
-    """Numerator of the scaling alpha / r; default 2 r, as in both papers' baselines."""
+    """Numerator of the scaling s; default 2 r, as in both papers' baselines."""
     dropout: float = 0.0
     """Probability of dropping an input of the update."""
+    scaling: str = later_field("alpha_over_r")
+    """Form of the scaling s: alpha_over_r, or rs for alpha / √r."""
+    init: str = later_field("kaiming")
+    """How A and B start: kaiming, gaussian, pissa or olora."""
+    lr_ratio: float = later_field(1.0)
+    """B's learning rate over A's, whose rate is lr."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -41,42 +59,126 @@ class LoRAConfig:
             raise UserError(f"lora: alpha must be > 0, got alpha={self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora: dropout must be in [0, 1), got dropout={self.dropout}")
+        if self.scaling not in SCALINGS:
+            raise UserError(f"lora: scaling must be one of {', '.join(SCALINGS)}, got scaling={self.scaling}")
+        if self.init not in INITS:
+            raise UserError(f"lora: init must be one of {', '.join(INITS)}, got init={self.init}")
+        if self.lr_ratio <= 0:
+            raise UserError(f"lora: lr_ratio must be > 0, got lr_ratio={self.lr_ratio}")
 
     @property
-    def scaling(self) -> float:
-        return 2.0 if self.alpha is None else self.alpha / self.r
+    def s(self) -> float:
+        alpha = 2 * self.r if self.alpha is None else self.alpha
+        return alpha / (self.r if self.scaling == "alpha_over_r" else self.r**0.5)
+
+
+def _kaiming(W: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    return kaiming_uniform_(A), B.zero_()
+
+
+def _gaussian(W: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    return A.normal_(std=1 / len(A)), B.zero_()
+
+
+def _pissa(W: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    r = len(A)
+    U, S, Vt = torch.linalg.svd(W.double(), full_matrices=False)
+    root = (S[:r] / s).sqrt()
+    return root[:, None] * Vt[:r], U[:, :r] * root
+
+
+def _olora(W: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    r = len(A)
+    Q, R = torch.linalg.qr(W.double())
+    return R[:r], Q[:, :r]
+
+
+INITS: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "kaiming": _kaiming,
+    "gaussian": _gaussian,
+    "pissa": _pissa,
+    "olora": _olora,
+}
+OF_W = ("pissa", "olora")
+"""The starts that are parts of W, and are taken off it again."""
 
 
 @register_method(config=LoRAConfig)
 class LoRA(Method):
-    examples = ({"r": 2}, {"r": 3, "alpha": 4.5}, {"r": 1})
+    examples = (
+        {"r": 2},
+        {"r": 3, "alpha": 4.5},
+        {"r": 1},
+        {"r": 2, "scaling": "rs", "init": "gaussian", "lr_ratio": 16.0},
+        {"r": 2, "init": "pissa"},
+        {"r": 3, "init": "olora", "alpha": 4.5},
+    )
     peft = PeftForm(
         type="LORA",
         fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-        computed={"lora_alpha": lambda cfg: cfg.scaling * cfg.r},
+        computed={"lora_alpha": lambda cfg: cfg.s * cfg.r},
         tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
         factors=("B", "A"),
+        lacks=lambda cfg: f"PEFT changes the base for this start, got init={cfg.init}" if cfg.init in OF_W else "",
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: LoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)
         self.A = nn.Parameter(torch.empty(cfg.r, in_features))
         self.B = nn.Parameter(torch.empty(out_features, cfg.r))
+        if cfg.init in OF_W:
+            self.register_buffer("A0", torch.empty_like(self.A), persistent=False)
+            self.register_buffer("B0", torch.empty_like(self.B), persistent=False)
+            self.no_decay = ("A", "B")
+        self.lr_factors = {"B": cfg.lr_ratio}
 
+    @torch.no_grad()
     def reset_parameters(self, W: Tensor, site: Site) -> None:
-        kaiming_uniform_(self.A)
-        nn.init.zeros_(self.B)
+        A, B = INITS[self.cfg.init](W, self.A, self.B, self.cfg.s)
+        self.A.copy_(A)
+        self.B.copy_(B)
+        if self.cfg.init in OF_W:
+            self.A0.copy_(self.A)
+            self.B0.copy_(self.B)
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """Returns A and B of an update B A, of rank 2 r where A0 and B0 are taken off."""
+        if self.cfg.init not in OF_W:
+            return self.A, self.B
+        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)
 
     def effective_weight(self, W: Tensor) -> Tensor:
-        return W + self.cfg.scaling * (self.B @ self.A)
+        A, B = self._pair()
+        return W + self.cfg.s * (B @ A)
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Two thin products beside the frozen one: y = x Wᵀ + bias + scaling (x̃ Aᵀ) Bᵀ."""
+        """Two thin products beside the frozen one: y = x Wᵀ + bias + s (x̃ Aᵀ) Bᵀ."""
         if not (self.cfg.dropout and self.training):
-            return low_rank_linear(x, W, self.A, self.B, self.cfg.scaling, bias)
-        A, B = self.A.to(x.dtype), (self.cfg.scaling * self.B).to(x.dtype)
-        return F.linear(x, W, bias) + F.linear(F.linear(F.dropout(x, self.cfg.dropout), A), B)
+            return low_rank_linear(x, W, *self._pair(), self.cfg.s, bias)
+        return F.linear(x, W, bias) + self.added(x)
+
+    def added(self, x: Tensor) -> Tensor:
+        A, B = self._pair()
+        low = F.linear(F.dropout(x, self.cfg.dropout, self.training), A.to(x.dtype))
+        return F.linear(low, (self.cfg.s * B).to(x.dtype))
+
+    @classmethod
+    def exact_base(cls, cfg: LoRAConfig) -> bool:
+        return cfg.init in OF_W
+
+    @classmethod
+    def validate(cls, in_features: int, out_features: int, cfg: LoRAConfig) -> None:
+        most = min(in_features, out_features)
+        if cfg.init in OF_W and cfg.r > most:
+            raise UserError(
+                f"lora: init={cfg.init} needs r <= min(out, in), got r={cfg.r} for a weight of shape ({out_features}, "
+                f"{in_features}); at most r={most}"
+            )
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: LoRAConfig) -> int:
         return cfg.r * (in_features + out_features)
+
+    @classmethod
+    def num_frozen_extra(cls, in_features: int, out_features: int, cfg: LoRAConfig) -> int:
+        return cls.num_trainable(in_features, out_features, cfg) if cfg.init in OF_W else 0

@@ -1,8 +1,9 @@
 """What plugins import: all that a method or a task of one's own needs of HighRank, wherever it is kept inside."""
 
 from highrank.base.errors import UserError
+from highrank.base.fields import dataclass_from
 from highrank.base.files import path_field, shown
-from highrank.base.registry import load, register_method, register_task
+from highrank.base.registry import later_field, load, register_method, register_task
 from highrank.data.chat import messages_of
 from highrank.data.sources import Source, as_text, find, text_of
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
@@ -39,12 +40,14 @@ __all__ = [
     "by_name",
     "cache_name",
     "cache_of",
+    "dataclass_from",
     "decoder_of",
     "find",
     "is_start",
     "kaiming_uniform_",
     "kept_shapes",
     "label_of",
+    "later_field",
     "load",
     "make_room",
     "messages_of",

@@ -46,7 +46,10 @@ CASES = {
     "randlora": ["method=randlora", "r=3", "placement=all", "projection_prng_key=5"],
     "fourierft": ["method=fourierft", "n_frequency=20", "placement=all", "scaling=300"],
 }
-ONE_WAY = {"hyperadapt": ["method=hyperadapt", "placement=all"]}
+ONE_WAY = {
+    "hyperadapt": ["method=hyperadapt", "placement=all"],
+    "lora_rs": ["method=lora", "r=3", "scaling=rs", "placement=all"],
+}
 WRITTEN = {  # places that PEFT cannot draw again are in its file, and only there
     "shira_own_places": ["method=shira", "r=2", "placement=all"],
     "shira_wm": ["method=shira", "r=2", "mask=wm", "placement=all"],
@@ -236,6 +239,8 @@ NO_TYPE = [
     (["method=full"], "no type for this method, got method=full"),
     (["method=bitfit", "model=tiny_qwen2"], "no type for this method, got method=bitfit"),
     (["method=hira", "r=2", "R=ones"], "PEFT's HiRA has R = W in full precision, got R=ones"),
+    (["method=lora", "r=2", "init=pissa"], "PEFT changes the base for this start, got init=pissa"),
+    (["method=hyperadapt", "sides=a"], "HiRA is made of both vectors, got sides=a"),
     (["method=hira", "r=2", "official_numerics=true"], "got official_numerics=True"),
     (
         ["method=vera", "r=2", "model=tiny_phi3", "placement=qv"],

@@ -257,7 +257,7 @@ def test_delta_weight(name, kwargs):
     assert_near(delta, adapter.effective_weight(W) - W, 1e-6)  # the update itself is made of fp32 parameters
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "vera", "mora"])
+@pytest.mark.parametrize("name", ["lora", "lora_xs", "dora", "vera", "mora"])
 def test_dropout_acts_on_the_update_in_training_only(name):
     W = weight()
     plain, dropping = build(name, {"r": 4}, W), build(name, {"r": 4, "dropout": 0.5}, W)

@@ -21,7 +21,7 @@ SMALL = {
         {"r": 2, "R": "w0_trunc", "R_rank": 3},
         {"r": 2, "R": "random_scaled"},
     ],
-    "lora": [{"r": 2}],
+    "lora": [{"r": 2}, {"r": 2, "init": "pissa"}, {"r": 2, "init": "olora"}],
     "dora": [{"r": 2}],
     "vera": [{"r": 4}],
     "boft": [{"butterfly_factor": 2}],

@@ -34,7 +34,7 @@ kinds = pytest.mark.parametrize(
     ],
 )
 METHODS = [name for name in sorted(available("methods")) if load("methods", name).family.keeps_base]
-NEED_THE_MATRIX = {"boha", "dora", "hilora", "hira"}
+NEED_THE_MATRIX = {"boha", "dora", "hilora", "hira", "sum"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*Enum subclass.*")
 
 

@@ -73,13 +73,13 @@ def test_the_head_sees_supervised_positions_only():
     assert not model.lm_head._forward_pre_hooks  # and the model is as it was
 
 
-def tuner(method="hyperadapt", kind="generate", **core):
+def tuner(method="hyperadapt", kind="generate", fields=None, **core):
     model = load_backbone(
         {"name": "tiny_llama" if kind == "generate" else "tiny_bert", "dtype": "float32"}, None, kind
     ).model
     cls = load("methods", method)
     heads = [] if kind == "generate" else ["classifier"]
-    adapters = attach(model, resolve(model, "qkv"), cls, cls.config(), heads=heads)
+    adapters = attach(model, resolve(model, "qkv"), cls, cls.config(**(fields or {})), heads=heads)
     settings = RunConfig(**{"lr": 1e-2, **core})
 
     class Stub:
@@ -135,6 +135,25 @@ def test_heads_decay_their_matrix_but_not_their_bias():
     in_group = {d: {id(p) for g in groups if bool(g["weight_decay"]) == d for p in g["params"]} for d in (True, False)}
     assert id(named["classifier.weight"]) in in_group[True]
     assert id(named["classifier.bias"]) in in_group[False]
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [("lora", {"r": 2, "lr_ratio": 16.0}), ("sum", {"parts": {"hira": {"r": 2}, "lora": {"r": 2, "lr_ratio": 16.0}}})],
+)
+def test_a_parameter_may_learn_at_a_multiple_of_the_rate(method, fields):
+    """One step of SGD with gradients of 1 moves every parameter by its rate: LoRA+'s B by 16 times A's."""
+    module = tuner(method, fields=fields, optimizer="sgd", max_grad_norm=0, warmup_ratio=0, schedule="constant")
+    before = {name: p.detach().clone() for name, p in module.adapters.named_parameters()}
+    optimizer = module.configure_optimizers()["optimizer"]
+    for _, parameter in module.adapters.named_parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    faster = {name for name in before if name.endswith("B") and ("lora" in name or method == "lora")}
+    assert 0 < len(faster) < len(before)
+    for name, parameter in module.adapters.named_parameters():
+        rate = 0.16 if name in faster else 1e-2
+        torch.testing.assert_close(parameter.detach(), before[name] - rate, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["lora", "hyperadapt", "full"])

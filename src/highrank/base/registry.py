@@ -5,6 +5,7 @@ imported to list them and only the chosen one is imported to use it. An out-of-t
 group `highrank.methods` or `highrank.tasks`, `name = "package.module"`.
 """
 
+import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
@@ -70,6 +71,11 @@ def _register(group: str, name: str, cls: type) -> None:
             f"{group}: a name belongs to one plugin, got {name!r} from both {owner.__module__} and {module}"
         )
     _registered[group][name] = cls
+
+
+def later_field(default: Any) -> Any:
+    """Returns a config field that is younger than runs of its plugin: a run with the default has the hash it had without."""
+    return dataclasses.field(default=default, metadata={"later": True})
 
 
 def register_method(config: type) -> Callable[[type], type]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from highrank.base import registry
 from highrank.base.files import digest, path_field
 from highrank.data.protocol import Protocol
 from highrank.data.task import Task
@@ -118,7 +119,7 @@ UNHASHED = (
 STEP_VERSION = 2
 """Raised when a step of several micro-batches changes: since 2 it is the mean over its targets, before, of their means."""
 LATER: dict[str, Any] = {"head_lr": None, "packing": False}
-"""Keys younger than the first runs, and what their absence from a saved config means."""
+"""Keys younger than the first runs, and what their absence from a saved config means; a plugin has `later_field`s."""
 
 
 def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,8 +137,31 @@ def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_hash(values: Mapping[str, Any]) -> str:
     """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
-    items = as_given(values).items()
-    return digest({key: value for key, value in items if key not in UNHASHED and value != LATER.get(key, ...)})
+    return digest({key: value for key, value in _older(as_given(values)).items() if key not in UNHASHED})
+
+
+def with_later(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved config with the keys that are younger than it, at what their absence means.
+
+    Those of a plugin that is not installed stay away.
+    """
+    known = [group for group in ("method", "task") if config[group]["name"] in registry.available(f"{group}s")]
+    return {**LATER, **config, **{group: {**_later(group, config[group]), **config[group]} for group in known}}
+
+
+def _older(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config without the younger keys that say what their absence does."""
+
+    def kept(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in later or value != later[key]}
+
+    plugins = {group: kept(config[group], _later(group, config[group])) for group in ("method", "task")}
+    return kept({**config, **plugins}, LATER)
+
+
+def _later(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    plugin: Any = registry.load(f"{group}s", values["name"])
+    return {field.name: field.default for field in dataclasses.fields(plugin.config) if field.metadata.get("later")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
     method=hira placement=fc_qkv r=16 task.n_train=640
 
 A bare key is a core key (a field of `RunConfig`) or a field of the chosen method. Dotted keys reach the groups
-`method`, `task`, `model`, `protocol` and `trainer`. Everything wrong is one `UserError`, before any weight loads.
+`method`, `task`, `model`, `protocol` and `trainer`, and into a method's field (`parts.hira.r`). Everything wrong is one `UserError`, before any weight loads.
 
 A text or path that is nothing in Hydra's grammar (`run_dir=a=b`, `task.train=rows (1).jsonl`) is taken as it stands, from the
 first `=` to the end; in quotes (`run_dir='a b'`) it is always a text.
@@ -250,11 +250,18 @@ def rewrite(words: Sequence[str], methods: Sequence[Any]) -> list[str]:
             out.append(word)
         elif "." in bare and bare.split(".")[0] in GROUPS:
             out.append(f"++{bare}={value}")
-        elif any(bare in (f.name for f in dataclasses.fields(m.config)) for m in methods):
-            out.append(f"++method.{bare}={value}")
+        elif any(bare.split(".")[0] in (f.name for f in dataclasses.fields(m.config)) for m in methods):
+            within = any(key_of(other).removeprefix("method.").startswith(f"{bare}.") for other in words)
+            out.append(f"++method.{bare}={_as_mapping(value) if within else value}")
         else:
             raise UserError(_unknown_key(bare, methods))
     return out
+
+
+def _as_mapping(value: str) -> str:
+    """Returns a list of names as a mapping of each to nothing, so that other words can reach into it."""
+    names = parse(f"x={value}").value()
+    return spelled(dict.fromkeys(names, {})) if isinstance(names, list) else value  # noqa: RUF024  # it is only spelled
 
 
 def _unknown_key(key: str, methods: Sequence[Any]) -> str:
@@ -295,7 +302,14 @@ def _compose(overrides: Sequence[str]) -> Any:
                 if key in GROUPS:
                     _check_choice(key, value)
             return compose("highrank", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        TypeError,
+        ValueError,
+    ) as error:  # the last two: a key within a list
         cause = error.__cause__ or error
         first = str(cause).strip().splitlines()[0]
         key = getattr(cause, "full_key", None) or ""

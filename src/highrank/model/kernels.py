@@ -253,8 +253,9 @@ class RowScaled(torch.autograd.Function):
         return dz, dscale, dbias
 
 
-def scales_weight(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether diag(a) W diag(b) is built, once forward and once backward, instead of scaling activations by its vectors.
+def scales_weight(x: Tensor, W: Tensor, a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether diag(a) W diag(b) is built, once forward and once backward, instead of scaling activations by its vectors, of
+    which one may be missing.
 
     In 16 bits always: b ⊙ x would be rounded back to x where b is within 2^-9 of 1, and so would a ⊙ z, while of the
     entries of W' a part moves. In more bits, where building it rounds nothing that matters: on a CPU, where every pass over
@@ -270,33 +271,41 @@ def scales_weight(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> bool:
     narrow = x.dtype.itemsize < 4
     if x.device.type != "cpu":  # to look for a 0 would make a GPU wait
         return narrow
-    (n, k), tokens = W.shape, x.numel() // x.shape[-1]
-    return (narrow or tokens * (n + k) > 2 * n * k) and bool((a != 0).all()) and bool((b != 0).all())
+    vectors, tokens = [v for v in (a, b) if v is not None], x.numel() // x.shape[-1]
+    fewer = tokens * sum(map(len, vectors)) > 2 * W.numel()
+    return (narrow or fewer) and all(bool((v != 0).all()) for v in vectors)
 
 
-def scaled_weight(W: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def scaled_weight(W: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     """Returns diag(a) W diag(b) in W's dtype, rounded once."""
-    return (W * b).mul_(a[:, None]).to(W.dtype)
+    if b is None:
+        return (W if a is None else W * a[:, None]).to(W.dtype)
+    scaled = W * b
+    return (scaled if a is None else scaled.mul_(a[:, None])).to(W.dtype)
 
 
 class ScaledWeightLinear(torch.autograd.Function):
-    """y = x W'^T + bias with W' = diag(a) W diag(b), x (T, k), keeping x and z = y - bias.
+    """y = x W'^T + bias with W' = diag(a) W diag(b), x (T, k), keeping x and z = y - bias; a or b may be None, for ones.
 
     With δ = ∂y: ∂x = δ W', ∂a = Σ δ z / a, ∂b = Σ x ∂x / b, because z = a (W (b ⊙ x)) and ∂x = b (Wᵀ (a ⊙ δ)).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None) -> Tensor:
         z = F.linear(x, scaled_weight(W, a, b))
-        ctx.save_for_backward(x, W, a, b, z)
+        ctx.save_for_backward(None if b is None else x, W, a, b, None if a is None else z)
         return z if bias is None else z + bias
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, a, b, z = ctx.saved_tensors
-        dx = dy @ scaled_weight(W, a, b)
-        da = (dy * z).sum(0, dtype=a.dtype).div_(a.where(a != 0, 1))
-        db = (x * dx).sum(0, dtype=b.dtype).div_(b.where(b != 0, 1))
+        dx = da = db = None
+        if ctx.needs_input_grad[0] or b is not None:
+            dx = dy @ scaled_weight(W, a, b)
+        if a is not None:
+            da = (dy * z).sum(0, dtype=a.dtype).div_(a.where(a != 0, 1))
+        if b is not None:
+            db = (x * dx).sum(0, dtype=b.dtype).div_(b.where(b != 0, 1))
         dbias = dy.sum(0) if ctx.needs_input_grad[4] else None
         return dx, None, da, db, dbias

@@ -37,8 +37,10 @@ class Method(nn.Module):
     """Whether W' equals W before the first step, up to rounding."""
     exact_gradient: ClassVar[bool] = True
     """Whether parameter gradients are those of the forward value; False where a method stops one on purpose."""
-    no_decay: ClassVar[tuple[str, ...]] = ()
-    """Parameters whose neutral value is not 0, which weight decay must not touch."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters whose neutral value is not 0, which weight decay must not touch; an adapter may have its own."""
+    lr_factors: Mapping[str, float] = {}
+    """By what the learning rate of some parameters is multiplied; an adapter may have its own."""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     """Fields that show what the method can do, on a weight as small as (24, 16): the tests run over them. The first is used
     where one is enough."""
@@ -78,6 +80,11 @@ class Method(nn.Module):
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns x W'ᵀ + bias, (..., n) in the dtype that `F.linear` would give (x's, or autocast's)."""
         return F.linear(x, self.effective_weight(W).to(x.dtype), bias)
+
+    def added(self, x: Tensor) -> Tensor:
+        """Returns ΔW x (..., n) in the dtype that `F.linear` would give; for methods whose ΔW does not depend on W, and whose
+        ΔW x costs less than W x. It lets `sum` add it to what another method computes of W x."""
+        raise NotImplementedError
 
     def delta_weight(self, W: Tensor) -> Tensor:
         """Returns ΔW = W' - W (n, k) in fp32, subtracted in fp64 so that no bit of a small update is lost."""

@@ -135,7 +135,8 @@ class WholeModelMethod(nn.Module):
     config: ClassVar[type]
     family: ClassVar[type[Adapters]] = WholeModelAdapters
     default_lr: ClassVar[float] = 1e-3
-    no_decay: ClassVar[tuple[str, ...]] = ()
+    no_decay: tuple[str, ...] = ()
+    lr_factors: Mapping[str, float] = {}
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     """Fields that show what the method can do, on a tiny model: the tests run over them, the first where one is enough."""
     mergeable: ClassVar[bool] = False

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from highrank.base.errors import UserError
-from highrank.config.run_config import GROUPS, LATER, UNHASHED, as_given
+from highrank.config.run_config import GROUPS, UNHASHED, as_given, with_later
 from highrank.train.results import read_results
 
 
@@ -166,7 +166,7 @@ def _read(path: Path, axes: Mapping[str, Any]) -> Record:
         ) from error
     seed = axes.get("seed")
     if config:
-        config = {**LATER, **as_given(config)}
+        config = with_later(as_given(config))
     return Record(path, config, results, {**axes, "seed": results.get("seed") if seed is None else seed})
 
 

@@ -175,10 +175,10 @@ def _words(values: Mapping[str, Any]) -> list[str]:
 
 
 def _foreign(key: str, method: Any, methods: Iterable[Any]) -> bool:
-    """Whether a key is a field of another method of the sweep, and not of this one."""
+    """Whether a key is a field of another method of the sweep, or within one, and not of this one."""
+    first = key.removeprefix("method.").split(".")[0]
 
     def has(owner: Any) -> bool:
-        return any(field.name == key.removeprefix("method.") for field in dataclasses.fields(owner.config))
+        return any(field.name == first for field in dataclasses.fields(owner.config))
 
-    bare = key not in CORE_KEYS and key not in GROUPS and ("." not in key or key.startswith("method."))
-    return bare and not has(method) and any(map(has, methods))
+    return first not in CORE_KEYS and first not in GROUPS and not has(method) and any(map(has, methods))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from highrank.model.backbones import head_modules
-from highrank.plugin import UserError, WholeModelMethod, register_method
+from highrank.plugin import UserError, WholeModelMethod, decoder_of, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,13 @@ class LayerNormTuning(WholeModelMethod):
 
 
 def _norms(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the modules outside the head that are called norms and hold vectors."""
-    heads = head_modules(model)
+    """Yields the modules that are called norms and hold vectors, outside the head, and outside what a language model does not
+    run on text: a part that sees, attention to an encoder."""
+    heads, unused = head_modules(model), {*model.base_model.modules()} - {*decoder_of(model).modules()}
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False)) if "Norm" in type(module).__name__ else []
-        if own and all(p.dim() == 1 for p in own) and name.split(".")[0] not in heads:
+        runs = module not in unused and "encoder_attn" not in name and name.split(".")[0] not in heads
+        if own and runs and all(p.dim() == 1 for p in own):
             yield name, module
 
 

@@ -120,7 +120,7 @@ class WholeModelAdapters(Adapters):
 def no_merged_weight(method: Any) -> UserError:
     """Returns the error of a merge with a method that has nothing to merge."""
     return UserError(
-        f"merge: {method.name} has no merged weight, it adds to the model's input; keep its adapter folder"
+        f"merge: {method.name} has no merged weight, it adds to the model's input or activations; keep its adapter folder"
     )
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.func import functional_call
 
 from highrank.base.errors import UserError
-from highrank.base.registry import load
+from highrank.base.registry import available, load
 from highrank.config.words import compose_run
-from highrank.model.method import Site
+from highrank.model.method import Method, Site
 from highrank.sweep.grid import expand
 from highrank.train.saved import words_of
 
@@ -70,6 +71,40 @@ def test_three_that_need_the_weight_and_one_that_does_not(layer, agree_with_form
         return hira + vera + lora + W * torch.outer(p["parts.hyperadapt.a"], p["parts.hyperadapt.b"])
 
     agree_with_formula(adapter, weight)
+
+
+PARTS = [
+    name
+    for name in sorted(available("methods"))
+    if load("methods", name).family is Method.family and name not in ("sum", "hira")
+]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_method_of_this_kind_can_be_a_part(layer, agree_with_formula, name):
+    """W' is the sum of both updates, and so are outputs and gradients."""
+    fields = load("methods", name).examples[0]
+    adapter = layer.adapter("sum", parts={"hira": {"r": 2}, name: fields})
+    alone = layer.adapter(name, **fields)
+    hira = layer.adapter("hira", r=2)
+
+    def weight(W, **p):
+        def of(part, start):
+            own = {f"part.{key.removeprefix(start)}": value for key, value in p.items() if key.startswith(start)}
+            return functional_call(Effective(part), own, (W,))
+
+        return of(hira, "parts.hira.") + of(alone, f"parts.{name}.") - W
+
+    agree_with_formula(adapter, weight)
+
+
+class Effective(torch.nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, W):
+        return self.part.effective_weight(W)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ P_i works inside groups of b 2^i neighbours: it takes their chunks of b/2 evens 
 chunk c with chunk c + 2^i of its group, and Q is block-diagonal with blocks of g = b 2^(m-1). m = 1 is OFT.
 
 Trainable: m k b + n per weight (of the R, only k m (b - 1) / 2 numbers are free). W' = W at the start because R = 0 makes
-every factor I, and s = 1.
+every factor I, and s = 1. rank(ΔW) <= min(n, k).
 
 Source: Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv 2311.06243, section 4.
 Reference code: huggingface/peft 0.21, tuners/boft/layer.py (boft_R = R, boft_s = s as (n, 1), boft_n_butterfly_factor = m).

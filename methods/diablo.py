@@ -8,7 +8,7 @@
 | D      | (N, n/N, k/N) | 0          | yes     |
 
 Trainable: n k / N per weight; on a square weight N = k / 2r has as many as LoRA of rank r. W' = W at the start because
-D = 0. ΔW may have full rank, and with one block be any matrix.
+D = 0. rank(ΔW) <= min(n, k), and with one block ΔW is any matrix.
 
 Source: Gurses et al., "DiaBlo: Diagonal Blocks Are Sufficient For Finetuning", ICLR 2026, arXiv 2506.03230 (the update,
 its start and that nothing scales it).

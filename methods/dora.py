@@ -9,8 +9,8 @@
 | B      | (n, r) | 0                | yes     |
 | m      | (n,)   | ‖W_i‖ of row i   | yes     |
 
-Trainable: r (n + k) + n per weight. W' = W at the start, up to the rounding of m / ‖W_i‖, because B = 0. The norm is a
-constant in the gradient. A row of zeros has g_i = m_i, so it stays zero and finite.
+Trainable: r (n + k) + n per weight. W' = W at the start, up to the rounding of m / ‖W_i‖, because B = 0.
+rank(ΔW) <= min(n, k), because m scales W's rows. The norm is a constant in the gradient. A row of zeros has g_i = m_i, so it stays zero and finite.
 
 Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, eq. 5 (W'; "column-wise" there is our
 row, one per output) and section 4.3 (the detached norm).

@@ -7,7 +7,8 @@
 | weight | (n, k) | W, in fp32    | yes                    |
 | W      | (n, k) | pretrained    | no, kept to measure ΔW |
 
-Trainable: n k per weight, and with it every other parameter of the model. W' = W at the start because weight copies W.
+Trainable: n k per weight, and with it every other parameter of the model. W' = W at the start because weight copies
+W. rank(ΔW) <= min(n, k).
 
 Source: the baseline of every method here, e.g. Hu et al., arXiv 2106.09685, section 2 (eq. 1).
 Differences: the copy is fp32 whatever the base, since a step of 1e-5 on a bf16 weight is rounded away; products run in

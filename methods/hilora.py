@@ -10,8 +10,8 @@
 | L1     | (n, r2) | 0          | yes     |
 | L2     | (r2, k) | U(±1/√k)   | yes     |
 
-Trainable: (r1 + r2) (n + k) per weight. W' = W at the start because A = 0 and L1 = 0. r2 = 0 is HiRA; r1 = 0 is LoRA
-with scaling s.
+Trainable: (r1 + r2) (n + k) per weight. W' = W at the start because A = 0 and L1 = 0. rank(ΔW) <= min(rank(W) r1 + r2, n, k).
+r2 = 0 is HiRA; r1 = 0 is LoRA with scaling s.
 
 Source: Huang et al., "HiRA", ICLR 2025, section 6.6 (r1 + r2 = 32).
 Reference code: none was published. The paper does not state the low-rank part's scaling, start or dropout: here s is a

@@ -8,7 +8,7 @@
 | a      | (n,)   | 1          | yes     |
 | b      | (k,)   | 1          | yes     |
 
-Trainable: n + k per weight. W' = W at the start because a = b = 1. ΔW has rank up to min(2 rank(W), n, k) although only
+Trainable: n + k per weight. W' = W at the start because a = b = 1. rank(ΔW) <= min(2 rank(W), n, k), although only
 n + k - 1 of the numbers count: (γ a, b / γ) is the same W' for every γ. This is HiRA of rank 2 with A = [a, -1] and
 B = [bᵀ; 1ᵀ].
 

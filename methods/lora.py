@@ -10,7 +10,7 @@
 | A0, B0 |        | pissa: √(Σ_r/s) V_rᵀ, U_r √(Σ_r/s) of W = U Σ Vᵀ; olora: R_r, Q_r of W = Q R  | no      |
 
 Trainable: r (n + k) per weight, and r (n + k) frozen with pissa and olora; the others have no A0 and B0. W' = W at the start
-because B = 0, or because B A = B0 A0. ΔW has rank r, with pissa and olora 2 r. With `lr_ratio` (LoRA+) B learns at
+because B = 0, or because B A = B0 A0. rank(ΔW) <= r, with pissa and olora 2 r. With `lr_ratio` (LoRA+) B learns at
 lr_ratio times A's rate.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685, section 4.1 (h = W0 x + BA x; alpha / r scaling below eq. 3); Kalajdzievski,

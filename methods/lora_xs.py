@@ -9,8 +9,8 @@
 | B      | (n, r) | U_r                                         | no      |
 | R      | (r, r) | 0                                           | yes     |
 
-Trainable: r² per weight, whatever its shape; frozen: r (n + k). W' = W at the start because R = 0. ΔW has rank r, and acts
-within the r leading singular directions alone. LoRA with A and B so chosen, of which R A or B R trains.
+Trainable: r² per weight, whatever its shape; frozen: r (n + k). W' = W at the start because R = 0. rank(ΔW) <= r, and
+ΔW acts within the r leading singular directions alone. LoRA with A and B so chosen, of which R A or B R trains.
 
 Source: Bałazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", arXiv 2405.17604.
 Reference code: MohammadrezaBanaei/LoRA-XS @ e50b1a8, utils/initialization_utils.py (default_lora_latent_mapping.weight = R).

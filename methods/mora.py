@@ -13,8 +13,8 @@ Type 6, rotation:  x is continued and cut likewise; block i is M Rot_i x_i, noth
 | W      | (n, k) | pretrained | no      |
 | M      | (r̂, r̂) | 0          | yes     |
 
-Trainable: r̂² per weight, about what LoRA of rank r has. W' = W at the start because M = 0. Type 1 has rank at most r̂.
-Type 6 is made of the blocks M Rot_i along the diagonal and can reach full rank; for n < k its cut drops the blocks
+Trainable: r̂² per weight, about what LoRA of rank r has. W' = W at the start because M = 0.
+rank(ΔW) <= min(n, k): type 1 has r̂ at most, type 6 is made of the blocks M Rot_i along the diagonal and can reach full rank; for n < k its cut drops the blocks
 behind the first ⌈n/r̂⌉, so that the inputs in them get no update.
 
 Source: Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130, section 4 (the

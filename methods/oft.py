@@ -11,8 +11,8 @@
 
 With `block_share` θ is (1, b (b - 1)/2): all blocks turn alike.
 
-Trainable: k (b - 1)/2 per weight, or b (b - 1)/2 if shared. W' = W at the start because S = 0 makes every R_g = I. ΔW may
-have full rank. The exact form keeps the lengths of W's rows; the series, which needs no inverse, keeps them nearly, if
+Trainable: k (b - 1)/2 per weight, or b (b - 1)/2 if shared. W' = W at the start because S = 0 makes every R_g = I. rank(ΔW) <=
+min(n, k). The exact form keeps the lengths of W's rows; the series, which needs no inverse, keeps them nearly, if
 the singular values of S are well below 1. The exact form turns the other way for the same θ: it is BOFT with one factor,
 its R_ij = S_g and s = 1.
 

@@ -11,8 +11,8 @@
 Choices of the places: `random`, p of the n k with the same chance; `wm` (weight magnitude), those of the p largest |W|.
 A weight has its own random places unless `mask_seed` is given; then weights of one shape share theirs.
 
-Trainable: p = r (n + k) per weight, as many as LoRA of rank r has. W' = W at the start because v = 0. ΔW may have full
-rank: r bounds how many entries change, not their rank.
+Trainable: p = r (n + k) per weight, as many as LoRA of rank r has. W' = W at the start because v = 0. rank(ΔW) <= min(n, k):
+r bounds how many entries change, not their rank.
 
 Source: Bhardwaj et al., "Sparse High Rank Adapters", arXiv 2406.13175, section 3 (SHiRA-Rand and SHiRA-WM; Grad and SNIP
 choose by a gradient before training, which a method here does not see, and Struct is left out).

@@ -7,8 +7,7 @@
 | W      | (n, k) | pretrained       | no      |
 | ΔW_i   | (n, k) | that of part i   | by what part i trains |
 
-Trainable: what the parts train, together. W' = W at the start if it is for each part. The rank of ΔW is at most the sum of
-the parts' ranks. One part is that method; hira and lora are HiLoRA (with R = W and s = alpha / r); hyperadapt and lora
+Trainable: what the parts train, together. W' = W at the start if it is for each part. rank(ΔW) <= the sum of the parts'. One part is that method; hira and lora are HiLoRA (with R = W and s = alpha / r); hyperadapt and lora
 scale the rows and columns of W and add a low-rank update.
 
     method=sum parts=[hyperadapt,lora] parts.lora.r=8

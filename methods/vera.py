@@ -10,7 +10,7 @@
 | A_shared | (r, K) | U(±√(6/K)), K = largest k | no, once for the model |
 | B_shared | (N, r) | U(±√(6/r)), N = largest n | no, once for the model |
 
-Trainable: n + r per weight; frozen: r (N + K) per model. W' = W at the start because λ_b = 0.
+Trainable: n + r per weight; frozen: r (N + K) per model. W' = W at the start because λ_b = 0. rank(ΔW) <= r.
 
 Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, eq. 2 (Λ_b = diag(λ_b),
 Λ_d = diag(λ_d); d_initial = 0.1).

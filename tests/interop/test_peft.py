@@ -40,6 +40,12 @@ CASES = {
     "prompt_tuning": ["method=prompt_tuning", "num_virtual_tokens=4"],
     "p_tuning": ["method=p_tuning", "num_virtual_tokens=4", "hidden_size=7"],
     "prefix": ["method=prefix", "num_virtual_tokens=4"],
+    "gralora": ["method=gralora", "r=4", "K=2", "alpha=5", "placement=all"],
+    "gralora_hybrid": ["method=gralora", "r=4", "K=4", "hybrid_r=2", "placement=all"],
+    "loha": ["method=loha", "r=3", "alpha=5", "placement=all"],
+    "lokr": ["method=lokr", "r=1", "alpha=3", "placement=all"],
+    "lokr_decomposed": ["method=lokr", "r=1", "factor=4", "decompose_both=true", "placement=all"],
+    "lokr_whole": ["method=lokr", "r=6", "factor=2", "placement=[q,down]"],
 }
 ONE_WAY = {"hyperadapt": ["method=hyperadapt", "placement=all"]}
 WRITTEN = {  # places that PEFT cannot draw again are in its file, and only there
@@ -98,6 +104,7 @@ OTHER_MODELS = {
     "transposed_vera": ["model=tiny_gpt2", "method=vera", "r=4", "placement=all"],
     "fused_whole": ["model=tiny_phi3", "method=boft", "placement=all", "fused=fused"],
     "classifier": ["model=tiny_bert", "task=glue/mrpc", "method=lora", "r=2", "placement=qv"],
+    "transposed_gralora": ["model=tiny_gpt2", "method=gralora", "r=2", "K=2", "placement=all"],
 }
 
 
@@ -174,6 +181,15 @@ FROM_PEFT = {
         "PrefixTuningConfig",
         {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 6},
     ),
+    "gralora": ("GraloraConfig", {"r": 4, "gralora_k": 2, "gralora_dropout": 0.1, "target_modules": LINEAR}),
+    "gralora_hybrid": ("GraloraConfig", {"r": 4, "gralora_k": 2, "hybrid_r": 3, "target_modules": LINEAR}),
+    "loha": ("LoHaConfig", {"r": 2, "alpha": 5, "rank_dropout": 0.1, "target_modules": LINEAR}),
+    "lokr": ("LoKrConfig", {"r": 1, "alpha": 3, "target_modules": LINEAR}),
+    "lokr_decomposed": (
+        "LoKrConfig",
+        {"r": 1, "decompose_both": True, "decompose_factor": 4, "target_modules": LINEAR},
+    ),
+    "lokr_lycoris": ("LoKrConfig", {"r": 8, "init_weights": "lycoris", "target_modules": LINEAR}),
 }
 
 
@@ -232,6 +248,7 @@ NO_TYPE = [
         r"vera adapts a fused matrix whole, got the slice .*\[q\]",
     ),
     (["method=boft", "model=tiny_gpt2", "placement=o"], "boft adapts linear layers only, got the Conv1D"),
+    (["method=lokr", "r=1", "model=tiny_gpt2", "placement=o"], "lokr adapts linear layers only, got the Conv1D"),
 ]
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.plugin import Method, Site, UserError, kaiming_uniform_, nearest_divisors, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, nearest_divisors, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,17 @@ class GraLoRAConfig:
 class GraLoRA(Method):
     default_lr = 2e-4
     examples = ({"r": 2, "K": 2}, {"r": 4, "K": 4, "alpha": 3.0}, {"r": 4, "K": 2, "hybrid_r": 2}, {"r": 2, "K": 1})
+    peft = PeftForm(
+        type="GRALORA",
+        fields={"r": "r", "K": "gralora_k", "hybrid_r": "hybrid_r", "alpha": "alpha", "dropout": "gralora_dropout"},
+        computed={"alpha": lambda cfg: cfg.scaling * (cfg.r + cfg.hybrid_r)},
+        tensors={
+            "A": "gralora_A",
+            "B": "gralora_B",
+            "L1": "gralora_A_general.weight",
+            "L2": "gralora_B_general.weight",
+        },
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: GraLoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from highrank.model.kernels import in_compute_dtype
-from highrank.plugin import Method, Site, UserError, kaiming_uniform_, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,14 @@ class LoKr(Method):
         {"r": 1, "factor": 8, "decompose_both": True},
         {"r": 4, "factor": 3},
         {"r": 16, "factor": 1},
+    )
+    peft = PeftForm(
+        type="LOKR",
+        fields={"r": "r", "alpha": "alpha", "factor": "decompose_factor", "decompose_both": "decompose_both"},
+        computed={"alpha": lambda cfg: cfg.scaling * cfg.r},
+        ignored=("rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d"),
+        tensors={name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+        linear_only=True,
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: LoKrConfig, shared: nn.Module | None = None):

@@ -110,10 +110,12 @@ def add_peft(model: nn.Module, label: str, ours: Adapters) -> Any:
             raise Gap(f"PEFT {peft.__version__}: {error}") from error
     trainable = {key: p for key, p in found.named_parameters() if p.requires_grad}
     for view in ours.views:
-        for own, theirs in form.tensors.items():
+        parameters = dict(ours.by_view[view.name].named_parameters())
+        for own, source in parameters.items():
+            theirs = form.tensors[own]
             part = theirs.removesuffix(".weight")  # which stands behind the adapter's name there
             match = [key for key in trainable if f".{view.path}." in key and f".{part}." in f"{key}."]
-            source, target = getattr(ours.by_view[view.name], own), trainable.pop(match[0])
+            target = trainable.pop(match[0])
             if target.numel() != source.numel():
                 raise Gap(
                     "PEFT runs factor 1 without its CUDA extension" if ours.method.name == "boft" else "another shape"

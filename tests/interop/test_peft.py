@@ -41,6 +41,12 @@ CASES = {
     "prompt_tuning": ["method=prompt_tuning", "num_virtual_tokens=4"],
     "p_tuning": ["method=p_tuning", "num_virtual_tokens=4", "hidden_size=7"],
     "prefix": ["method=prefix", "num_virtual_tokens=4"],
+    "gralora": ["method=gralora", "r=4", "K=2", "alpha=5", "placement=all"],
+    "gralora_hybrid": ["method=gralora", "r=4", "K=4", "hybrid_r=2", "placement=all"],
+    "loha": ["method=loha", "r=3", "alpha=5", "placement=all"],
+    "lokr": ["method=lokr", "r=1", "alpha=3", "placement=all"],
+    "lokr_decomposed": ["method=lokr", "r=1", "factor=4", "decompose_both=true", "placement=all"],
+    "lokr_whole": ["method=lokr", "r=6", "factor=2", "placement=[q,down]"],
     "oft": ["method=oft", "block_size=4", "placement=all"],
     "oft_exact_shared": ["method=oft", "block_size=0", "block_num=2", "neumann=false", "block_share=true"],
     "randlora": ["method=randlora", "r=3", "placement=all", "projection_prng_key=5"],
@@ -108,6 +114,7 @@ OTHER_MODELS = {
     "transposed_fourierft": ["model=tiny_gpt2", "method=fourierft", "n_frequency=20", "placement=all"],
     "transposed_randlora": ["model=tiny_gpt2", "method=randlora", "r=4", "placement=all"],
     "classifier": ["model=tiny_bert", "task=glue/mrpc", "method=lora", "r=2", "placement=qv"],
+    "transposed_gralora": ["model=tiny_gpt2", "method=gralora", "r=2", "K=2", "placement=all"],
 }
 
 
@@ -184,6 +191,15 @@ FROM_PEFT = {
         "PrefixTuningConfig",
         {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 6},
     ),
+    "gralora": ("GraloraConfig", {"r": 4, "gralora_k": 2, "gralora_dropout": 0.1, "target_modules": LINEAR}),
+    "gralora_hybrid": ("GraloraConfig", {"r": 4, "gralora_k": 2, "hybrid_r": 3, "target_modules": LINEAR}),
+    "loha": ("LoHaConfig", {"r": 2, "alpha": 5, "rank_dropout": 0.1, "target_modules": LINEAR}),
+    "lokr": ("LoKrConfig", {"r": 1, "alpha": 3, "target_modules": LINEAR}),
+    "lokr_decomposed": (
+        "LoKrConfig",
+        {"r": 1, "decompose_both": True, "decompose_factor": 4, "target_modules": LINEAR},
+    ),
+    "lokr_lycoris": ("LoKrConfig", {"r": 8, "init_weights": "lycoris", "target_modules": LINEAR}),
     "oft": ("OFTConfig", {"r": 2, "oft_block_size": 0, "num_cayley_neumann_terms": 6, "target_modules": LINEAR}),
     "randlora": ("RandLoraConfig", {"r": 3, "save_projection": False, "target_modules": LINEAR}),
     "fourierft": ("FourierFTConfig", {"n_frequency": 20, "random_loc_seed": 5, "target_modules": LINEAR}),
@@ -247,6 +263,7 @@ NO_TYPE = [
         r"vera adapts a fused matrix whole, got the slice .*\[q\]",
     ),
     (["method=boft", "model=tiny_gpt2", "placement=o"], "boft adapts linear layers only, got the Conv1D"),
+    (["method=lokr", "r=1", "model=tiny_gpt2", "placement=o"], "lokr adapts linear layers only, got the Conv1D"),
     (["method=oft", "block_size=4", "model=tiny_gpt2", "placement=o"], "oft adapts linear layers only, got the Conv1D"),
 ]
 

@@ -99,7 +99,7 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return config, {"prompt_embeddings": tokens.detach().float().cpu().contiguous()}
     assert isinstance(adapters, WeightAdapters)
     first = adapters.layers[adapters.views[0].path].base
-    config |= {"target_modules": _targets(adapters), "fan_in_fan_out": is_transposed(first)}
+    config |= {"target_modules": _targets(adapters), **({"fan_in_fan_out": True} if is_transposed(first) else {})}
     modules = {path: [view for view in adapters.views if view.path == path] for path in adapters.layers}
     if form.factors is not None:
         most = max(map(len, modules.values()))
@@ -107,7 +107,9 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     for path, views in modules.items():
         module = _module(adapters, views, form, config.get("r", 0))
-        tensors |= {f"{PREFIX}{path}.{theirs}": module[ours] for ours, theirs in form.tensors.items()}
+        for ours, theirs in form.tensors.items():
+            if ours in module:  # fields decide which tensors there are
+                tensors[f"{PREFIX}{path}.{theirs}"] = module[ours]
         tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in _frozen(adapters, views[0], form).items()}
     tensors |= {f"base_model.{key}": tensor for key, tensor in _shared(adapters, form).items()}
     if adapters.extra:
@@ -400,9 +402,11 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
     state = {}
     for key, (path, ours) in owners.items():
         name = f"{names[path]}.{ours}"
-        parameter = adapters.by_view[names[path]].get_parameter(ours)
-        as_theirs = parameter.view(form.shapes.get(ours, parameter.shape)).shape
+        parameter = dict(adapters.by_view[names[path]].named_parameters()).get(ours)
         state[name] = tensors[key].float()
+        if parameter is None:  # refused with the names that the fields ask for
+            continue
+        as_theirs = parameter.view(form.shapes.get(ours, parameter.shape)).shape
         if tensors[key].shape == as_theirs:
             state[name] = state[name].view(parameter.shape)
     rest = {key: tensor for key, tensor in tensors.items() if key not in owners}

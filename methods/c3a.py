@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.fft import irfft, rfft
 
-from highrank.plugin import Method, Site, UserError, nearest_divisors, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, nearest_divisors, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class C3AConfig:
 class C3A(Method):
     default_lr = 0.3
     examples = ({"block_size": 4}, {"block_size": 8}, {"block_size": 1})
+    peft = PeftForm(type="C3A", fields={"block_size": "block_size"}, tensors={"c": "c3a_kernel"}, linear_only=True)
 
     def __init__(self, in_features: int, out_features: int, cfg: C3AConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

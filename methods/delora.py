@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import low_rank_linear
-from highrank.plugin import Method, Site, UserError, kaiming_uniform_, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
 
 STARTS = ("copy", "zeros")
 
@@ -64,6 +64,19 @@ class DeLoRAConfig:
 class DeLoRA(Method):
     no_decay = ("lambda_",)
     examples = ({"r": 2}, {"r": 3, "start": "zeros", "boundary": 2.0})
+    peft = PeftForm(
+        type="DELORA",
+        fields={"r": "r", "boundary": "delora_lambda", "start": "init_weights", "dropout": "module_dropout"},
+        values={"start": {"zeros": True}},
+        tensors={"A": "delora_A", "B": "delora_B", "lambda_": "delora_lambda"},
+        frozen=lambda adapter: {"delora_w_norm": adapter.w},
+        linear_only=True,
+        lacks=lambda cfg: (
+            ""
+            if cfg.start == "zeros"
+            else f"PEFT's DeLoRA subtracts no start, got start={cfg.start}; train with start=zeros"
+        ),
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: DeLoRAConfig, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

@@ -16,18 +16,21 @@ Where that is a product of a gate and `up`, as in Llama, to scale it is to scale
 vectors are `placement=[k,v,up]` with side=out.
 Reference code: huggingface/peft 0.21, tuners/ia3/layer.py (ia3_l = l; in is what it calls feedforward_modules).
 Differences: PEFT scales a bias too where l scales outputs, y = l ⊙ (W x + bias); here the bias is added after l, unscaled,
-since a method changes a weight. Without a bias both are the same. PEFT has one side per module, here all weights have one.
+since a method changes a weight. Without a bias both are the same; with one, export and import refuse. PEFT has a side per
+module, here all weights have one.
 l does not decay: its neutral value is 1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import row_scaled
-from highrank.plugin import Method, Site, UserError, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, register_method
 
 SIDES = ("out", "in")
 
@@ -42,11 +45,31 @@ class IA3Config:
             raise UserError(f"ia3: side must be one of {', '.join(SIDES)}, got side={self.side}")
 
 
+def _side(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """The shapes say what PEFT's list of feedforward_modules came to."""
+    sides = {"in" if len(tensor) == 1 else "out" for key, tensor in tensors.items() if key.endswith("ia3_l")}
+    if len(sides) == 2:
+        raise UserError(
+            "ia3: all weights are scaled on one side, got both for "
+            f"feedforward_modules={fields['side']}; merge it with PEFT instead"
+        )
+    return {"side": sides.pop() if sides else "out"}
+
+
 @register_method(config=IA3Config)
 class IA3(Method):
     default_lr = 3e-3
     no_decay = ("l",)
     examples = ({"side": "out"}, {"side": "in"})
+    peft = PeftForm(
+        type="IA3",
+        fields={"side": "feedforward_modules"},
+        computed={"feedforward_modules": lambda cfg: [] if cfg.side == "out" else ".*"},
+        ignored=("init_ia3_weights",),
+        tensors={"l": "ia3_l"},
+        scales_bias=lambda cfg: cfg.side == "out",
+        read=_side,
+    )
 
     def __init__(self, in_features: int, out_features: int, cfg: IA3Config, shared: nn.Module | None = None):
         super().__init__(in_features, out_features, cfg, shared)

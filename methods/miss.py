@@ -20,14 +20,16 @@ Differences: PEFT's dropout is ignored by bat; here it is refused there. PEFT ke
 backward; here W' is built again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import rebuilt_linear
-from highrank.plugin import Method, Site, UserError, nearest_divisors, register_method
+from highrank.plugin import Method, PeftForm, Site, UserError, nearest_divisors, register_method
 
 TYPES = ("plain", "mini", "bat")
 
@@ -59,6 +61,12 @@ class MiSSConfig:
             )
 
 
+def _as_computed(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """PEFT takes mini_r with every type, and a dropout with bat, and does not use them."""
+    unused: Mapping[str, Mapping[str, Any]] = {"plain": {"mini_r": 1}, "mini": {}, "bat": {"mini_r": 1, "dropout": 0.0}}
+    return {**fields, **unused[fields["type"]]}
+
+
 @register_method(config=MiSSConfig)
 class MiSS(Method):
     default_lr = 5e-4
@@ -68,6 +76,14 @@ class MiSS(Method):
         {"r": 4, "type": "mini", "mini_r": 6},
         {"r": 4, "type": "bat"},
         {"r": 8, "type": "bat"},
+    )
+    peft = PeftForm(
+        type="MISS",
+        fields={"r": "r", "type": "init_weights", "mini_r": "mini_r", "dropout": "miss_dropout"},
+        values={"type": {"plain": True, "mini": "mini", "bat": "bat"}},
+        tensors={"D": "miss_block"},
+        linear_only=True,
+        read=_as_computed,
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: MiSSConfig, shared: nn.Module | None = None):

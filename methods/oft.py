@@ -82,7 +82,8 @@ class OFT(Method):
             "neumann": "use_cayley_neumann",
             "terms": "num_cayley_neumann_terms",
         },
-        fixed={"peft_version": "0.18.0"},  # since then the series has this last term, and PEFT asks for the version
+        fixed={"peft_version": "0.18.0"},  # PEFT asks for it
+        since="0.18.0",  # before, the series had another last term
         ignored=("eps", "module_dropout"),  # eps is coft's
         tensors={"theta": "oft_R.weight"},
         linear_only=True,

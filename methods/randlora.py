@@ -2,7 +2,7 @@
 
     W' = W + s Σ_j C_j diag(λ_j) A diag(γ_j)    for n >= k, else W' = W + the transpose of such a sum;    s = alpha / r
 
-with m = min(n, k), M = max(n, k), j = 1 ... n_b, n_b = ⌈m / r⌉, A = A_shared[:, :m], and C_j (M, r) of the columns of
+with m = min(n, k), M = max(n, k), j = 1 ... n_b, n_b = ⌈m / r⌉, A = A_shared[:, 0, :m], and C_j (M, r) of the columns of
 B_shared[:M, :n_b]: these laid side by side, basis after basis, are counted off, and C_j has every n_b-th from the j-th on.
 
 | symbol   | shape        | start                            | trained                |
@@ -10,7 +10,7 @@ B_shared[:M, :n_b]: these laid side by side, basis after basis, are counted off,
 | W        | (n, k)       | pretrained                       | no                     |
 | λ        | (r, n_b)     | 0                                | yes                    |
 | γ        | (n_b, m)     | 1 / max(n_b, m)                  | yes                    |
-| A_shared | (r, K)       | U(±1/√K) over its deviation      | no, once for the model |
+| A_shared | (r, 1, K)    | U(±1/√K) over its deviation      | no, once for the model |
 | B_shared | (N, n_B, r)  | U(±1/√r) over its deviation      | no, once for the model |
 
 K is the smaller of the model's largest n and largest k, N the greater, n_B = ⌈K / r⌉.
@@ -72,7 +72,7 @@ class Bases(nn.Module):
         rng = torch.Generator().manual_seed(cfg.projection_prng_key)
         A = _uniform(cfg.r, K, rng)
         B = torch.stack([_uniform(N, cfg.r, rng) for _ in range(-(-K // cfg.r))], dim=1)
-        self.register_buffer("A", (A / A.std()).float(), persistent=False)
+        self.register_buffer("A", (A / A.std()).float()[:, None], persistent=False)
         self.register_buffer("B", (B / B.std()).float(), persistent=False)
 
 
@@ -91,6 +91,7 @@ class RandLoRA(Method):
         fixed={"save_projection": False},  # PEFT would have the bases once more for every weight
         ignored=("save_projection",),
         tensors={"lambda_": "randlora_lambda", "gamma": "randlora_gamma"},
+        shared={"A": "randlora_A", "B": "randlora_B"},
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: RandLoRAConfig, shared: nn.Module | None = None):
@@ -111,7 +112,7 @@ class RandLoRA(Method):
     def _bases(self) -> tuple[Tensor, Tensor]:
         """Returns A (r, m) and C (M, n_b, r), whose entries [:, i n_b + j] of the last two in a row go with λ_ij."""
         A, B = self.shared_tensors.A, self.shared_tensors.B
-        return A[:, : self.least], B[: max(self.in_features, self.out_features), : self.num_bases]
+        return A[:, 0, : self.least], B[: max(self.in_features, self.out_features), : self.num_bases]
 
     def update(self, scaled: Tensor, gamma: Tensor) -> Tensor:
         """Returns ΔW for s λ and γ."""

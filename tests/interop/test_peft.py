@@ -51,6 +51,13 @@ CASES = {
     "oft_exact_shared": ["method=oft", "block_size=0", "block_num=2", "neumann=false", "block_share=true"],
     "randlora": ["method=randlora", "r=3", "placement=all", "projection_prng_key=5"],
     "fourierft": ["method=fourierft", "n_frequency=20", "placement=all", "scaling=300"],
+    "ia3": ["method=ia3", "placement=[k,v,up]"],
+    "ia3_in": ["method=ia3", "placement=all", "side=in"],
+    "miss": ["method=miss", "r=3", "placement=all"],
+    "miss_mini": ["method=miss", "type=mini", "r=4", "mini_r=8", "placement=all"],
+    "miss_bat": ["method=miss", "type=bat", "r=4", "placement=all"],
+    "delora": ["method=delora", "r=3", "start=zeros", "placement=all"],
+    "c3a": ["method=c3a", "block_size=4", "placement=all"],
 }
 ONE_WAY = {
     "hyperadapt": ["method=hyperadapt", "placement=all"],
@@ -111,6 +118,8 @@ OTHER_MODELS = {
     "transposed_hira": ["model=tiny_gpt2", "method=hira", "r=2", "placement=[o,up]"],
     "transposed_vera": ["model=tiny_gpt2", "method=vera", "r=4", "placement=all"],
     "fused_whole": ["model=tiny_phi3", "method=boft", "placement=all", "fused=fused"],
+    "biases_beside_scaled_inputs": ["model=tiny_qwen2", "method=ia3", "side=in", "placement=qkvo"],
+    "transposed_ia3": ["model=tiny_gpt2", "method=ia3", "side=in", "placement=all"],
     "transposed_fourierft": ["model=tiny_gpt2", "method=fourierft", "n_frequency=20", "placement=all"],
     "transposed_randlora": ["model=tiny_gpt2", "method=randlora", "r=4", "placement=all"],
     "classifier": ["model=tiny_bert", "task=glue/mrpc", "method=lora", "r=2", "placement=qv"],
@@ -203,6 +212,13 @@ FROM_PEFT = {
     "oft": ("OFTConfig", {"r": 2, "oft_block_size": 0, "num_cayley_neumann_terms": 6, "target_modules": LINEAR}),
     "randlora": ("RandLoraConfig", {"r": 3, "save_projection": False, "target_modules": LINEAR}),
     "fourierft": ("FourierFTConfig", {"n_frequency": 20, "random_loc_seed": 5, "target_modules": LINEAR}),
+    "randlora_with_its_bases": ("RandLoraConfig", {"r": 3, "randlora_alpha": 6, "target_modules": LINEAR}),
+    "ia3": ("IA3Config", {"target_modules": LINEAR, "feedforward_modules": []}),
+    "ia3_in": ("IA3Config", {"target_modules": LINEAR, "feedforward_modules": LINEAR}),
+    "miss": ("MissConfig", {"r": 4, "mini_r": 2, "miss_dropout": 0.1, "target_modules": LINEAR}),
+    "miss_bat": ("MissConfig", {"r": 4, "miss_dropout": 0.1, "init_weights": "bat", "target_modules": LINEAR}),
+    "delora": ("DeloraConfig", {"r": 3, "delora_lambda": 4, "target_modules": LINEAR}),
+    "c3a": ("C3AConfig", {"block_size": 4, "target_modules": LINEAR}),
 }
 
 
@@ -223,6 +239,36 @@ def test_an_adapter_made_with_peft(tmp_path, case):
     torch.testing.assert_close(ours, logits(theirs), **NEAR)
     again = in_peft(export_run(run, tmp_path / "again"))
     torch.testing.assert_close(logits(again), ours, **NEAR)
+
+
+REFUSED_FROM_PEFT = [
+    ("IA3Config", {"target_modules": LINEAR, "feedforward_modules": ["down_proj"]}, "tiny_llama", "scaled on one side"),
+    (
+        "IA3Config",
+        {"target_modules": ["v_proj"], "feedforward_modules": []},
+        "tiny_qwen2",
+        "IA3 scales a bias too, which ia3 does not, got .*v_proj with one",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "model", "message"), REFUSED_FROM_PEFT)
+def test_what_is_another_function_here_is_refused(tmp_path, name, fields, model, message):
+    theirs = peft.get_peft_model(base(model), getattr(peft, name)(task_type="CAUSAL_LM", **fields))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    with pytest.raises(UserError, match=message):
+        import_adapter(tmp_path / "theirs", tmp_path / "run", [f"model={model}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_a_version_with_another_meaning_are_refused(make_run, tmp_path):
+    run, _ = make_run("method=oft", "block_size=4", "model=tiny_llama")
+    folder = export_run(run, tmp_path / "peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for version in (None, "0.17.1"):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_version": version}))
+        with pytest.raises(UserError, match=r"OFT means another function in files before 0.18.0, got peft_version="):
+            import_adapter(folder, tmp_path / "run")
 
 
 def test_the_commands(make_run, tmp_path, capsys):
@@ -263,6 +309,9 @@ NO_TYPE = [
         r"vera adapts a fused matrix whole, got the slice .*\[q\]",
     ),
     (["method=boft", "model=tiny_gpt2", "placement=o"], "boft adapts linear layers only, got the Conv1D"),
+    (["method=svft"], "no type for this method, got method=svft"),
+    (["method=delora", "r=2"], "PEFT's DeLoRA subtracts no start, got start=copy"),
+    (["method=ia3", "model=tiny_qwen2", "placement=[o,v]"], r"PEFT's ia3 scales a bias too, got .*v_proj with one"),
     (["method=lokr", "r=1", "model=tiny_gpt2", "placement=o"], "lokr adapts linear layers only, got the Conv1D"),
     (["method=oft", "block_size=4", "model=tiny_gpt2", "placement=o"], "oft adapts linear layers only, got the Conv1D"),
 ]

@@ -15,7 +15,7 @@ def longhand(adapter, lambda_, gamma):
     m, M = sorted((adapter.in_features, adapter.out_features))
     columns = iter([B[:M, j, i] for j in range(bases) for i in range(r)])
     delta = sum(
-        adapter.cfg.scaling * lambda_[i, j] * torch.outer(next(columns), A[i, :m] * gamma[j])
+        adapter.cfg.scaling * lambda_[i, j] * torch.outer(next(columns), A[i, 0, :m] * gamma[j])
         for i in range(r)
         for j in range(bases)
     )
@@ -94,7 +94,7 @@ def test_bases_are_peft_bit_for_bit(key):
     theirs = peft.get_peft_model(model, config).base_model
     cls = load("methods", "randlora")
     ours = cls.shared(shapes, cls.config(r=5, projection_prng_key=key))
-    assert torch.equal(ours.A[:, None], theirs.randlora_A["default"].float())
+    assert torch.equal(ours.A, theirs.randlora_A["default"].float())
     assert torch.equal(ours.B, theirs.randlora_B["default"].float())
 
 
@@ -102,7 +102,7 @@ def test_with_one_basis_on_a_wide_weight_it_is_vera():
     adapter, W, x, _ = wide({"r": 16})
     vera = load("methods", "vera")
     shared = nn.Module()
-    shared.A, shared.B = adapter.shared_tensors.B[:, 0].T, adapter.shared_tensors.A.T
+    shared.A, shared.B = adapter.shared_tensors.B[:, 0].T, adapter.shared_tensors.A[:, 0].T
     other = vera(24, 16, vera.config(r=16), shared).double()
     with torch.no_grad():
         other.lambda_b.copy_(adapter.gamma[0])

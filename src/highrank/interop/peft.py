@@ -12,6 +12,7 @@ Every other option that PEFT would compute with, and that has no counterpart her
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,9 +86,16 @@ def check_expressible(run: Run, model: Any, views: Sequence[WeightView]) -> None
     sliced = [view.name for view in views if view.rows is not None]
     if sliced and form.factors is None:
         raise UserError(f"export: PEFT's {name} adapts a fused matrix whole, got the slice {sliced[0]}{instead}")
+    if form.scales_bias(run.method_cfg) and (biased := _biased(model, views)):
+        raise UserError(f"export: PEFT's {name} scales a bias too, got {biased[0]} with one{instead}")
     transposed = [view.path for view in views if is_transposed(model.get_submodule(view.path))]
     if transposed and form.linear_only:
         raise UserError(f"export: PEFT's {name} adapts linear layers only, got the Conv1D {transposed[0]}{instead}")
+
+
+def _biased(model: Any, views: Sequence[WeightView]) -> list[str]:
+    """Returns the adapted modules that have a bias."""
+    return [view.path for view in views if getattr(model.get_submodule(view.path), "bias", None) is not None]
 
 
 def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -111,7 +119,8 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if ours in module:  # fields decide which tensors there are
                 tensors[f"{PREFIX}{path}.{theirs}"] = module[ours]
         tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in _frozen(adapters, views[0], form).items()}
-    tensors |= {f"base_model.{key}": tensor for key, tensor in _shared(adapters, form).items()}
+    if config.get("save_projection", True):
+        tensors |= {f"base_model.{key}": tensor for key, tensor in _shared(adapters, form).items()}
     if adapters.extra:
         config["modules_to_save"] = head_modules(adapters.model)
         named = dict(adapters.model.named_parameters())
@@ -206,6 +215,12 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
             f"import: the task must be of the adapter's kind, got task={task.name} ({task.kind}) for "
             f"task_type={config.get('task_type')}; give one with task=<name>"
         )
+    if form.scales_bias(run.method_cfg):
+        meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
+        if biased := _biased(meta, adapted_views(run, meta)):
+            raise UserError(
+                f"import: PEFT's {form.type} scales a bias too, which {method} does not, got {biased[0]} with one"
+            )
     backbone, adapters = build_model(run, task)
     adapters.load_state_dict(from_peft(adapters, config, tensors))
     with written_whole("import", out_folder) as ready:
@@ -296,10 +311,21 @@ def read_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         known = same or key in HARMLESS or key in form.ignored or key in form.fields.values()
         if not known and value not in NEUTRAL and value not in ALLOWED.get(key, ()):
             raise UserError(f"import: this option of PEFT's {kind} has no counterpart, got {key}={value}")
+    version = str(config.get("peft_version") or 0)
+    if _numbers(version) < _numbers(form.since):
+        raise UserError(
+            f"import: PEFT's {kind} means another function in files before {form.since}, got peft_version={version}; load it "
+            "with that version and merge it"
+        )
     lacking = [theirs for theirs in form.fields.values() if theirs not in config]
     if lacking:
         raise UserError(f"import: {CONFIG} must hold {', '.join(lacking)}, got peft_type={kind} without")
     return method, {ours: _value(form, ours, config[theirs]) for ours, theirs in form.fields.items()}
+
+
+def _numbers(version: str) -> list[int]:
+    """Returns the numbers of a release, e.g. [0, 18, 0]."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def _value(form: PeftForm, ours: str, theirs: Any) -> Any:
@@ -318,7 +344,7 @@ def _corrected(form: PeftForm, fields: dict[str, Any], tensors: Mapping[str, Ten
         return fields
     corrected = dict(form.read(fields, tensors))
     for key, value in corrected.items():
-        if value != fields[key] is not None:
+        if value != fields[key] is not None and form.fields[key] not in form.computed:
             say(
                 f"import: PEFT's config says {form.fields[key]}={fields[key]}, it computed with {value}: read as the "
                 "tensors have it"
@@ -412,7 +438,10 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
     rest = {key: tensor for key, tensor in tensors.items() if key not in owners}
     drawn = {f"base_model.{key}": tensor for key, tensor in _shared(adapters, form).items()}
     for view in adapters.views:
-        drawn |= {f"{PREFIX}{view.path}.{key}": tensor for key, tensor in _frozen(adapters, view, form).items()}
+        own = _shared(adapters, form) | dict(
+            _frozen(adapters, view, form)
+        )  # RandLoRA's bases are there for every weight
+        drawn |= {f"{PREFIX}{view.path}.{key}": tensor for key, tensor in own.items()}
     for key, tensor in drawn.items():
         saved = rest.pop(key, None)
         if saved is not None and not torch.equal(saved.to(tensor.dtype), tensor.cpu()):

@@ -30,7 +30,7 @@ class PeftForm:
     frozen: Callable[[Any], Mapping[str, Tensor]] | None = None
     """Makes PEFT's frozen tensors of one module, by its names, from our adapter; those of a file read must be equal."""
     shared: Mapping[str, str] = field(default_factory=dict)
-    """Frozen tensor common to all adapters -> PEFT's name of it."""
+    """Frozen tensor common to all adapters -> PEFT's name of it; a file may have it once more for every weight."""
     factors: tuple[str, str] | None = None
     """Our names of a low-rank pair, (n, r) and (r, k), if pairs on slices of a matrix can be joined to one."""
     converted: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
@@ -41,6 +41,10 @@ class PeftForm:
     """Other types that are read as this method."""
     linear_only: bool = False
     """Whether PEFT adapts `nn.Linear` alone, and no GPT-2 `Conv1D`."""
+    scales_bias: Callable[[Any], bool] = lambda cfg: False
+    """Whether PEFT's layer changes a bias too for our config: then it agrees on weights without one alone."""
+    since: str = ""
+    """PEFT's version from which on a file of this type means what it says; it must have been written by this one or later."""
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Mapping[str, Any]] | None = None
     """Corrects our fields, as PEFT's config has them, by PEFT's tensors or by what PEFT does without a value."""
     lacks: Callable[[Any], str] = lambda cfg: ""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.fft import irfft, rfft
 
+from highrank.model.kernels import updated_linear
 from highrank.plugin import Method, PeftForm, Site, UserError, nearest_divisors, register_method
 
 
@@ -54,13 +55,18 @@ class C3A(Method):
     def reset_parameters(self, W: Tensor, site: Site) -> None:
         nn.init.zeros_(self.c)
 
-    def effective_weight(self, W: Tensor) -> Tensor:
+    def update(self) -> Tensor:
         p = torch.arange(self.cfg.block_size, device=self.c.device)
         blocks = self.c[:, :, (p - p[:, None]) % self.cfg.block_size]
-        return W + blocks.transpose(1, 2).reshape(W.shape) / self.in_features
+        return blocks.transpose(1, 2).reshape(self.out_features, self.in_features) / self.in_features
+
+    def effective_weight(self, W: Tensor) -> Tensor:
+        return W + self.update()
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        """y = x Wᵀ + bias + the correlations, by the Fourier transform of blocks of x: no (n, k) update exists."""
+        """y = x Wᵀ + bias + the correlations, in a step by the Fourier transform of blocks of x: no (n, k) update exists."""
+        if not torch.is_grad_enabled():
+            return updated_linear(x, W, self.update, bias, self.cached)
         y = F.linear(x, W, bias)
         with torch.autocast(x.device.type, enabled=False):
             return y + (Correlations.apply(x, self.c) / self.in_features).to(y.dtype)

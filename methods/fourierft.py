@@ -17,8 +17,8 @@ Source: Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Trans
 (eqs. 2-4; s = α; the 1 / (n k) is of Algorithm 1's ifft2).
 Reference code: huggingface/peft 0.21, tuners/fourierft/layer.py (fourierft_spectrum = c): the same places, entry for entry.
 Differences: paper and PEFT start with c ~ N(0, 1), so that W' is not W; here c = 0, which trains as well since ΔW is linear
-in c (PEFT's init_weights=True). They build ΔW in every step; here x is transformed along its k entries, the p numbers are
-moved from v to u, and the result is transformed along n: no (n, k) matrix exists, and x is all that is kept.
+in c (PEFT's init_weights=True). They build ΔW in every step and keep it; here x is all that is kept. Where it is less work,
+ΔW is not built at all: x is transformed along its k entries, p numbers are moved from v to u, and these transformed along n.
 """
 
 import functools
@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.fft import ifft
+from torch.fft import ifft, ifft2
 
+from highrank.model.kernels import rebuilt_linear
 from highrank.plugin import Method, PeftForm, Site, UserError, register_method
 
 
@@ -69,12 +70,25 @@ class FourierFT(Method):
         nn.init.zeros_(self.c)
         self.places.copy_(_places(W.numel(), self.cfg.n_frequency, self.cfg.random_loc_seed))
 
+    def update(self, c: Tensor) -> Tensor:
+        n, k = self.out_features, self.in_features
+        return self.cfg.scaling * ifft2(c.new_zeros(n * k).index_copy(0, self.places.long(), c).view(n, k)).real
+
+    def _gradients(self, G: Tensor, c: Tensor) -> tuple[Tensor]:
+        """∂c = s Re(F⁻¹(G)) at the places: the transform is symmetric."""
+        return (self.cfg.scaling * ifft2(G).real.flatten()[self.places],)
+
     def effective_weight(self, W: Tensor) -> Tensor:
-        S = self.c.new_zeros(W.numel()).index_copy(0, self.places.long(), self.c).view(W.shape)
-        return W + self.cfg.scaling * torch.fft.ifft2(S).real
+        return W + self.update(self.c)
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        """y = x Wᵀ + bias + s Re(F_n⁻¹ S F_k⁻¹ x), on activations."""
+        """y = x Wᵀ + bias + s Re(F_n⁻¹ S F_k⁻¹ x) on activations, or one dense product with W + ΔW.
+
+        By measurement the former takes tokens (n + k + p), the latter n k (2 + tokens / 1400), in the same unit.
+        """
+        n, k, tokens = self.out_features, self.in_features, x.numel() // x.shape[-1]
+        if not torch.is_grad_enabled() or tokens * (n + k + len(self.c)) > n * k * (2 + tokens / 1400):
+            return rebuilt_linear(x, W, self.update, self._gradients, [self.c], bias, self.cached)
         y = F.linear(x, W, bias)
         u, v = self.places.long() // self.in_features, self.places.long() % self.in_features
         with torch.autocast(x.device.type, enabled=False):

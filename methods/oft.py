@@ -22,7 +22,7 @@ Reference code: huggingface/peft 0.21, tuners/oft/layer.py (oft_R.weight = θ, r
 use_cayley_neumann = neumann, num_cayley_neumann_terms = terms).
 Differences: PEFT takes the next divisor where b does not divide k; here that is an error. Its series of 3 terms is the one
 of 4, and of 2 or 1 is another: 4 is the least here. Its constraint (coft) and dropout of blocks are off by default and
-absent here. It turns a copy of x in fp32; here (R - I) x is added to x, so that of a small angle nothing is lost in R.
+absent here. It turns a copy of x in fp32; here, in 16 bits, (R - I) x is added to x, so that nothing of a small angle is lost in R.
 """
 
 from dataclasses import dataclass
@@ -123,8 +123,13 @@ class OFT(Method):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = W (R x) + bias, each block of R on its slice of x."""
-        turn = self.cached(f"turn {x.dtype}", W, lambda: self.turn().to(x.dtype))
-        return F.linear((x + _times(x, turn)).to(x.dtype), W, bias)
+        if x.dtype.itemsize < 4:
+            turn = self.cached("turn", W, lambda: self.turn().to(x.dtype))
+            return F.linear((x + _times(x, turn)).to(x.dtype), W, bias)
+        R = self.cached("R", W, lambda: self.turn() + torch.eye(self.cfg.b(self.in_features), device=x.device)).to(
+            x.dtype
+        )
+        return F.linear(_times(x, R).to(x.dtype), W, bias)
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: OFTConfig) -> None:

@@ -18,10 +18,12 @@ def waves(adapter, W, c):
     return W + adapter.cfg.scaling / (n * k) * total
 
 
+@pytest.mark.parametrize("tokens", [1, 7])  # of 7 tokens and 384 frequencies the update is built
 @pytest.mark.parametrize(
     "fields", [{"n_frequency": 1}, {"n_frequency": 30, "scaling": 20.0}, {"n_frequency": 384}], ids=str
 )
-def test_formula(layer, agree_with_formula, fields):
+def test_formula(layer, agree_with_formula, fields, tokens):
+    layer.x, layer.dy = layer.x[:tokens], layer.dy[:tokens]
     adapter = layer.adapter("fourierft", **fields)
     agree_with_formula(adapter, lambda W, c: waves(adapter, W, c))
 
@@ -49,16 +51,17 @@ def test_the_rank_is_up_to_twice_the_number_of_frequencies(layer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_keeps_x_c_and_places(dtype):
+@pytest.mark.parametrize(("tokens", "places"), [(5, [(10,), (10,)]), (50, [])], ids=["transformed", "built"])
+def test_a_step_keeps_x_c_and_places(dtype, tokens, places):
     cls = load("methods", "fourierft")
     adapter = cls(16, 24, cls.config(n_frequency=10))
     torch.nn.init.normal_(adapter.c)
     adapter.places.copy_(torch.arange(10) * 7)
-    W, x, kept = torch.randn(24, 16, dtype=dtype), torch.randn(5, 16, dtype=dtype, requires_grad=True), []
+    W, x, kept = torch.randn(24, 16, dtype=dtype), torch.randn(tokens, 16, dtype=dtype, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         adapter(x, W)
     known = {t.data_ptr() for t in (x, W, adapter.c)}
-    assert [tuple(t.shape) for t in kept if t.data_ptr() not in known] == [(10,), (10,)]  # u and v
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in known] == places  # u and v
 
 
 # PEFT's comparison

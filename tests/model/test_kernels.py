@@ -67,6 +67,23 @@ def test_rebuilt_linear(shape, with_bias):
         assert gradcheck(product, (*inputs, bias))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, inside its compiler
+def test_rebuilt_linear_of_W_is_captured_whole():
+    """Dynamo refuses a tensor that an autograd function is given twice: W as the weight and as an operand."""
+    x, W, v = rand(5, K), rand(N, K).detach(), rand(N)
+
+    def product(x, v):
+        update = lambda W, v: v[:, None] * W  # noqa: E731
+        gradients = lambda G, W, v: (None, (G * W).sum(1))  # noqa: E731
+        return rebuilt_linear(x, W, update, gradients, (W, v), None, lambda key, W, build: build())
+
+    expected = torch.autograd.grad(product(x, v).square().sum(), [x, v])
+    compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+    for found, right in zip(torch.autograd.grad(compiled(x, v).square().sum(), [x, v]), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("zero", [False, True], ids=["no zero", "a zero"])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_row_scaled(with_bias, zero):

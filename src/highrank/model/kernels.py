@@ -75,27 +75,36 @@ def rebuilt_linear(
     """Returns x (W + update(*operands))ᵀ + bias, keeping x and the operands for backward: the update (n, k) is built again.
 
     `gradients(G, *operands)` returns those of the operands from G = δᵀ x, the update's own; it may write into G. An update
-    of W has W itself among the operands.
+    of W has W itself as the first operand.
     """
     if not torch.is_grad_enabled():
         return updated_linear(x, W, lambda: update(*operands), bias, cached)
     x, bias = in_compute_dtype(x, bias)
     with torch.autocast(x.device.type, enabled=False):
-        if isinstance(W, QuantisedWeight) and all(operand is not W for operand in operands):  # no matrix is needed
-            return F.linear(x, W, bias) + RebuiltLinear.apply(x, None, None, update, gradients, *operands)
-        return RebuiltLinear.apply(x, W, bias, update, gradients, *operands)
+        if operands[0] is W:
+            return RebuiltLinear.apply(x, W, bias, update, gradients, True, *operands[1:])
+        if isinstance(W, QuantisedWeight):  # its matrix is not needed
+            return F.linear(x, W, bias) + RebuiltLinear.apply(x, None, None, update, gradients, False, *operands)
+        return RebuiltLinear.apply(x, W, bias, update, gradients, False, *operands)
 
 
 class RebuiltLinear(torch.autograd.Function):
-    """y = x (W + U)ᵀ + bias with U = update(*operands), or x Uᵀ without a W. With δ = ∂y: ∂x = δ (W + U), ∂U = δᵀ x."""
+    """y = x (W + U)ᵀ + bias with the update U, or x Uᵀ without a W. With δ = ∂y: ∂x = δ (W + U), ∂U = δᵀ x."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor | None, bias: Tensor | None, update: Any, gradients: Any, *operands: Tensor
+        ctx: Any,
+        x: Tensor,
+        W: Tensor | None,
+        bias: Tensor | None,
+        update: Any,
+        gradients: Any,
+        of_W: bool,
+        *rest: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, W, *operands)
-        ctx.update, ctx.gradients = update, gradients
-        U = update(*operands)
+        ctx.save_for_backward(x, W, *rest)
+        ctx.update, ctx.gradients, ctx.of_W = update, gradients, of_W
+        U = update(W, *rest) if of_W else update(*rest)
         if W is None:
             return F.linear(x, U.to(x.dtype), bias)
         if x.dtype.itemsize < 4:
@@ -105,7 +114,8 @@ class RebuiltLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, *operands = ctx.saved_tensors
+        x, W, *rest = ctx.saved_tensors
+        operands = (W, *rest) if ctx.of_W else tuple(rest)
         dx = dbias = None
         found: tuple[Tensor | None, ...] = (None,) * len(operands)
         with torch.autocast(x.device.type, enabled=False):
@@ -114,12 +124,12 @@ class RebuiltLinear(torch.autograd.Function):
                 U = ctx.update(*operands)
                 dx = (rows @ (U if W is None else _added(U, W)).to(rows.dtype)).view(x.shape)
                 del U
-            if any(ctx.needs_input_grad[5:]):
+            if any(ctx.needs_input_grad[6:]):
                 G = rows.T @ x.reshape(-1, x.shape[-1])
-                found = ctx.gradients(G.to(operands[-1].dtype), *operands)
+                found = ctx.gradients(G.to(rest[0].dtype), *operands)
             if ctx.needs_input_grad[2]:
                 dbias = rows.sum(0)
-        return dx, None, dbias, None, None, *found
+        return dx, None, dbias, None, None, None, *found[len(operands) - len(rest) :]
 
 
 def _added(U: Tensor, W: Tensor) -> Tensor:

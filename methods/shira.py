@@ -24,14 +24,11 @@ W + v to 16 bits; here S(v) x is a product of its own.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from highrank.model.kernels import in_compute_dtype, is_added_apart, updated_linear
+from highrank.model.kernels import rebuilt_linear
 from highrank.plugin import Method, PeftForm, Site, UserError, register_method
 
 MASKS = ("random", "wm")
@@ -93,21 +90,17 @@ class SHiRA(Method):
         """Returns the places as (2, p) rows and columns."""
         return torch.stack([self.places // self.in_features, self.places % self.in_features])
 
-    def update(self) -> Tensor:
-        return scattered(self.v, self.places, (self.out_features, self.in_features))
-
     def effective_weight(self, W: Tensor) -> Tensor:
-        return W + self.update()
+        return W + scattered(self.v, self.places, W.shape)
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return updated_linear(x, W, self.update, bias, self.cached)
-        x, bias = in_compute_dtype(x, bias)
-        with torch.autocast(x.device.type, enabled=False):
-            if not is_added_apart(x, W):
-                return ScatteredLinear.apply(x, W, self.v, self.places, bias)
-            zero = torch.zeros((), dtype=x.dtype, device=x.device).expand(W.shape)
-            return F.linear(x, W.to(x.dtype), bias) + ScatteredLinear.apply(x, zero, self.v, self.places, None)
+        """One dense product with W + S(v), which is built again in backward."""
+        shape = W.shape
+
+        def update(v: Tensor, places: Tensor) -> Tensor:
+            return scattered(v, places, shape)
+
+        return rebuilt_linear(x, W, update, _gradients, (self.v, self.places), bias, self.cached)
 
     @classmethod
     def exact_base(cls, cfg: SHiRAConfig) -> bool:
@@ -131,36 +124,10 @@ class SHiRA(Method):
         return cls.num_trainable(in_features, out_features, cfg)
 
 
-def scattered(v: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+def scattered(v: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     """Returns S(v), of that shape."""
-    return v.new_zeros(shape[0] * shape[1]).index_add(0, places, v).view(shape)
+    return v.new_zeros(shape.numel()).index_add(0, places, v).view(shape)
 
 
-class ScatteredLinear(torch.autograd.Function):
-    """y = x M^T + bias with M = W + S(v), keeping only x: M is built again in backward.
-
-    With δ = ∂y: ∂x = δ M, ∂v = (δᵀ x)[places]. W is frozen and gets no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, v: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, W, v, places)
-        return F.linear(x, _sum(W, v, places).to(x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, v, places = ctx.saved_tensors
-        dx = dv = dbias = None
-        rows = dy.reshape(-1, W.shape[0])
-        if ctx.needs_input_grad[0]:
-            dx = (rows @ _sum(W, v, places).to(dy.dtype)).view(x.shape)
-        if ctx.needs_input_grad[2]:
-            dv = (rows.T @ x.reshape(-1, W.shape[1])).flatten().index_select(0, places).to(v.dtype)
-        if ctx.needs_input_grad[4]:
-            dbias = rows.sum(0)
-        return dx, None, dv, None, dbias
-
-
-def _sum(W: Tensor, v: Tensor, places: Tensor) -> Tensor:
-    return W + scattered(v, places, (W.shape[0], W.shape[1]))
+def _gradients(G: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, None]:
+    return G.flatten().index_select(0, places), None

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.model.kernels import low_rank_linear
+from highrank.model.kernels import low_rank_linear, moved_pair
 from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, later_field, register_method
 
 SCALINGS = ("alpha_over_r", "rs")
@@ -141,24 +141,22 @@ class LoRA(Method):
             self.A0.copy_(self.A)
             self.B0.copy_(self.B)
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        """Returns A and B of an update B A, of rank 2 r where A0 and B0 are taken off."""
-        if self.cfg.init not in OF_W:
-            return self.A, self.B
-        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)
+    @property
+    def _start(self) -> tuple[Tensor, Tensor] | None:
+        return (self.A0, self.B0) if self.cfg.init in OF_W else None
 
     def effective_weight(self, W: Tensor) -> Tensor:
-        A, B = self._pair()
+        A, B = moved_pair(self.A, self.B, self._start)
         return W + self.cfg.s * (B @ A)
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """Two thin products beside the frozen one: y = x Wᵀ + bias + s (x̃ Aᵀ) Bᵀ."""
         if not (self.cfg.dropout and self.training):
-            return low_rank_linear(x, W, *self._pair(), self.cfg.s, bias)
+            return low_rank_linear(x, W, self.A, self.B, self.cfg.s, bias, self._start)
         return F.linear(x, W, bias) + self.added(x)
 
     def added(self, x: Tensor) -> Tensor:
-        A, B = self._pair()
+        A, B = moved_pair(self.A, self.B, self._start)
         low = F.linear(F.dropout(x, self.cfg.dropout, self.training), A.to(x.dtype))
         return F.linear(low, (self.cfg.s * B).to(x.dtype))
 

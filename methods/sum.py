@@ -20,7 +20,7 @@ dense products (four on a 16-bit base, where ΔW x stays apart), and x alone is 
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from highrank.plugin import Method, Site, UserError, dataclass_from, load, regis
 
 @dataclass(frozen=True, kw_only=True)
 class SumConfig:
-    parts: Any
+    parts: Any = field(metadata={"methods": True})
     """The methods, as a list, or each with its own fields: {hira: {r: 8}, lora: {r: 8}}; in words parts.hira.r=8."""
 
     def __post_init__(self) -> None:

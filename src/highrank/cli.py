@@ -137,8 +137,11 @@ def methods(words: list[str]) -> int:
         cls = registry.load("methods", name)
         doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()
         formula = next((line.strip() for line in doc if line.strip().startswith("W' =")), doc[0] if doc else "")
-        fields = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls.config)) or "none"
-        table.add_row(name, formula, fields)
+        fields = [
+            f.name if f.default is dataclasses.MISSING else f"{f.name}={f.default}"
+            for f in dataclasses.fields(cls.config)
+        ]
+        table.add_row(name, formula, ", ".join(fields) or "none")
     Console().print(table)
     return 0
 

@@ -40,6 +40,17 @@ def test_a_config_from_before_a_field_is_read(words):
     assert with_later(saved) == run.resolved
 
 
+def test_so_it_is_for_the_parts_of_a_sum():
+    run = compose_run(["method=sum", "parts=[hira,lora]"])
+    lora = {"r": 16, "alpha": None, "dropout": 0.0}
+    saved = {**run.resolved, "method": {"name": "sum", "parts": {**run.resolved["method"]["parts"], "lora": lora}}}
+    assert saved != run.resolved
+    assert config_hash(saved) == run.hash
+    assert build(OmegaConf.create(saved)).method_cfg == run.method_cfg
+    assert with_later(saved) == run.resolved
+    assert compose_run(["method=sum", "parts=[hira,lora]", "parts.lora.scaling=rs"]).hash != run.hash
+
+
 @pytest.mark.parametrize(("words", "field"), [(words, field) for words, fields in YOUNGER.items() for field in fields])
 def test_another_value_is_another_run(words, field):
     assert compose_run([words, f"{field}={YOUNGER[words][field]}"]).hash != BEFORE[words]

@@ -112,6 +112,16 @@ def test_a_small_step_from_such_a_start_is_not_rounded_away_on_a_16_bit_base(ini
     assert (added - expected).norm() < 2**-6 * expected.norm()  # a few roundings of 2^-9, of the update alone
 
 
+@pytest.mark.parametrize("init", ["kaiming", *STARTS])
+def test_a_step_keeps_one_thin_activation(init):
+    adapter = at_start(torch.randn(24, 16), r=3, init=init)
+    W, kept = torch.randn(24, 16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapter(torch.randn(5, 16, requires_grad=True), W)
+    own = {t.data_ptr() for t in (W, *adapter.parameters(), *adapter.buffers())}
+    assert sorted(t.numel() for t in kept if t.data_ptr() not in own) == [5 * 3, 5 * 16]  # x Aᵀ and x
+
+
 def test_the_gaussian_start():
     adapter = at_start(torch.zeros(50, 4000), r=8, init="gaussian")
     assert abs(adapter.A.std() - 1 / 8) < 3e-3  # 4 standard errors of 1 / 8 / √(2 · 32000)

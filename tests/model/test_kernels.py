@@ -31,6 +31,17 @@ def test_low_rank_linear(shape, with_bias):
     assert gradcheck(lambda x, A, B, bias: low_rank_linear(x, W, A, B, 0.7, bias), (x, A, B, bias))
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_low_rank_linear_with_a_start(with_bias):
+    x, W, A, B = rand(2, 5, K), rand(N, K).detach(), rand(R, K), rand(N, R)
+    start, bias = (rand(R, K).detach(), rand(N, R).detach()), rand(N) if with_bias else None
+    plain = F.linear(x, W + 0.7 * (B @ A - start[1] @ start[0]), bias)
+    torch.testing.assert_close(low_rank_linear(x, W, A, B, 0.7, bias, start), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(low_rank_linear(x, W, A, B, 0.7, bias, start), plain)
+    assert gradcheck(lambda x, A, B, bias: low_rank_linear(x, W, A, B, 0.7, bias, start), (x, A, B, bias))
+
+
 def test_low_rank_linear_of_an_input_without_gradient():
     x, W, A, B = rand(5, K).detach(), rand(N, K).detach(), rand(R, K), rand(N, R)
     assert gradcheck(lambda A, B: low_rank_linear(x, W, A, B, 0.7), (A, B))

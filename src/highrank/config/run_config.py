@@ -137,7 +137,10 @@ def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_hash(values: Mapping[str, Any]) -> str:
     """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
-    return digest({key: value for key, value in _older(as_given(values)).items() if key not in UNHASHED})
+    config = as_given(values)
+    plugins = {group: _older(f"{group}s", config[group]["name"], config[group]) for group in ("method", "task")}
+    items = {**config, **plugins}.items()
+    return digest({key: value for key, value in items if key not in UNHASHED and value != LATER.get(key, ...)})
 
 
 def with_later(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,23 +148,35 @@ def with_later(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Those of a plugin that is not installed stay away.
     """
-    known = [group for group in ("method", "task") if config[group]["name"] in registry.available(f"{group}s")]
-    return {**LATER, **config, **{group: {**_later(group, config[group]), **config[group]} for group in known}}
+    plugins = {group: _completed(f"{group}s", config[group]["name"], config[group]) for group in ("method", "task")}
+    return {**LATER, **config, **plugins}
 
 
-def _older(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config without the younger keys that say what their absence does."""
+def _older(group: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a plugin's values without those of younger fields that say what their absence does; a field with `methods` in
+    its metadata holds values of other methods, by their names."""
+    kept = dict(values)
+    for field in _fields(group, name):
+        if field.metadata.get("later") and kept.get(field.name, ...) == field.default:
+            del kept[field.name]
+        elif field.metadata.get("methods"):
+            kept[field.name] = {part: _older("methods", part, given) for part, given in kept[field.name].items()}
+    return kept
 
-    def kept(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
-    plugins = {group: kept(config[group], _later(group, config[group])) for group in ("method", "task")}
-    return kept({**config, **plugins}, LATER)
+def _completed(group: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    full = dict(values)
+    for field in _fields(group, name) if name in registry.available(group) else ():
+        if field.metadata.get("later"):
+            full.setdefault(field.name, field.default)
+        elif field.metadata.get("methods"):
+            full[field.name] = {part: _completed("methods", part, given) for part, given in full[field.name].items()}
+    return full
 
 
-def _later(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    plugin: Any = registry.load(f"{group}s", values["name"])
-    return {field.name: field.default for field in dataclasses.fields(plugin.config) if field.metadata.get("later")}
+def _fields(group: str, name: str) -> tuple[Any, ...]:
+    plugin: Any = registry.load(group, name)
+    return dataclasses.fields(plugin.config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,47 +178,78 @@ def is_thin(n: int, k: int, r: int) -> bool:
     return 3 * r * (n + k) <= n * k
 
 
-def low_rank_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+def low_rank_linear(
+    x: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Returns x (W + scaling B A)ᵀ + bias as two thin products beside the dense one; keeps x and x Aᵀ for backward.
 
     Shapes: x (..., k), W (n, k) frozen, A (r, k), B (n, r). A and B take x's dtype in the products, gradients theirs.
+    With frozen `start` = (A0, B0) it is x (W + scaling (B A - B0 A0))ᵀ + bias.
     """
     if isinstance(W, QuantisedWeight):
+        A, B = moved_pair(A, B, start)
         return F.linear(x, W, bias) + F.linear(F.linear(x, A.to(x.dtype)), (scaling * B).to(x.dtype))
     x, bias = in_compute_dtype(x, bias)
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled():
-            y = LowRankLinear.apply(rows, W, A, B, scaling, bias)
+            y = LowRankLinear.apply(rows, W, A, B, scaling, bias, *(start or ()))
         else:  # of one token's product the autograd function takes more than its arithmetic
+            A, B = moved_pair(A, B, start)
             update = F.linear(F.linear(rows, A.to(x.dtype)), B.to(x.dtype))
             y = F.linear(rows, W.to(x.dtype), bias).add_(update, alpha=scaling)
     return y.view(*x.shape[:-1], len(W))
 
 
+def moved_pair(A: Tensor, B: Tensor, start: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Returns A and B, or with a start (A0, B0) a pair of rank 2 r whose product is B A - B0 A0.
+
+    It is (B - B0) A + B0 (A - A0): 0 at the start, and near it no rounding of A and B to 16 bits touches it.
+    """
+    if not start:
+        return A, B
+    A0, B0 = start
+    return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+
+
 class LowRankLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + s h Bᵀ with h = x Aᵀ, x (T, k). With δ = ∂y and ∂h = s δ B: ∂x = δ W + ∂h A, ∂A = ∂hᵀ x,
-    ∂B = s δᵀ h. The thin products are added into the results of the dense ones."""
+    ∂B = s δᵀ h. The thin products are added into the results of the dense ones.
+
+    With a start, A and B are those of `moved_pair`, in both halves of which A moves, and B in the first; h is kept of that.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-        h = F.linear(x, A.to(x.dtype))
-        ctx.save_for_backward(x, W, A, B, h)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None, *start: Tensor
+    ) -> Tensor:
+        right, left = moved_pair(A, B, start)
+        h = F.linear(x, right.to(x.dtype))
+        ctx.save_for_backward(x, W, A, B, h[:, : len(A)].clone() if start else h, *start)
         ctx.scaling = scaling
-        return F.linear(x, W.to(x.dtype), bias).addmm_(h, B.to(x.dtype).T, alpha=scaling)
+        return F.linear(x, W.to(x.dtype), bias).addmm_(h, left.to(x.dtype).T, alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, A, B, h = ctx.saved_tensors
-        dh = (dy @ B.to(dy.dtype)).mul_(ctx.scaling)
+        x, W, A, B, h, *start = ctx.saved_tensors
+        right, left = moved_pair(A, B, start)
+        dh = (dy @ left.to(dy.dtype)).mul_(ctx.scaling)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ W.to(dy.dtype)).addmm_(dh, A.to(dy.dtype))
+            dx = (dy @ W.to(dy.dtype)).addmm_(dh, right.to(dy.dtype))
+        if start:
+            dh = dh[:, : len(A)] + dh[:, len(A) :]
         dA, dB = (dh.T @ x).to(A.dtype), (dy.T @ h).to(B.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[5]:
             dbias = dy.sum(0)
-        return dx, None, dA, dB, None, dbias
+        return dx, None, dA, dB, None, dbias, *(None for _ in start)
 
 
 def row_scaled(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -28,9 +28,12 @@ Its random places can repeat, and its top_k takes the largest u_iᵀ v_j by sign
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from highrank.model.kernels import rebuilt_linear
 from highrank.plugin import Method, Site, UserError, register_method
@@ -67,8 +70,8 @@ class SVFT(Method):
         self.m = nn.Parameter(torch.empty(p))
         self.register_buffer("U", torch.empty(out_features, q), persistent=False)
         self.register_buffer("Vt", torch.empty(q, in_features), persistent=False)
-        if cfg.pattern != "plain":
-            self.register_buffer("places", torch.empty(p, dtype=torch.int32), persistent=False)
+        places = None if cfg.pattern == "plain" else torch.empty(p, dtype=torch.int32)
+        self.register_buffer("places", places, persistent=False)
 
     def reset_parameters(self, W: Tensor, site: Site) -> None:
         nn.init.zeros_(self.m)
@@ -92,10 +95,8 @@ class SVFT(Method):
                 return (self.Vt @ self.U).T.abs().flatten().sort(descending=True, stable=True).indices
 
     def update(self, m: Tensor) -> Tensor:
-        if self.cfg.pattern == "plain":
-            return (self.U * m) @ self.Vt
-        q = len(self.Vt)
-        return self.U @ m.new_zeros(q * q).index_copy(0, self.places.long(), m).view(q, q) @ self.Vt
+        M = sparse(m, self.places, len(self.Vt))
+        return (self.U * M if M.ndim == 1 else self.U @ M) @ self.Vt
 
     def _gradients(self, G: Tensor, m: Tensor) -> tuple[Tensor]:
         """∂m = (Uᵀ G V) at the places."""
@@ -108,8 +109,19 @@ class SVFT(Method):
         return W + self.update(self.m)
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        """One dense product with W + U M Vᵀ, of which backward builds the update again."""
-        return rebuilt_linear(x, W, self.update, self._gradients, [self.m], bias, self.cached)
+        """For few tokens products with V, M and U beside the dense one, else a product with W + U M Vᵀ, built again in
+        backward: whichever is less work in a step.
+
+        With m <= M of n and k, in units of m: 2 (m + M) per token there; here M per token, for δᵀ x, and 3 m M to build the
+        update twice and take its gradient.
+        """
+        least, most = sorted((self.in_features, self.out_features))
+        tokens = x.numel() // x.shape[-1]
+        if not torch.is_grad_enabled() or tokens * (most + 2 * least) > 3 * least * most:
+            return rebuilt_linear(x, W, self.update, self._gradients, [self.m], bias, self.cached)
+        y = F.linear(x, W, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return y + InCoordinates.apply(x.to(y.dtype), self.U, self.Vt, self.m, self.places)
 
     @classmethod
     def exact_base(cls, cfg: SVFTConfig) -> bool:
@@ -131,3 +143,33 @@ class SVFT(Method):
     def num_frozen_extra(cls, in_features: int, out_features: int, cfg: SVFTConfig) -> int:
         places = 0 if cfg.pattern == "plain" else cls.num_trainable(in_features, out_features, cfg)
         return min(in_features, out_features) * (in_features + out_features) + places
+
+
+class InCoordinates(torch.autograd.Function):
+    """y = U M h with h = Vᵀ x, keeping h. With δ = ∂y and g = Uᵀ δ: ∂x = V Mᵀ g, ∂m = Σ g hᵀ over tokens at the places."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, U: Tensor, Vt: Tensor, m: Tensor, places: Tensor | None) -> Tensor:
+        h = F.linear(x, Vt.to(x.dtype))
+        ctx.save_for_backward(h, U, Vt, m, places)
+        M = sparse(m, places, len(Vt)).to(x.dtype)
+        return F.linear(h * M if M.ndim == 1 else F.linear(h, M), U.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, U, Vt, m, places = ctx.saved_tensors
+        g, M = dy @ U.to(dy.dtype), sparse(m, places, len(Vt)).to(dy.dtype)
+        dx = (g * M if M.ndim == 1 else g @ M) @ Vt.to(dy.dtype)
+        rows, columns = g.reshape(-1, len(Vt)), h.reshape(-1, len(Vt))
+        dm = (
+            (rows * columns).sum(0, dtype=m.dtype)
+            if places is None
+            else (rows.T @ columns).flatten()[places].to(m.dtype)
+        )
+        return dx, None, None, dm, None
+
+
+def sparse(m: Tensor, places: Tensor | None, q: int) -> Tensor:
+    """Returns M (q, q), or of a diagonal one the diagonal, which is m."""
+    return m if places is None else m.new_zeros(q * q).index_copy(0, places.long(), m).view(q, q)

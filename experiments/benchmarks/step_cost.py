@@ -106,6 +106,17 @@ def lokr(m: Any, W: Tensor) -> Tensor:
     return W + torch.kron(w1, w2[0] if len(w2) == 1 else w2[0] @ w2[1])
 
 
+def oft(m: Any, W: Tensor) -> Tensor:
+    turn = m.turn()
+    R = torch.eye(W.shape[1], device=W.device) + torch.block_diag(*turn.expand(W.shape[1] // turn.shape[-1], -1, -1))
+    return W.to(R.dtype) @ R.T
+
+
+def defined(m: Any, W: Tensor) -> Tensor:
+    """Where the paper writes W' as the method defines it."""
+    return m.effective_weight(W)
+
+
 LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "hyperadapt": hyperadapt,
     "hira": hira,
@@ -119,6 +130,8 @@ LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "diablo": diablo,
     "loha": abba,
     "lokr": lokr,
+    "oft": oft,
+    **dict.fromkeys(("svft", "miss", "randlora", "delora", "fourierft"), defined),
 }
 
 

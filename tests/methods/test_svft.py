@@ -45,9 +45,11 @@ FIELDS = [
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("repeats", [1, 4])  # of the longer input the update is built
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_formula(layer, agree_with_formula, fields):
+def test_formula(layer, agree_with_formula, fields, repeats):
     """The sum of m_ij u_i v_jᵀ."""
+    layer.x, layer.dy = layer.x.repeat(repeats, 1), layer.dy.repeat(repeats, 1)
     adapter = layer.adapter("svft", **fields)
     U, _, Vt = svd(layer.W)
     places = places_of(adapter)
@@ -126,15 +128,18 @@ def test_with_every_diagonal_it_is_any_update_in_the_span(layer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 50])
 @pytest.mark.parametrize("fields", FIELDS[:2], ids=str)
-def test_a_step_keeps_x_and_m(layer, dtype, fields):
+def test_a_step_keeps_no_matrix(layer, dtype, tokens, fields):
+    """Built, it keeps x and m; for few tokens the inputs' coordinates, and what the adapter has."""
     W = layer.W.to(dtype)
     adapter = on(layer.W.float(), **fields)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        x = torch.randn(5, 16, dtype=dtype, requires_grad=True)
+        x = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
         adapter(x, W)
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, W, adapter.m)}
+    known = {t.data_ptr() for t in (x, W, adapter.m, *adapter.buffers())}
+    assert [t.shape for t in kept if t.data_ptr() not in known] == [x.shape] * (tokens == 5)
 
 
 def test_counts(params):

@@ -5,15 +5,15 @@ with the test that shows it.
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from highrank.base.errors import UserError
 from highrank.base.registry import load
 from highrank.config.words import compose_run
 from highrank.model.backbones import empty_model, model_config
-from highrank.train.build import adapted_views
 from highrank.train.plan import count
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +25,7 @@ FAMILIES = {
     "In another basis": ("svft", "fourierft", "randlora"),
     "Rotations of the inputs": ("oft", "boft"),
     "Sums, and W itself": ("sum", "full"),
-    "No weight": ("bitfit", "layernorm", "prompt_tuning", "p_tuning", "prefix"),
+    "No weight": ("bitfit", "layernorm", "bottleneck", "prompt_tuning", "p_tuning", "prefix"),
 }
 CASES = (
     ("hyperadapt", "hira", "r = 2", "test_identities.py::test_hyperadapt_is_hira_with_A_a_minus1_and_B_b_1"),
@@ -49,14 +49,16 @@ CASES = (
     ("full", "diablo", "one block", "test_diablo.py::test_one_block_reaches_every_update"),
     ("full", "c3a", "blocks of 1", "test_c3a.py::test_with_blocks_of_one_it_is_any_update"),
     ("miss", "lora", "A = [I … I]", "test_miss.py::test_plain_is_lora_with_a_row_of_unit_matrices"),
+    ("lora_xs", "lora", "A or B frozen", "test_lora_xs.py::test_is_lora_between_singular_vectors"),
+    ("hilora", "sum", "hira and lora", "test_sum.py::test_hira_and_lora_are_hilora"),
     ("delora", "lora", "start = zeros", "test_delora.py::test_from_zeros_it_is_a_scaled_lora"),
     ("vera", "randlora", "one basis", "test_randlora.py::test_with_one_basis_on_a_wide_weight_it_is_vera"),
     ("oft", "boft", "m = 1, s = 1", "test_oft.py::test_exact_is_boft_with_one_factor"),
     ("ia3", "boft", "R = 0", "test_identities.py::test_boft_with_R_0_is_hyperadapt_with_b_1"),
 )
 """Method, the method that holds it, when, the test."""
-WORDS = {"sum": ["parts=[hyperadapt,lora]"]}
-"""Fields without a default."""
+FIELDS = {"sum": {"parts": ["hyperadapt", "lora"]}}
+"""Fields that have no default."""
 HEAD = """# Methods, by what their update can be
 
 W (n, k) is one adapted weight, ΔW = W' - W. Each method is one file in `methods/`, which says more: shapes, start, source,
@@ -91,12 +93,17 @@ def rank(text: str) -> str:
     return bound[1].strip() if bound else ""
 
 
+@functools.cache
+def default_model() -> Any:
+    return empty_model(model_config(compose_run([]).model, None), "generate", 2)
+
+
 def trainable(name: str) -> tuple[int, int]:
     """Returns what trains and what is frozen beside the base, with default fields, on the default model."""
-    run = compose_run([f"method={name}", "placement=fc_qkv", *WORDS.get(name, [])])
-    model = empty_model(model_config(run.model, None), "generate", 2)
+    model, method = default_model(), cast(Any, load("methods", name))
+    views = method.family.views_in(model, "fc_qkv", "all", "auto", None)
     try:
-        params = count(model, adapted_views(run, model), run.method, run.method_cfg)
+        params = count(model, views, method, method.config(**FIELDS.get(name, {})))
     except UserError:  # BitFit: this model has no biases
         return 0, 0
     return params.trainable, params.frozen_extra

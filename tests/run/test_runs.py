@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from highrank.base.registry import available, load
+from highrank.config.words import spelled
 
 pytestmark = pytest.mark.integration
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("method", sorted(available("methods")))
 def test_every_method_runs(run_cli, method):
-    fields = [f"{key}={value}" for key, value in load("methods", method).examples[0].items()]
+    fields = [f"{key}={spelled(value)}" for key, value in load("methods", method).examples[0].items()]
     model = ["model=tiny_qwen2"] if method == "bitfit" else []  # llama has no biases
     status, out, err = run_cli(f"method={method}", *TINY, *fields, *model)
     assert status == 0, err

@@ -1,0 +1,49 @@
+"""docs/methods.md: every method is on it, and every special case that it draws is a test."""
+
+import ast
+import runpy
+from pathlib import Path
+
+import pytest
+
+from highrank.base.registry import available, load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(ROOT / "docs" / "methods.py"))
+
+
+def test_the_page_is_made_of_the_methods_as_they_are(script):
+    assert (ROOT / "docs" / "methods.md").read_text() == script["page"](), "make it again: docs/methods.py"
+
+
+def test_every_method_has_one_place(script):
+    placed = [name for names in script["FAMILIES"].values() for name in names]
+    shipped = {name for name, module in available("methods").items() if module.startswith("highrank.")}
+    assert sorted(placed) == sorted(shipped)
+
+
+def test_every_special_case_is_a_test(script):
+    for inner, outer, _, where in script["CASES"]:
+        file, _, test = where.partition("::")
+        functions = [
+            f.name
+            for f in ast.walk(ast.parse((ROOT / "tests" / "methods" / file).read_text()))
+            if isinstance(f, ast.FunctionDef)
+        ]
+        assert {inner, outer} <= available("methods").keys()
+        assert test in functions, where
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in available("methods") if load("methods", name).family.changes_weights]
+)
+def test_a_method_states_its_formula_count_rank_and_source(script, name):
+    text = script["said"](name)
+    assert script["formula"](text)
+    assert "Trainable: " in text
+    assert script["rank"](text)
+    assert "\nSource: " in text

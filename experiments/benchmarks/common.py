@@ -53,7 +53,7 @@ class Case:
     label: str
     method: str
     fields: Mapping[str, Any] = field(default_factory=dict)
-    goals: tuple[float, float] = (float("nan"), float("nan"))
+    goals: tuple[float, float] | None = None
 
 
 def cases(keys: str | None = None, r: int = 16, vera_r: int = 256, b: int = 4, factor: int = 4) -> list[Case]:
@@ -69,6 +69,25 @@ def cases(keys: str | None = None, r: int = 16, vera_r: int = 256, b: int = 4, f
         Case(
             "boft4", f"BOFT b={b} factor {factor}", "boft", {"block_size": b, "butterfly_factor": factor}, (2.00, 1.70)
         ),
+        Case("ia3", "(IA)³", "ia3"),
+        Case("boha", f"BoHA r={r}", "boha", {"r": r}),
+        Case("abba", f"ABBA r1=r2={r // 2}", "abba", {"r1": r // 2, "r2": r // 2}),
+        Case("loha", f"LoHa r={r // 2}", "loha", {"r": r // 2}),
+        Case("lokr", f"LoKr r={r // 2}", "lokr", {"r": r // 2}),
+        Case("gralora", f"GraLoRA r={r}", "gralora", {"r": r}),
+        Case("diablo", "DiaBlo N=24", "diablo", {"N": 24}),
+        Case("c3a", "C3A b=64", "c3a", {"block_size": 64}),
+        Case("shira", f"SHiRA r={r}", "shira", {"r": r, "mask_seed": 0}),
+        Case("miss", f"MiSS r={2 * r}", "miss", {"r": 2 * r}),
+        Case("bat", f"MiSS r={2 * r} bat", "miss", {"r": 2 * r, "type": "bat"}),
+        Case("svft", "SVFT plain", "svft"),
+        Case("fourierft", "FourierFT p=1000", "fourierft"),
+        Case("randlora", f"RandLoRA r={2 * r}", "randlora", {"r": 2 * r}),
+        Case("oft", "OFT b=32", "oft"),
+        Case("delora", f"DeLoRA r={r}", "delora", {"r": r, "start": "zeros"}),
+        Case("lora_xs", f"LoRA-XS r={2 * r}", "lora_xs", {"r": 2 * r}),
+        Case("pissa", f"PiSSA r={r}", "lora", {"r": r, "init": "pissa"}),
+        Case("sum", f"HyperAdapt + LoRA r={r}", "sum", {"parts": {"hyperadapt": {}, "lora": {"r": r}}}),
     ]
     if keys is None:
         return every
@@ -243,9 +262,11 @@ def saved_bytes(step: Step) -> tuple[int, float]:
     kept: dict[int, Any] = {}  # holds the storages, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        sparse = tensor.layout == torch.sparse_coo
+        for part in (tensor._indices(), tensor._values()) if sparse else (tensor,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -37,17 +37,19 @@ from common import (
 from highrank.base.registry import load
 
 AXES = ("r", "hidden", "tokens", "layers", "factor")
-NO_RANK = ("hyperadapt", "boft1", "boft4")
+NO_RANK = ("hyperadapt", "boft1", "boft4", "ia3", "diablo", "c3a", "svft", "fourierft", "oft")
+PAPERS = "hyperadapt,lora,dora,hira,hilora,vera,boft1,boft4"
+"""The rows measured unless others are named."""
 
 
 def points(args: argparse.Namespace, axis: str) -> list[tuple[int, argparse.Namespace, list[Case]]]:
     """Returns the axis' values, each with the options and the methods to measure."""
     found = []
     for value in map(int, str(getattr(args, f"{axis}_values")).split(",")):
-        at, chosen = argparse.Namespace(**vars(args)), cases(args.methods)
+        at, chosen = argparse.Namespace(**vars(args)), cases(args.methods or PAPERS)
         match axis:
             case "r":
-                chosen = [c for c in cases(args.methods, r=value, vera_r=value) if c.key not in NO_RANK]
+                chosen = [c for c in cases(args.methods or PAPERS, r=value, vera_r=value) if c.key not in NO_RANK]
             case "hidden":  # the proportions of SmolLM2: heads of 64, three query heads per key, 8/3 in between
                 heads = max(1, value // 64)
                 at.hidden, at.inter = value, max(32, 8 * value // 3 // 32 * 32)

@@ -235,16 +235,15 @@ def main(words: Sequence[str] | None = None) -> None:
     results, rows = {}, []
     for case in cases(args.methods, args.r, args.vera_r):
         found = results[case.key] = measure(base, batch, case, args)
-        goals = {"time": case.goals[0], "saved": case.goals[1]}
         for side in ("ours", "PEFT", "listing"):
             at = found[side]
             if "gap" in at:
                 rows.append([case.label, side, f"– ({at['gap']})", "–", "–", "–", ""])
                 continue
-            goal = f"{goals['time']:.2f}, {goals['saved']:.2f}" if side == "ours" else ""
+            goal = "{:.2f}, {:.2f}".format(*case.goals) if case.goals and side == "ours" else ""
             speed = f"{at['tokens_per_second']:.0f}"
             rows.append([case.label, side, ratio(at["time"]), f"{at['saved']:.3f}", f"{at['peak']:.3f}", speed, goal])
-        results[case.key]["goals"] = goals
+        results[case.key]["goals"] = case.goals and dict(zip(("time", "saved"), case.goals, strict=True))
         note(f"{case.label}: {ratio(found['ours'].get('time'))}")
         if args.device.startswith("cuda"):
             gc.collect()

@@ -36,7 +36,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "formula"), [case[:2] for case in CASES if case[1]], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "formula"),
+    [case[:2] for case in CASES if case[1]],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_formula(layer, agree_with_formula, fields, formula):
     agree_with_formula(layer.adapter("miss", **fields), formula)
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,8 @@ import safetensors.torch
 
 from highrank.base import registry
 from highrank.base.errors import UserError
+from highrank.model.adapters import attach
+from highrank.model.backbones import load_backbone
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +105,91 @@ def test_files_that_open_with_an_underscore_are_no_plugins(tmp_path, monkeypatch
     package = importlib.import_module("highrank.tasks")
     monkeypatch.setattr(package, "__path__", [str(tmp_path)])
     assert list(registry.available("tasks")) == ["public"]
+
+
+NEW = "    no_decay = ('c',)\n\n    def __init__"
+BAD_CLASSES = {
+    "no base": (
+        "class Shift(Method):",
+        "class Shift(torch.nn.Module):",
+        "a method derives from Method or WholeModelMethod",
+    ),
+    "no config": ("config=ShiftConfig", "config=None", "its config is a dataclass, got config=None"),
+    "nothing counted": ("def num_trainable", "def counted", "the class must define num_trainable, got none in Shift"),
+    "no definition": ("def effective_weight", "def effective", "the class must define effective_weight, got none in"),
+    "no classmethod": ("@classmethod\n    def num_t", "def num_t", "num_trainable must be a classmethod, got a plain"),
+    "a text": (NEW, NEW.replace("('c',)", "'c'"), "no_decay is a tuple of parameter names, .* got no_decay='c'"),
+    "no rate": (NEW, NEW.replace("no_decay = ('c',)", "default_lr = None"), "default_lr is a positive number, got"),
+    "factors": (NEW, NEW.replace("no_decay", "lr_factors"), "lr_factors maps parameter names to numbers"),
+    "family": (NEW, NEW.replace("no_decay = ('c',)", "family = 'weights'"), "family is a class of adapters"),
+    "one example": (
+        NEW,
+        NEW.replace("no_decay = ('c',)", "examples = {'start': 1.0}"),
+        "examples is a tuple of at least",
+    ),
+    "no example": (
+        NEW,
+        NEW.replace("no_decay = ('c',)", "examples = ()"),
+        "examples is a tuple of at least one mapping",
+    ),
+    "other example": (
+        *(NEW, NEW.replace("no_decay = ('c',)", "examples = ({'begin': 1.0},)")),
+        "examples name fields of its config, got begin; it has: start",
+    ),
+    "peft": (NEW, NEW.replace("no_decay = ('c',)", "peft = 'LORA'"), "peft is a PeftForm or None, got peft='LORA'"),
+    "peft's fields": (
+        *(NEW, NEW.replace("no_decay = ('c',)", "peft = highrank.plugin.PeftForm(type='LORA', fields={'rank': 'r'})")),
+        "peft name fields of its config, got rank; it has: start",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CLASSES)
+def test_a_class_is_checked_when_it_registers(site, case):
+    right, wrong, message = BAD_CLASSES[case]
+    source = METHOD.replace("    def __init__", NEW).replace("import torch\n", "import torch\nimport highrank.plugin\n")
+    assert source.count(right) == 1
+    (site / "mine").mkdir()
+    (site / "mine" / "shift.py").write_text(source.replace(right, wrong))
+    install(site, "mine", shift="mine.shift")
+    with pytest.raises(UserError, match=f"^method shift: {message}") as error:
+        registry.load("methods", "shift")
+    assert "\n" not in str(error.value)
+
+
+BAD_ADAPTERS = {
+    "count": ("return 1", "return 2", "num_trainable must be what trains, got 2 for 1 at model.layers.0.*c \\(1,\\)"),
+    "no_decay": (NEW, NEW.replace("('c',)", "('b',)"), "no_decay names parameters, got b; it has: c"),
+    "lr_factors": (
+        NEW,
+        NEW.replace("no_decay = ('c',)", "lr_factors = {'d': 2.0}"),
+        "lr_factors names parameters, got d",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_an_adapter_is_compared_with_its_class_when_it_is_attached(site, case, run_cli):
+    right, wrong, message = BAD_ADAPTERS[case]
+    source = METHOD.replace("    def __init__", NEW)
+    assert source.count(right) == 1
+    (site / "mine").mkdir()
+    (site / "mine" / "shift.py").write_text(source.replace(right, wrong))
+    install(site, "mine", shift="mine.shift")
+    status, _, err = run_cli("method=shift", "model=tiny_llama", "task.n_train=4", "task.n_test=2", "max_steps=1")
+    assert status == 2
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert re.search(f"error: method shift: {message}", line)
+
+
+def test_an_adapter_of_the_whole_model_is_counted_too(monkeypatch):
+    prefix = registry.load("methods", "prefix")
+    monkeypatch.setattr(prefix, "num_trainable", classmethod(lambda cls, model, cfg: 5))
+    backbone = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None)
+    with pytest.raises(
+        UserError, match=r"method prefix: num_trainable must be what trains, got 5 for .* the whole model"
+    ):
+        attach(backbone.model, [], prefix, prefix.config(num_virtual_tokens=2))
 
 
 def test_a_name_of_a_built_in_is_refused_with_both_owners(site):

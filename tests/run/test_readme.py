@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from highrank.base import registry
+from highrank.model.backbones import load_backbone
 from highrank.model.method import Site
 
 pytestmark = pytest.mark.integration
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+README = (DOCS.parent / "README.md").read_text()
 
 
 @pytest.fixture
@@ -60,3 +62,20 @@ def test_commands_compose(words):
     from highrank.config.words import compose_run
 
     compose_run(words.split())
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # of a Trainer that finds no accelerator
+def test_the_page_on_the_library_runs_as_it_stands(tmp_path, monkeypatch, run_cli):
+    backbone = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None)
+    for part in (backbone.model, backbone.tokenizer):
+        part.save_pretrained(tmp_path / "path" / "to" / "model")
+    monkeypatch.chdir(tmp_path)
+    words = ["r=2", "model=tiny_llama", "max_steps=1", "task.n_train=4", "task.n_test=2", "eval_test=false"]
+    assert run_cli(*words, "run_dir=path/to/run")[0] == 0
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "library.md").read_text(), re.DOTALL):
+        exec(compile(block, "library.md", "exec"), names)
+    assert names["update"].shape == (16, 16)
+    assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
+    assert names["Mine"]().adapters.num_trainable() > 0
+    assert names["adapters"].num_trainable() == 704

@@ -5,9 +5,11 @@ imported to list them and only the chosen one is imported to use it. An out-of-t
 group `highrank.methods` or `highrank.tasks`, `name = "package.module"`.
 """
 
+import ast
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +36,16 @@ def available(group: str) -> dict[str, str]:
             )
         modules[entry.name] = entry.value
     return modules
+
+
+def first_lines(group: str) -> dict[str, str]:
+    """Returns name -> first line of its file's docstring of every plugin in `group`, without importing any."""
+    lines = {}
+    for name, module in sorted(available(group).items()):
+        loader: Any = getattr(importlib.util.find_spec(module), "loader", None)
+        source = loader.get_source(module) if hasattr(loader, "get_source") else None
+        lines[name] = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0]
+    return lines
 
 
 def load(group: str, name: str) -> type:
@@ -79,10 +91,20 @@ def later_field(default: Any) -> Any:
 
 
 def register_method(config: type) -> Callable[[type], type]:
-    """Class decorator: makes a `Method` known under its file's name, with `config` as its fields."""
+    """Class decorator: makes a `Method` known under its file's name, with `config` as its fields.
+
+    Raises:
+        UserError: for a class that is no method, or not what the contract says.
+    """
 
     def decorate(cls: Any) -> Any:
         cls.name, cls.config = cls.__module__.rsplit(".", 1)[-1], config
+        if not hasattr(cls, "check_class"):
+            raise UserError(
+                f"method {cls.name}: a method derives from Method or WholeModelMethod of highrank.plugin, got "
+                f"class {cls.__qualname__}"
+            )
+        cls.check_class()
         _register("methods", cls.name, cls)
         return cls
 

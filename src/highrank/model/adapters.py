@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from highrank.base.errors import UserError
+from highrank.base.errors import UserError, suggest
 from highrank.model import adapter_folder
 from highrank.model.placement import WeightView
 from highrank.model.sharding import sharded_like, whole
@@ -44,6 +44,12 @@ class Adapters:
         """Names of parameters outside the adapters that train too: heads, or everything in full fine-tuning."""
         self.heads: set[str] = set()
         """Names of those of them that belong to a head."""
+
+    def __repr__(self) -> str:
+        places = f"{len(self.views)} weights of " if self.views else ""
+        return (
+            f"{self.method.name} on {places}{type(self.model).__name__}: {self.num_trainable():,} trainable, {self.cfg}"
+        )
 
     @classmethod
     def views_in(cls, model: nn.Module, placement: Any, layers: Any, fused: str, architecture: Any) -> list[WeightView]:
@@ -178,6 +184,57 @@ class Adapters:
                 )
         for name, tensor in tensors.items():
             trained[name].copy_(sharded_like(trained[name], tensor))
+
+    def view(self, name: str) -> WeightView:
+        """Returns the adapted weight of this name.
+
+        Raises:
+            UserError: for an unknown name, with the nearest ones.
+        """
+        by_name = {view.name: view for view in self.views}
+        if name not in by_name:
+            near = suggest(name, by_name) or f"; {self.method.name} adapts no weight"
+            raise UserError(f"adapters: no weight of this name is adapted, got {name}{near}")
+        return by_name[name]
+
+    def delta_weight(self, view: WeightView | str) -> Tensor:
+        """Returns ΔW (out_features, in_features) of a view, or of the view of that name, in fp32, from the parameters.
+
+        Raises:
+            UserError: for an unknown name, with the nearest ones, and for a method that changes no weights.
+        """
+        name = view if isinstance(view, str) else view.name
+        raise UserError(f"adapters: {self.method.name} changes no weights, got delta_weight of {name}")
+
+    def parameter_groups(
+        self, lr: float | None = None, weight_decay: float = 0.0, head_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Returns all that trains in groups for a PyTorch optimizer: with weight decay and without, adapter and head.
+
+        Decay pulls towards 0, so it spares what a method names in `no_decay` (HyperAdapt's a and b, whose neutral value is
+        1) and, outside the adapters, biases and norms. Heads are a group of their own where `head_lr` is given, and so are
+        parameters whose rate a method multiplies by one of its `lr_factors` (LoRA+'s B). `lr` is by default the method's
+        own starting point.
+        """
+        rate = self.method.default_lr if lr is None else lr
+        told = {
+            id(p): (name in adapter.no_decay, adapter.lr_factors.get(name, 1.0))
+            for adapter in self.by_view.values()
+            for name, p in adapter.named_parameters()
+        }
+        groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            spared, factor = told.get(id(parameter), (parameter.dim() <= 1, 1.0))
+            in_head = head_lr is not None and name in self.heads
+            groups.setdefault((in_head, spared, factor), []).append(parameter)
+        return [
+            {
+                "params": groups[in_head, spared, factor],
+                "lr": head_lr if in_head else factor * rate,
+                "weight_decay": 0.0 if spared else weight_decay,
+            }
+            for in_head, spared, factor in sorted(groups)
+        ]
 
     def num_trainable(self) -> int:
         """Trainable parameters inside the adapters."""

@@ -241,12 +241,10 @@ def shuffle_weights(model: nn.Module) -> None:
 def head_modules(model: Any) -> list[str]:
     """Returns the names of a classification model's own modules on top of its encoder, which train in full.
 
-    A model that writes text has none.
+    A model that writes text has none, nor has an encoder by itself, or one whose head is its embeddings again.
     """
-    if model.can_generate():
+    if model.can_generate() or model.base_model is model:
         return []
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
+    below = {id(parameter) for parameter in model.base_model.parameters()}
+    heads = {name: [id(p) for p in child.parameters()] for name, child in model.named_children()}
+    return [name for name, own in heads.items() if own and below.isdisjoint(own)]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.adapters import Adapters
+from highrank.model.contract import check_class
 from highrank.model.kernels import DTYPES, handles
 from highrank.model.peft_form import PeftForm
 from highrank.model.torch_internals import version_of
@@ -89,6 +90,11 @@ class Method(nn.Module):
     def delta_weight(self, W: Tensor) -> Tensor:
         """Returns ΔW = W' - W (n, k) in fp32, subtracted in fp64 so that no bit of a small update is lost."""
         return (self.effective_weight(W.double()) - W.double()).float()
+
+    @classmethod
+    def check_class(cls) -> None:
+        """Raises UserError unless the class is what this contract says; called when it registers."""
+        check_class(cls, Method, "num_trainable", "effective_weight", "reset_parameters")
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: Any) -> None:

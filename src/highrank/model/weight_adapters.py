@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters, set_module, site_seed
+from highrank.model.contract import check_adapter
 from highrank.model.experts import Experts
 from highrank.model.placement import EXPERTS, Rows, WeightView, resolve, row_index, weight_of, weight_reader
 from highrank.model.quantised import is_quantised
@@ -172,6 +173,8 @@ class WeightAdapters(Adapters):
                 return [weight for weight in near if weight is not None]
 
             adapter = method(view.in_features, view.out_features, cfg, self.shared)
+            declared = method.num_trainable(view.in_features, view.out_features, cfg)
+            check_adapter(method, adapter, declared, view.name)
             seed = site_seed(self.seed, view.name)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -201,8 +204,8 @@ class WeightAdapters(Adapters):
             return weight_of(layer.base, view.rows)
         return layer.merged_from[row_index(view.rows, len(layer.merged_from))]
 
-    def delta_weight(self, view: WeightView) -> Tensor:
-        """Returns ΔW (out_features, in_features) of a view in fp32, from the parameters."""
+    def delta_weight(self, view: WeightView | str) -> Tensor:
+        view = self.view(view) if isinstance(view, str) else view
         with torch.no_grad():
             delta: Tensor = self.by_view[view.name].delta_weight(self.base_weight(view))
             return delta

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from highrank.base.errors import UserError
 from highrank.model.adapters import Adapters, site_seed
+from highrank.model.contract import check_adapter, check_class
 from highrank.model.language import some_tokens, write
 from highrank.model.peft_form import PeftForm
 from highrank.model.placement import WeightView
@@ -49,6 +50,7 @@ class WholeModelAdapters(Adapters):
         model, method, cfg = self.model, self.method, self.cfg
         method.validate(model, cfg)
         self.module: WholeModelMethod = method(model, cfg)
+        check_adapter(method, self.module, method.num_trainable(model, cfg), "the whole model")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(site_seed(self.seed, method.name))
             self.module.reset_parameters(model, tokenizer)
@@ -183,6 +185,11 @@ class WholeModelMethod(nn.Module):
     def unmerge(self, model: Any) -> None:
         """Undoes `merge`, bit for bit."""
         raise NotImplementedError
+
+    @classmethod
+    def check_class(cls) -> None:
+        """Raises UserError unless the class is what this contract says; called when it registers."""
+        check_class(cls, WholeModelMethod, "num_trainable", "sites", "hooks", "reset_parameters")
 
     @classmethod
     def validate(cls, model: Any, cfg: Any) -> None:

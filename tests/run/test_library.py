@@ -1,5 +1,8 @@
 """HighRank as a library: two steps in a plain loop, in HF Trainer and in another's LightningModule are those of a run."""
 
+import copy
+import pickle
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +22,7 @@ from highrank.data.encoding import within
 from highrank.model.backbones import load_backbone
 from highrank.model.language import context_length
 from highrank.model.tiny import tiny_config
+from highrank.model.weight_adapters import AdaptedLinear
 from highrank.train.devices import quiet
 
 pytestmark = pytest.mark.integration
@@ -181,6 +185,23 @@ def test_what_can_be_done_with_adapters():
     assert adapters.num_trainable() == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_copy_of_an_adapted_model_is_its_own(name):
+    model, ids = tiny(name), torch.tensor([[5, 6, 7, 8]])
+    adapters = highrank.attach(model, "lora", placement="down", r=2)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(ids).logits
+        assert torch.equal(other(ids).logits, before)
+        for layer in other.modules():
+            if isinstance(layer, AdaptedLinear):
+                layer.base.weight.zero_()
+        assert not torch.equal(other(ids).logits, before)
+        assert torch.equal(model(ids).logits, before)
+    pickle.loads(pickle.dumps(other))
+    assert adapters.model is model
+
+
 def test_a_config_object_says_the_same_as_a_name_and_fields():
     from highrank.methods.hira import HiRAConfig
 
@@ -284,6 +305,9 @@ def test_what_is_no_finished_run_is_not_loaded(tmp_path, run_cli):
         highrank.load_adapter(tiny(), folder)
     with pytest.raises(UserError, match=r"must be the one trained on, got no weight for \(16, 16\) at model.layers.0"):
         highrank.load_adapter(tiny("gpt2"), f"{folder}/adapter")
+    shutil.copytree(folder, tmp_path / "early", ignore=shutil.ignore_patterns("adapter"))
+    with pytest.raises(UserError, match=r"holds adapter/adapter\.json, got .*has the run finished training"):
+        highrank.load(tmp_path / "early")
     other = tiny()
     with torch.no_grad():
         other.model.layers[0].self_attn.q_proj.weight.mul_(2)

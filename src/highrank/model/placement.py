@@ -246,13 +246,24 @@ def weight_of(module: nn.Module, rows: Rows | None = None) -> Tensor:
     return W if rows is None else W[row_index(rows, len(W))]
 
 
-def weight_reader(module: Any) -> Callable[[], Tensor]:
-    """Returns what gives `weight_of(module)` in every forward pass; what kind of layer it is, is looked at here, once."""
+def weight_reader(module: Any) -> Callable[[Any], Tensor]:
+    """Returns what gives `weight_of(module)` in every forward pass; what kind of layer it is, is looked at here, once.
+
+    It is given the module then, and holds none: a copy of an adapted layer reads its own.
+    """
     if is_quantised(module):
-        return lambda: QuantisedWeight(module)
-    if is_transposed(module):
-        return lambda: module.weight.t()
-    return lambda: module.weight
+        return QuantisedWeight
+    return _transposed_weight if is_transposed(module) else _plain_weight
+
+
+def _plain_weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight
+
+
+def _transposed_weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight.t()
+    return weight
 
 
 def parse_placement(placement: str | Sequence[str]) -> tuple[str, ...]:

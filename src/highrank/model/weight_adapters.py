@@ -72,7 +72,7 @@ class AdaptedLinear(nn.Module):
         """Returns x W'ᵀ + bias, (..., out_features); rows without an adapter use W."""
         if not self.enabled or self.merged_from is not None:
             return self.base(x)
-        W, bias = self.read(), self.bias
+        W, bias = self.read(self.base), self.bias
         if self.spans == [None]:
             return self._safe(self.adapters[0](x, W, bias))
         period = next((span[2] for span in self.spans if span and len(span) == 3), len(W))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from highrank.model.backbones import head_modules
-from highrank.plugin import UserError, WholeModelMethod, decoder_of, register_method
+from highrank.plugin import PeftForm, UserError, WholeModelMethod, decoder_of, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class LayerNormConfig:
 @register_method(config=LayerNormConfig)
 class LayerNormTuning(WholeModelMethod):
     mergeable = True
+    peft = PeftForm(type="LN_TUNING", tensors={"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"})
 
     def __init__(self, model: Any, cfg: LayerNormConfig):
         super().__init__(model, cfg)

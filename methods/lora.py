@@ -20,11 +20,12 @@ Reference code: huggingface/peft 0.21, tuners/lora/layer.py (same names, lora_A 
 optimizers/loraplus.py. Dropout acts on the update's input only, as in LoRA's.
 Differences: PiSSA and OLoRA put W - s B0 A0 into the base, rounded to its dtype, and train A and B; here W stays, A0 and B0
 are made from it again when an adapter is loaded (in fp64, so that any device makes the same), and the update is computed as
-(B - B0) A + B0 (A - A0), which no rounding of A and B to 16 bits touches while they are near A0 and B0. There A and B do not
+(B - B0) A + B0 (A - A0), which no rounding of A and B to 16 bits touches while they are near A0 and B0. For PEFT it is written as a plain LoRA of rank 2 r, A = [A; A0] and B = [B, -B0], and is
+read back as that. There A and B do not
 decay: their neutral values are A0 and B0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,15 @@ OF_W = ("pissa", "olora")
 """The starts that are parts of W, and are taken off it again."""
 
 
+def _peft_rank(cfg: LoRAConfig) -> int:
+    return 2 * cfg.r if cfg.init in OF_W else cfg.r
+
+
+def _with_start(p: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """B A - B0 A0 as one product of rank 2 r, whose base stays as it is."""
+    return {"A": torch.cat([p["A"], p["A0"]]), "B": torch.cat([p["B"], -p["B0"]], dim=1)}
+
+
 @register_method(config=LoRAConfig)
 class LoRA(Method):
     examples = (
@@ -116,10 +126,10 @@ class LoRA(Method):
     peft = PeftForm(
         type="LORA",
         fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-        computed={"lora_alpha": lambda cfg: cfg.s * cfg.r},
+        computed={"r": lambda cfg: _peft_rank(cfg), "lora_alpha": lambda cfg: cfg.s * _peft_rank(cfg)},
         tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
         factors=("B", "A"),
-        lacks=lambda cfg: f"PEFT changes the base for this start, got init={cfg.init}" if cfg.init in OF_W else "",
+        converted=lambda p: _with_start(p) if "A0" in p else p,
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: LoRAConfig, shared: nn.Module | None = None):

@@ -58,6 +58,8 @@ class OFTConfig:
             )
         if self.terms < 4:
             raise UserError(f"oft: terms must be >= 4, got terms={self.terms}; PEFT's series of 3 terms is that of 4")
+        if self.terms > 100:
+            raise UserError(f"oft: terms must be <= 100, got terms={self.terms}; neumann=false is the series' limit")
 
     def b(self, in_features: int) -> int:
         return self.block_size or in_features // self.block_num

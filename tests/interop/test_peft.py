@@ -22,6 +22,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),  # PEFT's BOFT, without nvcc
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # PyTorch, on PEFT's sparse matrices
     pytest.mark.filterwarnings("ignore:Specified to not save basis_A"),  # RandLoRA's, which are drawn from a seed
+    pytest.mark.filterwarnings(
+        "ignore:Unsupported layer type .*Norm"
+    ),  # PEFT's, on every norm that LN_TUNING is made for
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # raised inside PEFT
     pytest.mark.filterwarnings("ignore:.*past_key_values. is deprecated:FutureWarning"),  # so is this
@@ -58,10 +61,13 @@ CASES = {
     "miss_bat": ["method=miss", "type=bat", "r=4", "placement=all"],
     "delora": ["method=delora", "r=3", "start=zeros", "placement=all"],
     "c3a": ["method=c3a", "block_size=4", "placement=all"],
+    "layernorm": ["method=layernorm"],
 }
 ONE_WAY = {
     "hyperadapt": ["method=hyperadapt", "placement=all"],
     "lora_rs": ["method=lora", "r=3", "scaling=rs", "placement=all"],
+    "lora_pissa": ["method=lora", "r=3", "init=pissa", "placement=all"],
+    "lora_olora": ["method=lora", "r=3", "init=olora", "alpha=5", "scaling=rs", "placement=all"],
 }
 WRITTEN = {  # places that PEFT cannot draw again are in its file, and only there
     "shira_own_places": ["method=shira", "r=2", "placement=all"],
@@ -95,7 +101,10 @@ def test_export_and_back(make_run, tmp_path, case):
     back = import_adapter(tmp_path / "theirs", tmp_path / "back", ["model=tiny_llama"])
     _, backbone, adapters = load_run(back)
     torch.testing.assert_close(logits(backbone.model), ours, **NEAR)
-    if case not in ("p_tuning", "hyperadapt"):  # read back as prompt_tuning and hira
+    if case in ("lora_pissa", "lora_olora"):  # read back as a plain LoRA of twice the rank
+        (r,) = {len(adapter.A) for adapter in adapters.by_view.values()}
+        assert (adapters.method.name, adapters.cfg.init, r) == ("lora", "kaiming", 6)
+    elif case not in ("p_tuning", "hyperadapt"):  # read back as prompt_tuning and hira
         assert {k: v.tolist() for k, v in tensors(back).items()} == {k: v.tolist() for k, v in tensors(run).items()}
         assert adapters.method.name == read_card(run / "adapter")["method"]
 
@@ -150,7 +159,9 @@ def test_other_models(make_run, tmp_path, case):
     assert {k: v.tolist() for k, v in tensors(back).items()} == {k: v.tolist() for k, v in tensors(run).items()}
 
 
-@pytest.mark.parametrize("method", [["lora", "r=2"], ["dora", "r=2"], ["hira", "r=2"], ["hyperadapt"]])
+@pytest.mark.parametrize(
+    "method", [["lora", "r=2"], ["lora", "r=2", "init=pissa"], ["dora", "r=2"], ["hira", "r=2"], ["hyperadapt"]]
+)
 @pytest.mark.parametrize(("model", "placement"), [("tiny_phi3", "fc_qkv"), ("tiny_gpt2", "qv")])
 def test_row_slices_become_one_pair_on_all_rows(make_run, tmp_path, method, model, placement):
     """Slices that cover a matrix, and some that leave rows of it alone."""
@@ -159,6 +170,26 @@ def test_row_slices_become_one_pair_on_all_rows(make_run, tmp_path, method, mode
     torch.testing.assert_close(logits(theirs), logits(ours), **NEAR)
     _, backbone, _ = load_run(import_adapter(tmp_path / "peft", tmp_path / "back"))
     torch.testing.assert_close(logits(backbone.model), logits(ours), **NEAR)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "task"), [("tiny_gpt2", "generate", []), ("tiny_bert", "classify", ["task=glue/mrpc"])]
+)
+def test_norms_with_biases(make_run, tmp_path, model, kind, task):
+    run, ours = make_run(f"model={model}", "method=layernorm", *task)
+    theirs = in_peft(export_run(run, tmp_path / "peft"), model, kind)
+    torch.testing.assert_close(logits(theirs), logits(ours), **NEAR)
+    back = import_adapter(tmp_path / "peft", tmp_path / "back", task)
+    assert {k: v.tolist() for k, v in tensors(back).items()} == {k: v.tolist() for k, v in tensors(run).items()}
+
+
+def test_a_norm_that_the_model_lacks_is_named(make_run, tmp_path):
+    run, _ = make_run("model=tiny_gpt2", "method=layernorm")
+    folder = export_run(run, tmp_path / "peft")
+    with pytest.raises(
+        UserError, match=r"import: layernorm trains no such tensor of the base model, got .*ln_tuning_la"
+    ):
+        import_adapter(folder, tmp_path / "back", ["model=tiny_llama"])
 
 
 def test_butterfly_factors_multiply_as_in_peft(make_run, tmp_path, monkeypatch):
@@ -219,6 +250,8 @@ FROM_PEFT = {
     "miss_bat": ("MissConfig", {"r": 4, "miss_dropout": 0.1, "init_weights": "bat", "target_modules": LINEAR}),
     "delora": ("DeloraConfig", {"r": 3, "delora_lambda": 4, "target_modules": LINEAR}),
     "c3a": ("C3AConfig", {"block_size": 4, "target_modules": LINEAR}),
+    "layernorm": ("LNTuningConfig", {}),
+    "layernorm_some": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
 }
 
 
@@ -301,7 +334,6 @@ NO_TYPE = [
     (["method=full"], "no type for this method, got method=full"),
     (["method=bitfit", "model=tiny_qwen2"], "no type for this method, got method=bitfit"),
     (["method=hira", "r=2", "R=ones"], "PEFT's HiRA has R = W in full precision, got R=ones"),
-    (["method=lora", "r=2", "init=pissa"], "PEFT changes the base for this start, got init=pissa"),
     (["method=hyperadapt", "sides=a"], "HiRA is made of both vectors, got sides=a"),
     (["method=hira", "r=2", "official_numerics=true"], "got official_numerics=True"),
     (

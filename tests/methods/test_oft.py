@@ -112,6 +112,7 @@ def test_counts(params):
         ({"block_size": 32}, "block_size"),
         ({"block_size": 0, "block_num": 16}, "block_num"),
         ({"block_size": 4, "terms": 3}, "terms"),
+        ({"block_size": 4, "terms": 10**9}, "terms"),
     ],
 )
 def test_bad_fields_are_named(refused, fields, named):

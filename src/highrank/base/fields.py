@@ -10,6 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from highrank.base.errors import UserError, suggest
 
+TINIEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The least and the greatest that an fp32 number holds at its full precision."""
+
 
 def dataclass_from(cls: type, values: Mapping[str, Any], owner: str, trained: bool = False) -> Any:
     """Returns an instance of a config dataclass from primitives, types checked and converted by OmegaConf.
@@ -17,7 +20,7 @@ def dataclass_from(cls: type, values: Mapping[str, Any], owner: str, trained: bo
     What the class itself asks for in `__post_init__` was asked before where it was `trained` with.
 
     Raises:
-        UserError: for a key that the dataclass lacks, a value of another type, or a number that is not finite.
+        UserError: for a key that the dataclass lacks, a value of another type, or a number that is not finite or that a tensor cannot hold.
     """
     schema: Any = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)
@@ -33,6 +36,10 @@ def dataclass_from(cls: type, values: Mapping[str, Any], owner: str, trained: bo
             raise UserError(f"{owner}: {key} must be of type {kind}, got {key}={value}") from error
         if isinstance(schema[key], float) and not math.isfinite(schema[key]):
             raise UserError(f"{owner}: {key} must be a finite number, got {key}={value}")
+        if isinstance(schema[key], float) and schema[key] and not TINIEST <= abs(schema[key]) <= LARGEST:
+            raise UserError(f"{owner}: {key} must be a number that fp32 holds, got {key}={value}")
+        if isinstance(schema[key], int) and not -(2**63) <= schema[key] < 2**63:
+            raise UserError(f"{owner}: {key} must be a number of 64 bits, got {key}={value}")
     missing = sorted(OmegaConf.missing_keys(schema))
     if missing:
         raise UserError(f"{owner}: {missing[0]} must be given, got none; it has: {', '.join(known)}")

@@ -251,16 +251,23 @@ def rewrite(words: Sequence[str], methods: Sequence[Any]) -> list[str]:
         elif "." in bare and bare.split(".")[0] in GROUPS:
             out.append(f"++{bare}={value}")
         elif any(bare.split(".")[0] in (f.name for f in dataclasses.fields(m.config)) for m in methods):
-            within = any(key_of(other).removeprefix("method.").startswith(f"{bare}.") for other in words)
-            out.append(f"++method.{bare}={_as_mapping(value) if within else value}")
+            reached = [key_of(other).removeprefix("method.") for other in words if "." in key_of(other)]
+            within = [key.split(".")[1] for key in reached if key.startswith(f"{bare}.")]
+            out.append(f"++method.{bare}={_as_mapping(bare, value, within) if within else value}")
         else:
             raise UserError(_unknown_key(bare, methods))
     return out
 
 
-def _as_mapping(value: str) -> str:
-    """Returns a list of names as a mapping of each to nothing, so that other words can reach into it."""
+def _as_mapping(key: str, value: str, within: Sequence[str]) -> str:
+    """Returns a list of names as a mapping of each to nothing, so that other words can reach `within` it.
+
+    Raises:
+        UserError: for a word that reaches for what the list does not name.
+    """
     names = parse(f"x={value}").value()
+    if isinstance(names, list) and (beyond := [name for name in within if name not in map(str, names)]):
+        raise UserError(f"{key}: a field belongs to what is in the list, got {key}.{beyond[0]} with {key}={value}")
     return spelled(dict.fromkeys(names, {})) if isinstance(names, list) else value  # noqa: RUF024  # it is only spelled
 
 

@@ -102,9 +102,14 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns adapter_config.json, less what tells of the base model, and the tensors of adapter_model.safetensors."""
     form: PeftForm = adapters.method.peft
     config: dict[str, Any] = {"peft_type": form.type, **form.options(adapters.cfg)}
-    if isinstance(adapters, WholeModelAdapters):
+    if isinstance(adapters, WholeModelAdapters) and not form.tensors:
         tokens = _virtual_tokens(adapters.module)
         return config, {"prompt_embeddings": tokens.detach().float().cpu().contiguous()}
+    if isinstance(adapters, WholeModelAdapters):
+        owned = _of_modules(adapters.module)
+        tensors = {f"{PREFIX}{path}.{form.tensors[ours]}": owned[path, ours][1] for path, ours in owned}
+        config["target_modules"] = sorted({path for path, _ in owned})
+        return _with_head(adapters, config, tensors)
     assert isinstance(adapters, WeightAdapters)
     first = adapters.layers[adapters.views[0].path].base
     config |= {"target_modules": _targets(adapters), **({"fan_in_fan_out": True} if is_transposed(first) else {})}
@@ -112,7 +117,7 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if form.factors is not None:
         most = max(map(len, modules.values()))
         config |= {key: most * config[key] for key in ("r", "lora_alpha") if key in config}
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for path, views in modules.items():
         module = _module(adapters, views, form, config.get("r", 0))
         for ours, theirs in form.tensors.items():
@@ -121,6 +126,12 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in _frozen(adapters, views[0], form).items()}
     if config.get("save_projection", True):
         tensors |= {f"base_model.{key}": tensor for key, tensor in _shared(adapters, form).items()}
+    return _with_head(adapters, config, tensors)
+
+
+def _with_head(
+    adapters: Adapters, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if adapters.extra:
         config["modules_to_save"] = head_modules(adapters.model)
         named = dict(adapters.model.named_parameters())
@@ -159,7 +170,9 @@ def _module(adapters: WeightAdapters, views: Sequence[WeightView], form: PeftFor
 
 
 def _parameters(adapters: WeightAdapters, view: WeightView, form: PeftForm) -> Mapping[str, Tensor]:
-    parameters = {name: p.detach().float().cpu() for name, p in adapters.by_view[view.name].named_parameters()}
+    adapter = adapters.by_view[view.name]
+    named = [*adapter.named_parameters(), *(adapter.named_buffers() if form.converted else ())]
+    parameters = {name: p.detach().float().cpu() for name, p in named}
     shaped = {name: p.view(form.shapes.get(name, p.shape)) for name, p in parameters.items()}
     return form.converted(shaped) if form.converted else shaped
 
@@ -170,6 +183,15 @@ def _frozen(adapters: WeightAdapters, view: WeightView, form: PeftForm) -> Mappi
 
 def _shared(adapters: WeightAdapters, form: PeftForm) -> dict[str, Tensor]:
     return {theirs: getattr(adapters.shared, ours) for ours, theirs in form.shared.items()}
+
+
+def _of_modules(module: Any) -> dict[tuple[str, str], tuple[str, Tensor]]:
+    """Returns, per path of a module that is trained and our name of a tensor of it, that one's full name and value."""
+    owned = {}
+    for name, parameter in module.named_parameters():  # norms.<path, its dots as />.<name>
+        _, path, ours = name.split(".")
+        owned[path.replace("/", "."), ours] = (name, parameter)
+    return owned
 
 
 def _virtual_tokens(module: Any) -> Tensor:
@@ -413,7 +435,7 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
         UserError: for a tensor that belongs nowhere, or random projections that are not drawn again as saved.
     """
     form: PeftForm = adapters.method.peft
-    if isinstance(adapters, WholeModelAdapters):
+    if isinstance(adapters, WholeModelAdapters) and not form.tensors:
         P: Any = adapters.module.P
         virtual = tensors.get("prompt_embeddings")
         if len(tensors) != 1 or virtual is None or virtual.numel() != P.numel():
@@ -426,7 +448,15 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
     names = {view.path: view.name for view in adapters.views}
     owners = _owners(form, tensors)
     state = {}
-    for key, (path, ours) in owners.items():
+    if isinstance(adapters, WholeModelAdapters):  # a module that the file lacks stays as the base has it
+        owned = _of_modules(adapters.module)
+        state = {f"{adapters.method.name}.{name}": value.detach() for name, value in owned.values()}
+        for key, owner in owners.items():
+            if owner not in owned:
+                raise UserError(f"import: {adapters.method.name} trains no such tensor of the base model, got {key}")
+            state[f"{adapters.method.name}.{owned[owner][0]}"] = tensors[key].float()
+        names = {}
+    for key, (path, ours) in owners.items() if names else ():
         name = f"{names[path]}.{ours}"
         parameter = dict(adapters.by_view[names[path]].named_parameters()).get(ours)
         state[name] = tensors[key].float()

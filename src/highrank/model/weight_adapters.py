@@ -142,7 +142,7 @@ class WeightAdapters(Adapters):
     def count(
         cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, num_base: int
     ) -> tuple[int, int]:
-        for view in views:
+        for view in sorted(views, key=lambda view: min(view.shape)):  # what is too large is told of the least weight
             method.validate(view.in_features, view.out_features, cfg)
         trainable = sum(method.num_trainable(view.in_features, view.out_features, cfg) for view in views)
         frozen = sum(method.num_frozen_extra(view.in_features, view.out_features, cfg) for view in views)

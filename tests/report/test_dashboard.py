@@ -94,12 +94,19 @@ def test_the_table_has_every_method_and_every_column(tiny_sweep, tensorboard):
     tags = [metric["name"]["tag"] for metric in about["metricInfos"]]
     assert tags[:5] == [
         "final/accuracy",
+        "final/loss",
         "cost/trainable",
         "cost/total_s",
         "final/wordmath/accuracy",
-        "final/wordmath/unparsed",
     ]
-    assert {"cost/percent", "cost/train_s", "cost/peak_resident_gib"} == set(tags[5:])
+    others = {
+        "final/wordmath/unparsed",
+        "final/wordmath/loss",
+        "cost/percent",
+        "cost/train_s",
+        "cost/peak_resident_gib",
+    }
+    assert others == set(tags[5:])
 
     rows, plan = sessions(client), read(tiny_sweep, "sweep.json")
     assert set(rows) == {cell["run"] for cell in plan["cells"]}
@@ -115,6 +122,7 @@ def test_the_table_has_every_method_and_every_column(tiny_sweep, tensorboard):
         assert set(found) == set(tags)
         single = 1e-6  # scalars are kept in single precision
         assert found["final/accuracy"] == pytest.approx(final["accuracy"], rel=single)
+        assert found["final/wordmath/loss"] == pytest.approx(final["sets"]["wordmath"]["loss"], rel=single)
         assert found["final/wordmath/unparsed"] == pytest.approx(final["sets"]["wordmath"]["unparsed"], rel=single)
         assert found["cost/trainable"] == results["params"]["trainable"]
         assert found["cost/total_s"] == pytest.approx(results["time"]["total_s"], rel=single)
@@ -139,11 +147,13 @@ def test_custom_scalars_show_every_run(tiny_sweep, tensorboard):
     }
     assert list(layout) == ["training", "final", "cost"]
     assert list(layout["training"]) == ["loss"]
-    assert list(layout["final"]) == ["macro average", "wordmath"]
+    assert list(layout["final"]) == ["macro average", "macro average loss", "wordmath", "wordmath loss"]
     wanted = {
         "loss": {"train/loss"},
         "macro average": {"final/accuracy"},
+        "macro average loss": {"final/loss"},
         "wordmath": {"final/wordmath/accuracy", "final/wordmath/unparsed"},
+        "wordmath loss": {"final/wordmath/loss"},
         "trainable": {"cost/trainable"},
     }
     for cell in read(tiny_sweep, "sweep.json")["cells"]:

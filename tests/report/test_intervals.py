@@ -182,3 +182,19 @@ def test_matthews_is_the_correlation_of_classes():
 def test_accuracy_and_what_is_no_mean_over_examples():
     assert list(example_values("accuracy", [{"correct": True}, {"correct": False}])) == [100, 0]
     assert example_values("bleu", [{"output": "a", "gold": "b"}]) is None
+
+
+def test_a_loss_per_token_as_values_per_example():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 60, 400)
+    rows = [{"nats": float(t * (1 + 0.2 * rng.standard_normal())), "target_tokens": int(t)} for t in tokens]
+    values = example_values("loss", rows)
+
+    def loss(rows):
+        return sum(row["nats"] for row in rows) / sum(row["target_tokens"] for row in rows)
+
+    assert values.mean() == pytest.approx(loss(rows))
+    draws = [loss([rows[i] for i in rng.integers(0, len(rows), len(rows))]) for _ in range(1000)]
+    assert values.std(ddof=1) / np.sqrt(len(rows)) == pytest.approx(
+        np.std(draws), rel=0.1
+    )  # the bootstrap of the ratio

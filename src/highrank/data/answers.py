@@ -155,3 +155,5 @@ def reported(primary: str, chooses: bool = False) -> tuple[str, ...]:
 
 SECONDARY = ("_clean", *(f"_{rule}" for rule in RULES))
 """How the names of metrics end that are not the headline rule's over the whole set."""
+COUNTS = ("n", "leaked", "cut", "not_finite", "loss_left_out", "loss_cut", "loss_not_finite")
+"""Metrics of a test set that count examples."""

@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -320,8 +320,36 @@ class EvalData:
         """Returns what the model is shown of a record."""
         return encode_question(record, self.protocol, self.tokenizer)
 
+    def gold(self, record: Example) -> Encoded | None:
+        """Returns prompt and gold answer as training has them, with the loss on the answer alone; None if nothing of the
+        answer is left within the cut-off."""
+        answer_only = replace(self.protocol, mask_prompt=True)
+        row = encode(record, answer_only, self.tokenizer, evaluation=bool(record.messages))
+        return row if row is not None and num_targets(row) else None
+
+    def gold_option(self, record: Example, gold: Encoded) -> int | None:
+        """Returns which of a record's options is, token by token, its gold answer in training; None if none is."""
+        at = record.choices.index(record.answer) if record.answer in record.choices else len(record.options)
+        if at >= len(record.options):
+            return None
+        option = self._option(record, record.options[at], self._uncut_protocol)
+        return at if (option.input_ids, option.labels) == (gold.input_ids, gold.labels) else None
+
+    def gold_dataloader(
+        self, name: str, rows: Mapping[int, Encoded], batch_size: int, places: Iterable[int]
+    ) -> DataLoader:
+        """Returns batches of gold answers, `rows` by their places in a set, with `labels` and `index`; longest first."""
+        pad_id = self.tokenizer.pad_token_id
+        build = lambda index: collate([rows[i] for i in index], pad_id)  # noqa: E731
+        return self._sorted(f"{name}, loss", places, rows, batch_size, build)
+
     def _sorted(
-        self, name: str, places: Iterable[int], rows: Sequence[Encoded], batch_size: int, build: Any
+        self,
+        name: str,
+        places: Iterable[int],
+        rows: Sequence[Encoded] | Mapping[int, Encoded],
+        batch_size: int,
+        build: Any,
     ) -> DataLoader:
         order = sorted(places, key=lambda i: -len(rows[i].input_ids))
         return DataLoader(

@@ -16,6 +16,9 @@ from highrank.data.encoding import prompt_text
 from highrank.data.protocol import Protocol
 from highrank.data.task import Example, LabelledText, Task
 
+MOST_NATS = 700
+"""The largest loss whose exponential is a number."""
+
 
 def prediction_rows(data: EvalData, records: Sequence[Any], outputs: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns one row per record: what was asked, what came, what it was read as, and whether that is right.
@@ -54,18 +57,36 @@ def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dic
     return row
 
 
+def gold_loss(nats: float | None, targets: int, cut: bool) -> dict[str, Any]:
+    """Returns what a prediction row says of its gold answer's loss: `nats`, the sum over its `target_tokens`, null if it is
+    no number or nothing of the answer is within the cut-off; `target_cut` where the cut-off took a part."""
+    return {
+        "nats": nats if nats is not None and math.isfinite(nats) else None,
+        "target_tokens": targets,
+        **({"target_cut": True} if cut else {}),
+    }
+
+
 def metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns n, the task's metrics and, for generated text, the percentage without a readable answer, per rule.
 
     `leaked` counts the questions seen in training, None where the training data is gone; if there are some,
     `<metric>_clean` is that of the others. `cut` counts an encoder's shortened texts, and `not_finite` the predictions that
-    are no number, which count as wrong, if there are some.
+    are no number, which count as wrong, if there are some. For texts, `loss` is the mean over the gold answers' tokens in
+    nats, and `perplexity` its exponential; `loss_left_out`, `loss_cut` and `loss_not_finite` count the answers of which the
+    cut-off left nothing, or a part, and those whose loss is no number: with one of these, there is no loss.
     """
     scores = _metrics(task, rows)
     if lost := sum(not_finite(row["output"]) for row in rows):
         scores["not_finite"] = lost
     if any(row.get("cut") for row in rows):
         scores["cut"] = sum(row["cut"] for row in rows)
+    counts = {
+        "loss_left_out": sum(row.get("target_tokens") == 0 for row in rows),
+        "loss_cut": sum(row.get("target_cut", False) for row in rows),
+        "loss_not_finite": sum(row["nats"] is None for row in rows if row.get("target_tokens")),
+    }
+    scores |= {name: count for name, count in counts.items() if count}
     seen = [row["leaked"] for row in rows]
     scores["leaked"] = None if None in seen else sum(seen)
     if any(seen) and not all(seen):
@@ -84,7 +105,16 @@ def _metrics(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             scores[f"accuracy_{rule}"] = _share(rows, key)
         if kind == "parsed" and "accuracy" in task.metrics:
             scores["unparsed" + (f"_{rule}" if rule else "")] = 100 * sum(row[key] is None for row in rows) / len(rows)
-    return scores
+    return scores | _loss(rows)
+
+
+def _loss(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the gold answers' loss and perplexity, if there is a loss of each answer."""
+    taken = [row for row in rows if row.get("target_tokens")]
+    if not taken or any(row["nats"] is None for row in taken):
+        return {}
+    loss = sum(row["nats"] for row in taken) / sum(row["target_tokens"] for row in taken)
+    return {"loss": loss, **({"perplexity": math.exp(loss)} if loss < MOST_NATS else {})}
 
 
 def _share(rows: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -153,13 +183,22 @@ MEASURES: dict[str, Callable[[Task, Sequence[Mapping[str, Any]]], float]] = {
 }
 
 
-def evaluate_rows(data: EvalData, name: str, records: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, Any]:
-    """Returns the prediction rows and the metrics of one set."""
+def evaluate_rows(
+    data: EvalData,
+    name: str,
+    records: Sequence[Any],
+    outputs: Sequence[Any],
+    losses: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[Any, Any]:
+    """Returns the prediction rows and the metrics of one set; `losses` are a `gold_loss` per record, of texts."""
     rows = prediction_rows(data, records, outputs)
+    if losses is not None:
+        rows = [{**row, **loss} for row, loss in zip(rows, losses, strict=True)]
     leak.warn_if_trained_on(name, [row["leaked"] for row in rows])
     return rows, metrics(data.task, rows)
 
 
-def macro_average(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> float:
-    """Returns the unweighted mean of the headline metric over the sets."""
-    return sum(scores[task.metric] for scores in by_set.values()) / len(by_set)
+def macro_averages(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns the unweighted mean over the sets of the headline metric and, where every set has one, of the loss."""
+    names = [task.metric, *(["loss"] if all("loss" in scores for scores in by_set.values()) else [])]
+    return {name: sum(scores[name] for scores in by_set.values()) / len(by_set) for name in names}

@@ -68,7 +68,8 @@ def _scores(metrics: Mapping[str, Any]) -> str:
         for name, set_metrics in metrics.get(label, {}).get("sets", {}).items()
     ]
     return (
-        "\n## Scores\n\nIn percent, but for counts.\n\n| set | | |\n| --- | --- | --- |\n" + "".join(rows)
+        "\n## Scores\n\nIn percent, but for counts, loss (nats per token) and perplexity.\n\n| set | | |\n| --- | --- | --- |\n"
+        + "".join(rows)
         if rows
         else ""
     )

@@ -33,7 +33,7 @@ from torch.utils.tensorboard.summary import custom_scalars, scalar
 
 from highrank.base.files import write_atomic
 from highrank.config.run_config import UNHASHED
-from highrank.data.answers import SECONDARY
+from highrank.data.answers import COUNTS, SECONDARY
 from highrank.report.runs import Record, flat, read_runs, read_sweep
 
 STATUSES = {
@@ -45,8 +45,6 @@ STATUSES = {
 }
 MAIN_COSTS = ("cost/trainable", "cost/total_s")
 """Costs among the first metrics: TensorBoard shows five until a person ticks more."""
-ABOUT_DATA = ("n", "leaked", "cut", "not_finite")
-"""What a test set's metrics say about the set and not about the model."""
 
 
 def write_run(folder: Path) -> None:
@@ -123,12 +121,14 @@ def scalars(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def layout(tags: Iterable[str]) -> Summary:
-    """Returns the custom-scalar layout: training curves, final metrics with one chart per test set, costs."""
+    """Returns the custom-scalar layout: training curves, final metrics with one chart per test set and one of its loss,
+    costs."""
     losses = ["^train/loss$", "^validation/loss$"]
     charts: dict[str, dict[str, Any]] = {"training": {"loss": ["Multiline", losses]}, "final": {}, "cost": {}}
     for tag in tags:
         kind, _, name = tag.partition("/")
-        title = name if kind == "cost" else name.rpartition("/")[0] or "macro average"
+        of, _, metric = name.rpartition("/")
+        title = name if kind == "cost" else (of or "macro average") + (" loss" if metric == "loss" else "")
         charts[kind].setdefault(title, ["Multiline", []])[1].append(f"^{re.escape(tag)}$")
     return custom_scalars(charts)
 
@@ -158,8 +158,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _headline(tag: str) -> bool:
-    """Whether a metric is worth a column: not another answer rule's, the clean subset's, or about the data."""
-    return tag.startswith("cost/") or not (tag.endswith(SECONDARY) or tag.rpartition("/")[2] in ABOUT_DATA)
+    """Whether a metric is worth a column: not another answer rule's, the clean subset's, a count, or the loss once more."""
+    return tag.startswith("cost/") or not (tag.endswith(SECONDARY) or tag.rpartition("/")[2] in (*COUNTS, "perplexity"))
 
 
 def _write_session(record: Record, values: Mapping[str, Any]) -> None:

@@ -17,7 +17,20 @@ from highrank.base.files import shown, write_atomic
 from highrank.base.options import Words
 from highrank.report import figures, tables
 from highrank.report.runs import Record, flat, read_runs, read_sweep
-from highrank.report.scores import MIXES, Item, Results, collect, compare, items, label, pivot, settings
+from highrank.report.scores import (
+    MIXES,
+    Item,
+    Results,
+    best_of,
+    collect,
+    compare,
+    is_arm,
+    items,
+    label,
+    losses,
+    pivot,
+    settings,
+)
 from highrank.report.statistics import ALPHA
 
 WIDE = ("pareto", "transfer", "rank-maps", "spectra")
@@ -55,9 +68,18 @@ def report(
     compare(entries, shape, baseline)
     against = ", ".join(f"{key}={value}" for key, value in baseline.items()) if baseline else None
     scores = tables.score_tables(results, entries, shape, against)
+    found = finding(entries, shape.compared, against)
+    comparisons = [tables.comparison_table(entries, shape, against)]
+    loss = losses(results)
+    if loss and (loss_entries := items(loss, shape, needed=False)):
+        if not baseline or any(is_arm(item, baseline) for item in loss_entries):
+            compare(loss_entries, shape, baseline, lower=True)
+        scores += tables.score_tables(loss, loss_entries, shape, against)
+        comparisons.append(tables.comparison_table(loss_entries, shape, against, lower=True))
+        found += " " + finding(loss_entries, shape.compared, against, lower=True)
     costs = [t for t in (tables.cost_table(results), tables.search_table(results)) if t]
     details = [
-        tables.comparison_table(entries, shape, against),
+        *comparisons,
         tables.measures_table(results),
         tables.pattern_table(results),
     ]
@@ -65,8 +87,8 @@ def report(
     page = _template().render(
         title=source.title,
         lead=_lead(source, results),
-        finding=finding(entries, shape.compared, against),
-        notes=results.notes,
+        finding=found,
+        notes=[*dict.fromkeys([*results.notes, *(loss.notes if loss else ())])],
         scores=scores,
         costs=costs,
         details=kept,
@@ -117,16 +139,17 @@ def _template() -> jinja2.Template:
     return environment.from_string((files("highrank.report") / "page.html").read_text(encoding="utf-8"))
 
 
-def finding(entries: Sequence[Item], compared: Sequence[str], baseline: str | None) -> str:
-    """Returns the report's answer in a sentence: what is best, and whether that is more than chance."""
+def finding(entries: Sequence[Item], compared: Sequence[str], baseline: str | None, lower: bool = False) -> str:
+    """Returns the report's answer in a sentence: what is best, with `lower` in loss, and whether that is more than chance."""
     last = entries[-1].at
     group = [item for item in entries if all(item.at[key] == last[key] for key in last if key not in compared)]
-    best = max(group, key=lambda item: item.score.mean)
+    best = best_of(group, lower)
     score, name = best.score, str(last["set"])
     where = {"average": "on average"}.get(name, f"on {name}")
-    text = f"Best {where}: {best.arm.label}, {score.mean:.1f} %"
+    form, unit = (".4f", "nats per token") if lower else (".1f", "%")
+    text = f"{'Lowest test loss' if lower else 'Best'} {where}: {best.arm.label}, {score.mean:{form}} {unit}"
     if score.low is not None:
-        text += f" [{score.low:.1f}, {score.high:.1f}]"
+        text += f" [{score.low:{form}}, {score.high:{form}}]"
     others = [item for item in group if item is not best]
     if not others:
         return text + ". It is the only arm."

@@ -15,6 +15,7 @@ from highrank.report.published import Published, beside
 from highrank.report.runs import Record, flat, follows, hashable, without_followed_rate
 from highrank.report.statistics import (
     ALPHA,
+    LOSS,
     Test,
     deviation,
     example_values,
@@ -45,11 +46,11 @@ class Score:
     low: float | None = None
     high: float | None = None
     examples: list[NDArray[np.float64]] | None = None
-    """Per set (seeds, examples), in percent; None where predictions are missing or the metric is no mean over them."""
+    """Per set (seeds, examples), in percent or nats; None where predictions are missing or the metric is no mean over them."""
     ids: list[list[str]] | None = None
-    """Per set, the examples' ids."""
+    """Per set, the examples' ids, of a loss with their numbers of tokens."""
     difference: float | None = None
-    """To the reference, in points, positive where the reference is worse."""
+    """This score less the reference's, in points or nats."""
     p: float | None = None
     """Of no difference to the reference, after Holm; for the reference itself the largest of the others'."""
     reference: bool = False
@@ -102,6 +103,8 @@ class Results:
     """The score of always giving the most common gold answer, per set."""
     notes: list[str] = field(default_factory=list)
     """What a reader must know about these numbers."""
+    lower: bool = False
+    """Whether less is better: losses in nats per token, where scores are in percent."""
 
     @property
     def columns(self) -> list[str]:
@@ -162,10 +165,40 @@ def collect(records: Sequence[Record], mix: Iterable[str] = ()) -> Results:
     ]
     if any(len(score.seeds) == 1 for arm in arms for score in arm.scores.values()):
         notes.append("Arms with one seed: no deviation, interval or test over seeds is claimed.")
+    return Results(arms, keys, sets, metrics, _untuned(done, sets), _majority(done), [*notes, *_said(unusable)])
+
+
+def losses(results: Results) -> Results | None:
+    """Returns the test loss of the same arms; None if no run has one. Runs without are left out, and a note says so."""
+    records = [record for arm in results.arms for record in arm.records]
+    with_loss = {id(r) for r in records if all(LOSS in metrics for metrics in r.final.values())}
+    sets = [name for name in results.sets if any(LOSS in record.final.get(name, {}) for record in records)]
+    if not sets:
+        return None
+    unusable: dict[str, list[str]] = {}
+    scored = [Arm(arm.axes, arm.records, _scores(arm.records, sets, unusable, LOSS)) for arm in results.arms]
+    arms = [arm for arm in scored if arm.scores]
+    notes = _said(unusable)
+    if len(with_loss) < len(records):
+        notes.append(
+            f"{len(records) - len(with_loss)} of {len(records)} runs lack the test loss of a set, as runs from before it, "
+            "classifiers and losses that are no number do: its tables are about the others."
+        )
+    known = [[arm.scores[name].ids for arm in arms if name in arm.scores] for name in sets]
+    if any(ids != of[0] for of in known for ids in of if None not in (ids, of[0])):
+        notes.append(
+            "Gold answers of other tokens: the losses per token of these arms do not compare, nor are they tested."
+        )
+    return Results(arms, results.keys, sets, dict.fromkeys(sets, LOSS), _untuned(records, sets, LOSS), {}, notes, True)
+
+
+def _said(unusable: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns notes on what cannot be tested, and why."""
+    notes = []
     for reason, names in unusable.items():
         of = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         notes.append(f"{reason}: no interval or test for the arms of {of}.")
-    return Results(arms, keys, sets, metrics, _untuned(done, sets), _majority(done), notes)
+    return notes
 
 
 def settings(record: Record) -> dict[str, Any]:
@@ -218,18 +251,23 @@ def _examples(record: Record, name: str) -> Hashable:
     return f"{name}: n={record.final[name]['n']}, data_seed={task.get('data_seed')}"
 
 
-def _scores(records: Sequence[Record], sets: Sequence[str], unusable: dict[str, list[str]]) -> dict[str, Score]:
-    """Returns an arm's score per set, and of the average where it has all sets."""
+def _scores(
+    records: Sequence[Record], sets: Sequence[str], unusable: dict[str, list[str]], metric: str | None = None
+) -> dict[str, Score]:
+    """Returns an arm's score per set, and of the average where it has all sets; by a metric that each run may lack, or by
+    its headline."""
     scores: dict[str, Score] = {}
     values: dict[str, dict[Any, float]] = {}
     rows: dict[str, dict[Any, dict[str, float]]] = {}
     for name in sets:
-        runs = {record.seed: record for record in records if name in record.final}
+        runs = {r.seed: r for r in records if name in r.final and (metric or r.metric) in r.final[name]}
         if not runs:
             continue
-        values[name] = {seed: float(record.final[name][record.metric]) for seed, record in runs.items()}
-        rows[name] = {seed: _read(record, name, unusable) for seed, record in runs.items()}
-        scores[name] = _score([name], list(runs), values, rows, next(iter(runs.values())).final[name]["n"])
+        values[name] = {seed: float(record.final[name][metric or record.metric]) for seed, record in runs.items()}
+        rows[name] = {seed: _read(r, name, metric or r.metric, unusable) for seed, r in runs.items()}
+        measured = next(iter(runs.values())).final[name]
+        n = measured["n"] - (measured.get("loss_left_out", 0) if metric == LOSS else 0)
+        scores[name] = _score([name], list(runs), values, rows, n)
     common = [s for s in values.get(sets[0], {}) if all(s in values.get(name, {}) for name in sets)]
     if len(sets) > 1 and common:
         scores[AVERAGE] = _score(list(sets), common, values, rows, sum(scores[name].n for name in sets))
@@ -258,33 +296,39 @@ def _score(
     return Score(float(np.mean(by_seed)), deviation(by_seed), list(seeds), n, low, high, examples, all_ids)
 
 
-def _read(record: Record, name: str, unusable: dict[str, list[str]]) -> dict[str, float]:
+def _read(record: Record, name: str, metric: str, unusable: dict[str, list[str]]) -> dict[str, float]:
     """Returns what each example adds to the metric, by id; notes why and returns nothing where that is not known."""
     rows = record.predictions(name)
+    if rows is not None and metric == LOSS:
+        rows = [row for row in rows if row.get("target_tokens")]  # of the others nothing is within the cut-off
     try:
-        values = example_values(record.metric, rows or [])
+        values = example_values(metric, rows) if rows else None
     except (KeyError, TypeError, ValueError):
         values = None
     if rows is None:
         reason = f"predictions/{name}.jsonl is missing or damaged"
     elif values is None:
-        reason = f"{record.metric} of {name} is no mean over examples"
-    elif abs(values.mean() - record.final[name][record.metric]) > 0.01:
+        reason = f"{metric} of {name} is no mean over examples"
+    elif abs(values.mean() - record.final[name][metric]) > (1e-5 if metric == LOSS else 0.01):
         reason = f"predictions/{name}.jsonl is not what results.json counts"
     else:
-        return {str(row["id"]): float(value) for row, value in zip(rows, values, strict=True)}
+        # A loss per token compares on the same tokens: these are part of what an example is known by.
+        ids = [f"{row['id']} of {row['target_tokens']} tokens" if metric == LOSS else str(row["id"]) for row in rows]
+        return dict(zip(ids, values.tolist(), strict=True))
     unusable.setdefault(reason, []).append(record.name)
     return {}
 
 
-def _untuned(records: Sequence[Record], sets: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
+def _untuned(
+    records: Sequence[Record], sets: Sequence[str], metric: str | None = None
+) -> list[tuple[str, dict[str, float]]]:
     """Returns the base models' scores: the median over runs before training, since adapters that start off it differ."""
     before: dict[str, dict[str, list[float]]] = {}
     for record in records:
         model = str(flat(record.config).get("model"))
         for name, metrics in record.results["metrics"].get("before", {}).get("sets", {}).items():
-            if record.metric in metrics:
-                before.setdefault(model, {}).setdefault(name, []).append(metrics[record.metric])
+            if (measured := metric or record.metric) in metrics:
+                before.setdefault(model, {}).setdefault(name, []).append(metrics[measured])
     return [(m, {name: median(by_set[name]) for name in sets if name in by_set}) for m, by_set in before.items()]
 
 
@@ -348,11 +392,11 @@ def pivot(results: Results, rows: Sequence[str] = (), columns: Sequence[str] = (
     return Pivot(list(rows), list(columns))
 
 
-def items(results: Results, shape: Pivot) -> list[Item]:
+def items(results: Results, shape: Pivot, needed: bool = True) -> list[Item]:
     """Returns every score of a table: per test set, or the average alone where sets are neither rows nor columns.
 
     Raises:
-        UserError: if that is asked for and no arm has all test sets.
+        UserError: if that is asked for and no arm has all test sets, unless it is not `needed`.
     """
     names = results.columns if "set" in (*shape.rows, *shape.columns) else [results.headline]
     entries = [
@@ -361,18 +405,21 @@ def items(results: Results, shape: Pivot) -> list[Item]:
         for name in names
         if name in arm.scores
     ]
-    if not entries:
+    if not entries and needed:
         raise UserError(
             f"report: an average needs all test sets in one arm, got none with {', '.join(results.sets)}; add set to --columns"
         )
     return entries
 
 
-def compare(entries: Sequence[Item], shape: Pivot, baseline: Mapping[str, str] | None = None) -> None:
+def compare(
+    entries: Sequence[Item], shape: Pivot, baseline: Mapping[str, str] | None = None, lower: bool = False
+) -> None:
     """Marks what is really better, within every group of scores that compete; see `Score`.
 
     Without a baseline the best score is compared with each other one, and is bold if it beats all of them. With one,
-    each other score is compared with the baseline's, and is bold if it beats it. p < 0.05 after Holm over the group.
+    each other score is compared with the baseline's, and is bold if it beats it. p < 0.05 after Holm over the group. Better
+    is more or, with `lower`, less.
 
     Raises:
         UserError: if no arm, or in one group several arms, are the baseline.
@@ -383,7 +430,7 @@ def compare(entries: Sequence[Item], shape: Pivot, baseline: Mapping[str, str] |
     if baseline:
         _check_baseline(entries, baseline)
     for group in groups.values():
-        best = max(group, key=lambda item: item.score.mean)
+        best = best_of(group, lower)
         base = _baseline(group, baseline) if baseline else [best]
         if baseline and not base:
             continue
@@ -402,13 +449,18 @@ def compare(entries: Sequence[Item], shape: Pivot, baseline: Mapping[str, str] |
         for (item, _), p in zip(tested, holm([test.p for _, test in tested]), strict=True):
             item.score.p = p
             if baseline:
-                item.score.bold = p < ALPHA and (item.score.difference or 0) > 0
+                item.score.bold = p < ALPHA and (item.score.difference or 0) * (-1 if lower else 1) > 0
             else:
                 item.score.as_good = p >= ALPHA
         if not baseline and tested and len(tested) == len(group) - 1:
             best.score.p = max(item.score.p or 0.0 for item, _ in tested)
             best.score.bold = best.score.p < ALPHA
         best.score.as_good = any(item.score.as_good for item in group)
+
+
+def best_of(group: Sequence[Item], lower: bool) -> Item:
+    """Returns the item with the best mean."""
+    return (min if lower else max)(group, key=lambda item: item.score.mean)
 
 
 def _test(ours: Score, theirs: Score, pooled: tuple[float, int]) -> Test | None:
@@ -420,19 +472,20 @@ def _test(ours: Score, theirs: Score, pooled: tuple[float, int]) -> Test | None:
     return paired_test([x[pick[0]] for x in ours.examples], [x[pick[1]] for x in theirs.examples], pooled)
 
 
-def _is(item: Item, baseline: Mapping[str, str]) -> bool:
+def is_arm(item: Item, baseline: Mapping[str, str]) -> bool:
+    """Whether an item is of the arm that `baseline` names."""
     return all(key in item.at and shown(item.at[key]) == value for key, value in baseline.items())
 
 
 def _check_baseline(entries: Sequence[Item], baseline: Mapping[str, str]) -> None:
-    if not any(_is(item, baseline) for item in entries):
+    if not any(is_arm(item, baseline) for item in entries):
         words = ",".join(f"{key}={value}" for key, value in baseline.items())
         arms = "; ".join(dict.fromkeys(item.arm.label for item in entries))
         raise UserError(f"report: the baseline is an arm of the sweep, got --baseline {words}; the arms are {arms}")
 
 
 def _baseline(group: Sequence[Item], baseline: Mapping[str, str]) -> list[Item]:
-    return [item for item in group if _is(item, baseline)]
+    return [item for item in group if is_arm(item, baseline)]
 
 
 def _nearest(item: Item, base: Sequence[Item]) -> Item:

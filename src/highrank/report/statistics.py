@@ -1,6 +1,6 @@
 """Statistics of a report: intervals and paired tests in which seeds and test examples are both random draws.
 
-A score is the unweighted mean over test sets t of the mean over seeds s and examples i of x[t][s, i], in percent. Runs of
+A score is the unweighted mean over test sets t of the mean over seeds s and examples i of x[t][s, i], in percent or nats. Runs of
 one arm see the same examples under every seed, so seeds and examples cross. With one seed nothing is said about seeds:
 there is no deviation, no interval and no test.
 """
@@ -14,18 +14,26 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Scores = Sequence[NDArray[np.float64]]
-"""Per test set, (seeds, examples): what each example adds to the mean, in percent."""
+"""Per test set, (seeds, examples): what each example adds to the mean, in percent or nats."""
 DRAWS = 4000
 LEVEL = 0.95
 ALPHA = 0.05
+LOSS = "loss"
+"""The metric of the gold answers, in nats per token, of which less is better; every other is in percent."""
 
 
 def example_values(metric: str, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64] | None:
-    """Returns one value per example, in percent, whose mean is the metric; None for a metric that has none.
+    """Returns one value per example, in the metric's unit, whose mean is the metric; None for a metric that has none.
 
     accuracy: 100 if correct, else 0. pearson and matthews (of two classes, where it is Pearson's correlation of the
     class indices): jackknife pseudo-values n θ - (n - 1) θ₋ᵢ, shifted to mean θ (Miller 1974, Biometrika 61, 1-15).
+    loss, a ratio L of nats sᵢ to tokens tᵢ: L + (sᵢ - L tᵢ) / mean t, its linearisation (Cochran, Sampling Techniques, 1977,
+    chapter 6).
     """
+    if metric == LOSS:
+        nats, tokens = (np.array([float(row[key]) for row in rows]) for key in ("nats", "target_tokens"))
+        loss = nats.sum() / tokens.sum()
+        return np.asarray(loss + (nats - loss * tokens) / tokens.mean())
     if metric == "accuracy" and all("correct" in row for row in rows):
         return np.array([100.0 * bool(row["correct"]) for row in rows])
     if metric in ("pearson", "matthews") and len(rows) > 2:
@@ -78,7 +86,7 @@ class Test:
     """A paired comparison."""
 
     difference: float
-    """In points."""
+    """In points or nats."""
     df: float
     p: float
     """Two-sided, of no difference."""

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from highrank.data.answers import COUNTS
 from highrank.report.published import Published, elsewhere
 from highrank.report.runs import Record, flat
 from highrank.report.scores import AVERAGE, Arm, Item, Pivot, Results, Score, shown
-from highrank.report.statistics import deviation
+from highrank.report.statistics import LOSS, deviation
 
 DASH = "–"
 
@@ -55,14 +56,14 @@ def number(value: float | None, form: str = ".1f") -> TableCell:
     return TableCell() if value is None else TableCell(value, format(value, form))
 
 
-def _score(score: Score | None) -> TableCell:
+def _score(score: Score | None, form: str = ".1f") -> TableCell:
     if score is None:
         return TableCell()
     return TableCell(
         score.mean,
-        f"{score.mean:.1f}",
-        "" if score.sd is None else f"± {score.sd:.1f}",
-        "" if score.low is None else f"[{score.low:.1f}, {score.high:.1f}]",
+        format(score.mean, form),
+        "" if score.sd is None else f"± {score.sd:{form}}",
+        "" if score.low is None else f"[{score.low:{form}}, {score.high:{form}}]",
         "≈" if score.as_good else "",
         score.bold,
         {
@@ -88,9 +89,10 @@ def score_tables(results: Results, entries: Sequence[Item], shape: Pivot, baseli
     tables = []
     for at, group in groups.items():
         where = ", ".join(f"{key} {value}" for key, value in zip(facets, at, strict=True))
-        name = "-".join(["scores", *at]).replace("/", "-").replace(" ", "")
+        name = "-".join([LOSS if results.lower else "scores", *at]).replace("/", "-").replace(" ", "")
         by = f"{', '.join(shape.rows)} by {', '.join(shape.columns)}"
         title = "Every arm on every test set" if shape.columns == ["set"] and not facets else by
+        title = f"Test loss: {title[0].lower()}{title[1:]}" if results.lower else title
         title += f" at {where}" if where else ""
         tables.append(_pivot_table(name, title, _score_caption(results, group, shape, baseline), results, group, shape))
     return tables
@@ -108,13 +110,18 @@ def _pivot_table(name: str, title: str, caption: str, results: Results, entries:
     body = [
         [
             *(TableCell(key, key) if key else TableCell() for key in row),
-            *(_score(at.get((row, column))) for column in columns),
+            *(_score(at.get((row, column)), _form(results)) for column in columns),
         ]
         for row in rows
     ]
     heads = [_column(column, shape.columns, results) for column in columns]
     reference = _reference(results, columns, len(shape.rows)) if shape.columns == ["set"] else []
     return Table(name, title, caption, [*shape.rows, *heads], body, reference, len(shape.rows))
+
+
+def _form(results: Results) -> str:
+    """Returns how a score is written: percent, or nats, in which seeds differ by thousandths."""
+    return ".4f" if results.lower else ".1f"
 
 
 def _column(values: tuple[str, ...], keys: Sequence[str], results: Results) -> str:
@@ -130,7 +137,7 @@ def _reference(results: Results, columns: Sequence[tuple[str, ...]], width: int)
     def row(name: str, scores: Mapping[str, float], sd: Mapping[str, float] | None = None) -> list[TableCell]:
         cells = []
         for (column,) in columns:
-            cell = number(scores.get(column))
+            cell = number(scores.get(column), _form(results))
             spread = (sd or {}).get(column)
             cells.append(cell if spread is None else TableCell(cell.value, cell.text, f"± {spread:.1f}"))
         return [TableCell(name, name), *[TableCell(None, "")] * (width - 1), *cells]
@@ -142,7 +149,7 @@ def _reference(results: Results, columns: Sequence[tuple[str, ...]], width: int)
     rows = [row(f"untuned {model}", averaged(scores)) for model, scores in results.untuned]
     if results.majority:
         rows.append(row("majority class", averaged(results.majority)))
-    for label, scores, sd in _printed(results):
+    for label, scores, sd in () if results.lower else _printed(results):
         rows.append(row(label, scores, sd))
     return rows
 
@@ -168,7 +175,8 @@ def _score_caption(results: Results, entries: Sequence[Item], shape: Pivot, base
     seeds = sorted({len(item.score.seeds) for item in entries})
     metric = " and ".join(dict.fromkeys(results.metrics.values()))
     n = f"n = {ns[0]:,}" if len(ns) == 1 else f"n = {ns[0]:,} to {ns[-1]:,}"
-    text = f"{metric.capitalize()} in percent; mean over {_range(seeds)} seed{'s' if seeds != [1] else ''}, {n} test examples{' per set' if sets else ''}."
+    unit = "nats per token of the gold answers, less is better" if results.lower else "percent"
+    text = f"{metric.capitalize()} in {unit}; mean over {_range(seeds)} seed{'s' if seeds != [1] else ''}, {n} test examples{' per set' if sets else ''}."
     if "set" not in (*shape.rows, *shape.columns):
         text += (
             f" Every entry is the {'unweighted mean over test sets' if len(results.sets) > 1 else results.headline}."
@@ -334,7 +342,7 @@ def measures_table(results: Results) -> Table | None:
             for name, metrics in record.final.items():
                 for key, value in metrics.items():
                     if (
-                        key not in ("n", "n_clean", record.metric)
+                        key not in ("n", "n_clean", record.metric, LOSS)
                         and isinstance(value, int | float)
                         and (key != "leaked" or value)
                     ):
@@ -349,7 +357,8 @@ def measures_table(results: Results) -> Table | None:
         cells += [number(_clean_average(arm, results.sets))] if leaks else []
         for name, key in columns:
             mean = arm.mean(lambda r, name=name, key=key: r.final.get(name, {}).get(key))  # type: ignore[misc]  # a default value binds the loop's
-            cells.append(number(mean, ".0f" if key == "leaked" else ".1f"))
+            nats = key.startswith((LOSS, "perplexity"))
+            cells.append(number(mean, ".0f" if key in COUNTS else ".4f" if nats else ".1f"))
         rows.append(cells)
     heads = [
         *results.keys,
@@ -357,6 +366,8 @@ def measures_table(results: Results) -> Table | None:
         *(f"{n}: {k.replace('_', ' ')}" for n, k in columns),
     ]
     caption = "Means over seeds, in percent. clean: without the questions that occur in the training data; leaked: their number. "
+    if any(key.startswith((LOSS, "perplexity")) for _, key in columns):
+        caption += "Losses are in nats per token of the gold answers, perplexity their exponential; loss left out, cut: of how many answers the cut-off left nothing, or a part. "
     caption += "Measures named after a rule read the same outputs by that second answer rule."
     return Table("measures", "Other measures", caption, heads, rows, [], len(results.keys))
 
@@ -372,8 +383,8 @@ def _clean(record: Record, name: str) -> float | None:
     return metrics.get(f"{record.metric}_clean", None if metrics.get("leaked") else metrics.get(record.metric))
 
 
-def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None) -> Table | None:
-    """Returns every paired test; None if there was none."""
+def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None, lower: bool = False) -> Table | None:
+    """Returns every paired test, with `lower` of losses; None if there was none."""
     others = [key for key in entries[0].at if key not in shape.compared]
     rows = []
     for item in entries:
@@ -386,7 +397,7 @@ def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None
                 TableCell(item.arm.label, item.arm.label),
                 *(word(item.at[key]) for key in others),
                 word(real or "not tested"),
-                number(score.difference, "+.2f"),
+                number(score.difference, "+.4f" if lower else "+.2f"),
                 TableCell()
                 if score.p is None
                 else TableCell(score.p, f"{score.p:.3f}" if score.p >= 0.001 else "< 0.001"),
@@ -394,10 +405,10 @@ def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None
         )
     if not rows:
         return None
-    caption = f"Difference in points to {baseline or 'the best arm'}; p two-sided, paired over seeds and examples (min F'), corrected by Holm within a column of the table."
-    return Table(
-        "tests", "Paired tests", caption, ["arm", *others, "verdict", "difference", "p"], rows, [], 2 + len(others)
-    )
+    unit = "nats per token, below 0 where the arm is better," if lower else "points"
+    caption = f"Difference in {unit} to {baseline or 'the best arm'}; p two-sided, paired over seeds and examples (min F'), corrected by Holm within a column of the table."
+    name, title = ("loss_tests", "Paired tests of the test loss") if lower else ("tests", "Paired tests")
+    return Table(name, title, caption, ["arm", *others, "verdict", "difference", "p"], rows, [], 2 + len(others))
 
 
 def pattern_table(results: Results) -> Table | None:

@@ -308,7 +308,7 @@ def show_rows(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
             *(str(cell.axes.get(key, "")) for key in grid.axes),
             results.get("status", "missing"),
             f"{cell.run.core.lr:g}",
-            ", ".join(f"{key} {value:.2f}" for key, value in final.items()),
+            ", ".join(f"{key} {value:.4f}" if key == "loss" else f"{key} {value:.2f}" for key, value in final.items()),
             f"{seconds:.0f} s" if seconds else "",
         )
     console.print(shown)

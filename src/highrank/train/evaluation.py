@@ -1,14 +1,17 @@
-"""Evaluation: a model's outputs for every record, and their scores."""
+"""Evaluation: a model's outputs for every record, its loss on the gold answers, and their scores."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
+from torch.utils.data import DataLoader
 
 from highrank.base.processes import gather
-from highrank.data.batches import EvalData, TrainingData
-from highrank.data.scoring import evaluate_rows, macro_average
+from highrank.data.batches import EvalData, TrainingData, ranks
+from highrank.data.encoding import num_targets
+from highrank.data.scoring import evaluate_rows, gold_loss, macro_averages
 from highrank.train.effect import check_decoding
 from highrank.train.memory import DoesNotFit
 from highrank.train.module import LACKING, FineTuner
@@ -24,15 +27,60 @@ def predict(
     Raises:
         DoesNotFit: if one record is too much.
     """
-    outputs: list[Any] = [None] * len(records)
-    while left := [place for place, output in enumerate(outputs) if output is None]:
-        batches: Any = trainer.predict(module, data.dataloader(name, records, batch_size, left)) or []
+    outputs, batch_size = _by_place(
+        trainer, module, partial(data.dataloader, name, records), range(len(records)), batch_size
+    )
+    return [outputs[place] for place in range(len(records))], batch_size
+
+
+def gold_losses(
+    trainer: lightning.Trainer,
+    module: FineTuner,
+    data: EvalData,
+    name: str,
+    records: Sequence[Any],
+    outputs: Sequence[Any],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Returns a `gold_loss` per record of a test set: one forward pass each, in batches as `predict` has them.
+
+    Of a gold answer that likelihood ranking has as an option, `outputs` hold the loss already.
+
+    Raises:
+        DoesNotFit: if one record is too much.
+    """
+    rows = {place: row for place, record in enumerate(records) if (row := data.gold(record)) is not None}
+    nats: dict[int, float] = {}
+    if ranks(records, data.protocol):
+        options = {place: data.gold_option(records[place], row) for place, row in rows.items()}
+        nats = {place: -outputs[place][option] for place, option in options.items() if option is not None}
+    left = [place for place in rows if place not in nats]
+    nats |= _by_place(trainer, module, partial(data.gold_dataloader, name, rows), left, batch_size)[0]
+    return [
+        gold_loss(nats[place], num_targets(rows[place]), bool(rows[place].cut))
+        if place in rows
+        else gold_loss(None, 0, cut=False)
+        for place in range(len(records))
+    ]
+
+
+def _by_place(
+    trainer: lightning.Trainer,
+    module: FineTuner,
+    dataloader: Callable[[int, Sequence[int]], DataLoader],
+    places: Sequence[int],
+    batch_size: int,
+) -> tuple[dict[int, Any], int]:
+    """Returns what the model computes of each place, and the batch size that fitted; `dataloader(size, places)` batches."""
+    outputs: dict[int, Any] = {}
+    while left := [place for place in places if place not in outputs]:
+        batches: Any = trainer.predict(module, dataloader(batch_size, left)) or []
         lacking = []
         for place, output in gather([pair for batch in batches for pair in batch]):
             if place == LACKING:
                 lacking.append(output)
-            elif outputs[place] is None:  # a process without a batch of its own repeated the first
-                outputs[place] = output
+            else:
+                outputs.setdefault(place, output)  # a process without a batch of its own repeated the first
         if lacking:
             if batch_size == 1:
                 raise DoesNotFit(lacking[0], 1)
@@ -46,7 +94,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], int]:
     """Evaluates every test set and saves the predictions.
 
-    Returns metrics per set and their macro average, and the batch size that fitted into memory.
+    Returns metrics per set and their macro averages, and the batch size that fitted into memory.
 
     Raises:
         UserError: if decoding with the cache is not what the method computes without it.
@@ -57,9 +105,12 @@ def evaluate(
     check_decoding(module.adapters, data.question(first).input_ids)
     for name, records in test_sets.items():
         outputs, batch_size = predict(trainer, module, data, name, records, batch_size)
-        rows, by_set[name] = evaluate_rows(data, name, records, outputs)
+        losses = None
+        if data.task.kind == "generate":
+            losses = gold_losses(trainer, module, data, name, records, outputs, batch_size)
+        rows, by_set[name] = evaluate_rows(data, name, records, outputs, losses)
         save(name, rows)
-    return {"sets": by_set, data.task.metric: macro_average(data.task, by_set)}, batch_size
+    return {"sets": by_set, **macro_averages(data.task, by_set)}, batch_size
 
 
 def validate(trainer: lightning.Trainer, module: FineTuner, data: TrainingData) -> dict[str, float]:

@@ -22,11 +22,28 @@ def language_model_loss(
     transformers builds one from them, in every layer the one of its kind.
     """
     where = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    mask = targets != IGNORED
+    targets, mask = _targets(labels)
     with head_sees_only(model, mask):
         logits = model(input_ids=input_ids, use_cache=False, **where).logits
     return TokenCrossEntropy.apply(logits, targets[mask]), int(mask.sum())
+
+
+@torch.no_grad()
+def example_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[float]:
+    """Returns, per row, the sum of the cross-entropy in nats over its supervised tokens: what `language_model_loss` is the
+    mean of."""
+    targets, mask = _targets(labels)
+    with head_sees_only(model, mask):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    parts = zip(logits.split(TokenCrossEntropy.ROWS), targets[mask].split(TokenCrossEntropy.ROWS), strict=True)
+    losses = [F.cross_entropy(part.to(_wide(part.dtype)), wanted, reduction="none") for part, wanted in parts]
+    return [float(row.sum()) for row in torch.cat(losses).cpu().double().split(mask.sum(1).tolist())]
+
+
+def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what each position predicts, (B, T), and where that is supervised."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return targets, targets != IGNORED
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from highrank.model.sharding import is_sharded
 from highrank.model.torch_internals import leave_out_of_ddp
 from highrank.model.transformers_internals import decoder_of
 from highrank.train.fsdp import shard
+from highrank.train.loss import example_losses
 from highrank.train.memory import DoesNotFit, halving, out_of_memory
 from highrank.train.objectives import OBJECTIVES
 from highrank.train.optimizer import SCHEDULERS, make_optimizer, warmup_steps
@@ -125,12 +126,13 @@ class FineTuner(lightning.LightningModule):
         self.one_length = self.model.can_generate() and (self.adapters.num_positions > 0 or padding_moves(self.model))
 
     def predict_step(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
-        """Returns `outputs`. Where memory runs out: (LACKING, how), and nothing for the batches after it; nothing is
+        """Returns `outputs`, or `losses` of texts with labels. Where memory runs out: (LACKING, how), and nothing for the batches after it; nothing is
         raised, because other processes go on."""
         if self.out_of_memory:
             return []
         try:
-            return self.outputs(batch, index)
+            texts = self.task.kind == "generate" and "labels" in batch
+            return self.losses(batch) if texts else self.outputs(batch, index)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -138,6 +140,11 @@ class FineTuner(lightning.LightningModule):
                 raise DoesNotFit(described(error), len(batch["index"])) from error
             self.out_of_memory = True
             return [(LACKING, described(error))]
+
+    def losses(self, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
+        """Returns (place, sum of the cross-entropy in nats over the targets) per row; rows are padded as in training."""
+        nats = example_losses(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        return list(zip(batch["index"].tolist(), nats, strict=True))
 
     def outputs(self, batch: dict[str, Tensor], index: int = 0) -> list[tuple[int, Any]]:
         """Returns (place, output) per row: the task's kind of answer, or {option: log-probability}."""

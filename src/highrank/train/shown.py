@@ -10,7 +10,7 @@ from rich.table import Table
 from highrank.base.console import console, say
 from highrank.base.files import write_atomic
 from highrank.config.run_config import Run
-from highrank.data.answers import SECONDARY
+from highrank.data.answers import COUNTS, SECONDARY
 from highrank.train.plan import Plan, make_plan
 from highrank.train.results import RunDirectory
 
@@ -51,12 +51,14 @@ def dry_run(run: Run) -> Path:
 
 def _shown(metrics: dict[str, Any]) -> str:
     """Returns the headline rule's metrics; results.json has the other rules' and the clean subset's."""
-    skipped = ("n", "leaked", "cut", "not_finite")
-    values = [f"{k} {v:.1f} %" for k, v in metrics.items() if k not in skipped and not k.endswith(SECONDARY)]
+    shown = {k: v for k, v in metrics.items() if k not in (*COUNTS, "perplexity") and not k.endswith(SECONDARY)}
+    values = [f"{k} {v:.4f}" if k == "loss" else f"{k} {v:.1f} %" for k, v in shown.items()]
     seen = f", {metrics['leaked']} seen in training" if metrics["leaked"] else ""
     cut = f", {metrics['cut']} cut to the longest length" if metrics.get("cut") else ""
     lost = f", {metrics['not_finite']} predictions are no number" if metrics.get("not_finite") else ""
-    return f"{', '.join(values)} (n = {metrics['n']}{seen}{cut}{lost})"
+    unmeasured = metrics.get("loss_left_out", 0) + metrics.get("loss_cut", 0)
+    beyond = f", {unmeasured} gold answers too long for the loss" if unmeasured else ""
+    return f"{', '.join(values)} (n = {metrics['n']}{seen}{cut}{lost}{beyond})"
 
 
 def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:

@@ -117,7 +117,7 @@ def add_peft(model: nn.Module, label: str, ours: Adapters) -> Any:
         Gap: if PEFT is not there, lacks the method, or would run another one.
     """
     peft, form = import_peft(), ours.method.peft
-    if form is None or form.converted or form.lacks(ours.cfg):
+    if form is None or form.one_way or form.lacks(ours.cfg):
         raise Gap(f"PEFT has no {label.split()[0]}")
     config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[form.type](target_modules=TARGETS, **form.options(ours.cfg))
     # silenced: PEFT tells of BOFT's missing extension in warnings, and prints the compiler's complaint

@@ -125,7 +125,8 @@ def test_statistics_are_those_of_the_saved_adapter(runs):
     assert found["mean"]["energy"] == pytest.approx(np.mean([row["energy"] for row in rows]))
     assert found["parts"]["v"]["rank"] == np.mean([row["rank"] for row in rows if row["part"] == "v"])
     assert found["layers"]["1"]["weights"] == 5
-    assert found["method"] == {"name": "lora", "r": 3, "alpha": None, "dropout": 0.0}
+    given = {"name": "lora", "r": 3, "alpha": None, "dropout": 0.0}
+    assert found["method"] == given | {"scaling": "alpha_over_r", "init": "kaiming", "lr_ratio": 1.0}
     assert analysis.rows == rows
 
 

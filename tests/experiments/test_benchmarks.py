@@ -13,6 +13,8 @@ SHAPE = ["--hidden=32", "--inter=64", "--heads=2", "--kv-heads=1", "--vocab=64",
 TINY = [*SHAPE, "--sequence=8", "--device=cpu", "--warmups=0"]
 REAL = ["model=tiny_llama", "task.n_train=8", "task.n_test=4", "batch_size=2", "--device=cpu"]
 METHODS = ["hyperadapt", "lora", "dora", "hira", "hilora", "vera", "boft1", "boft4"]
+LATER = "ia3,boha,abba,loha,lokr,gralora,shira,miss,bat,svft,randlora,oft,delora,lora_xs,pissa,sum"
+"""The others that fit the tiny shape."""
 
 # Lightning, the Trainer and PEFT warn of workers, extensions and their own deprecations
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -51,7 +53,7 @@ def positive(found):
 
 def test_step_cost(bench, capsys):
     pytest.importorskip("peft")
-    out, results = bench("step_cost", *TINY, "--rounds=1", "--r=2", "--vera-r=4")
+    out, results = bench("step_cost", *TINY, "--rounds=1", "--r=2", "--vera-r=4", f"--methods={','.join(METHODS)}")
     assert list(results) == METHODS
     rows = [line for line in out.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(rows) == 1 + 3 * len(METHODS)
@@ -70,6 +72,19 @@ def test_step_cost(bench, capsys):
     assert expected <= gaps <= expected | {("boft4", "PEFT")}
     if ("boft4", "PEFT") in gaps:  # where PEFT's extension does not build
         assert "PEFT runs factor 1 without its CUDA extension" in out
+
+
+def test_step_cost_of_the_other_methods(bench):
+    pytest.importorskip("peft")
+    _, results = bench("step_cost", *TINY, "--rounds=1", "--r=8", f"--methods={LATER}")
+    assert list(results) == LATER.split(",")
+    for key, found in results.items():
+        positive(found["ours"]["time"])
+        for side in ("PEFT", "listing"):
+            if "gap" not in found[side]:
+                assert found[side]["loss"] == pytest.approx(found["ours"]["loss"], abs=1e-4), (key, side)
+    no_type = {"boha", "abba", "svft", "lora_xs", "sum"}
+    assert {key for key, found in results.items() if "PEFT has no" in found["PEFT"].get("gap", "")} == no_type
 
 
 def test_step_cost_without_peft(bench, without_peft):

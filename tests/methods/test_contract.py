@@ -169,6 +169,17 @@ def test_frozen_inputs_need_no_gradient(name, kwargs):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), CASES)
+def test_no_tokens(name, kwargs):
+    """An expert may get none."""
+    W = weight()
+    adapter = build(name, kwargs, W)
+    x, bias = inputs(shape=(0, K))
+    y = adapter(x.requires_grad_(), W, bias)
+    assert y.shape == (0, N)
+    assert not any(g.any() for g in gradients(adapter, y, x))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), CASES)
 def test_counts(name, kwargs):
     """Buffers named `*_cache` are derived from W to save time, and are not counted."""
     cls = load("methods", name)

@@ -358,7 +358,7 @@ def test_an_edited_config_is_refused(finished, tmp_path, old, new, refused):
         read_run(copy)
 
 
-@pytest.mark.parametrize("content", ["", "[a]", "method: [a", "? [1]\n: 2", "method: ${nowhere}"])
+@pytest.mark.parametrize("content", ["", "[a]", "method: [a", "? [1]\n: 2", "method: ${nowhere}", "method: {r: 1}"])
 def test_a_damaged_config_is_named(finished, tmp_path, content):
     copy = shutil.copytree(finished, tmp_path / "run")
     (copy / "config.yaml").write_text(content)

@@ -138,7 +138,11 @@ def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
 def config_hash(values: Mapping[str, Any]) -> str:
     """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
     config = as_given(values)
-    plugins = {group: _older(f"{group}s", config[group]["name"], config[group]) for group in ("method", "task")}
+    plugins: dict[str, Any] = {
+        group: _older(f"{group}s", config[group]["name"], config[group])
+        for group in ("method", "task")
+        if group in config
+    }
     items = {**config, **plugins}.items()
     return digest({key: value for key, value in items if key not in UNHASHED and value != LATER.get(key, ...)})
 

@@ -16,6 +16,7 @@ from highrank.model.adapters import Adapters
 from highrank.model.contract import check_class
 from highrank.model.kernels import DTYPES, handles
 from highrank.model.peft_form import PeftForm
+from highrank.model.quantised import QuantisedWeight
 from highrank.model.torch_internals import version_of
 from highrank.model.weight_adapters import Site, WeightAdapters
 
@@ -72,7 +73,9 @@ class Method(nn.Module):
 
     def __call__(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns `forward`, or where its dtypes are beyond a faster form what the definition gives, in x's dtype or
-        fp32."""
+        fp32; so too for no tokens, which an expert may get."""
+        if not x.numel() and not isinstance(W, QuantisedWeight):
+            return Method.forward(self, x, W, bias)
         if handles(x, W):
             return super().__call__(x, W, bias)
         x, W = (t if t.dtype in DTYPES or t.is_complex() else t.float() for t in (x, W))

@@ -56,7 +56,7 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
         config = OmegaConf.load(folder / "config.yaml")
         values: Any = OmegaConf.to_container(config)
         stated = config_hash(values)
-    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"run: config.yaml is damaged, got {str(error).splitlines()[0]} in {folder}") from error
     if stated != results["config_hash"]:
         raise UserError(

@@ -10,16 +10,16 @@ from highrank.config.run_config import config_hash, with_later
 from highrank.config.words import compose_run
 
 BEFORE = {
-    "method=hyperadapt": "ca0fb9c2908c6214084f50b7c5a192f6d2cc84bfe9658744367fdc5e2b848e3c",
-    "method=hira": "a6341389d5d582acd3881371c0ed61ba02220ba90f3d4488dcef0b321b9eeabd",
-    "method=lora": "8fe345258819d7a851f5d76ef39a40c3aa2c1e5e3fc219eb8ae9cae0852dfaf2",
-    "method=lora r=4 alpha=3": "fab6b81ff539a21c7745cfea4e9af60acf9e3ddca6300c88adf3325daaef6168",
+    "method=hyperadapt model.dtype=bfloat16": "ca0fb9c2908c6214084f50b7c5a192f6d2cc84bfe9658744367fdc5e2b848e3c",
+    "method=hira model.dtype=bfloat16": "a6341389d5d582acd3881371c0ed61ba02220ba90f3d4488dcef0b321b9eeabd",
+    "method=lora model.dtype=bfloat16": "8fe345258819d7a851f5d76ef39a40c3aa2c1e5e3fc219eb8ae9cae0852dfaf2",
+    "method=lora r=4 alpha=3 model.dtype=bfloat16": "fab6b81ff539a21c7745cfea4e9af60acf9e3ddca6300c88adf3325daaef6168",
     "method=lora model=tiny_llama": "22ba695268e467655450b573e65480479b7b29fb9a1393770f907e7462794066",
 }
 """As printed by the first versions of these methods."""
 YOUNGER = {
-    "method=hyperadapt": {"sides": "a", "init_std": 0.1},
-    "method=lora": {"scaling": "rs", "init": "pissa", "lr_ratio": 16},
+    "method=hyperadapt model.dtype=bfloat16": {"sides": "a", "init_std": 0.1},
+    "method=lora model.dtype=bfloat16": {"scaling": "rs", "init": "pissa", "lr_ratio": 16},
 }
 
 
@@ -30,7 +30,7 @@ def test_a_hash_is_what_it_was(words):
 
 @pytest.mark.parametrize("words", YOUNGER)
 def test_a_config_from_before_a_field_is_read(words):
-    run = compose_run([words])
+    run = compose_run(words.split())
     later = {f.name for f in dataclasses.fields(run.method.config) if f.metadata.get("later")}
     assert later == YOUNGER[words].keys()
     method = {key: value for key, value in run.resolved["method"].items() if key not in later}
@@ -53,4 +53,4 @@ def test_so_it_is_for_the_parts_of_a_sum():
 
 @pytest.mark.parametrize(("words", "field"), [(words, field) for words, fields in YOUNGER.items() for field in fields])
 def test_another_value_is_another_run(words, field):
-    assert compose_run([words, f"{field}={YOUNGER[words][field]}"]).hash != BEFORE[words]
+    assert compose_run([*words.split(), f"{field}={YOUNGER[words][field]}"]).hash != BEFORE[words]

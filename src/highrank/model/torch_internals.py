@@ -10,6 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map as tree_map
 
 
+def has_bf16_tiles() -> bool:
+    """Returns whether this CPU multiplies bf16 matrices in tiles of its own (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def version_of(tensor: Tensor) -> int:
     """Returns how many times a tensor was written to in place."""
     return tensor._version

@@ -43,6 +43,12 @@ class Cell:
         """The axes without the seed: what is compared."""
         return {key: value for key, value in self.axes.items() if key != "seed"}
 
+    @property
+    def settled_words(self) -> tuple[str, ...]:
+        """The words with the dtype that this machine chose: the cell may run on one that would choose another."""
+        kept = [word for word in self.words if key_of(word) != "model.dtype"]
+        return (*kept, f"model.dtype={self.run.model['dtype']}")
+
     def with_words(self, *words: str) -> "Cell":
         """Returns the cell with some keys given anew."""
         keys = {key_of(word) for word in words}

@@ -119,7 +119,7 @@ class Sweep:
         """Runs the cells that are not done; a run that fails is recorded and the rest goes on."""
         jobs = [
             Job(
-                cell.words,
+                cell.settled_words,
                 str(folder / cell.folder),
                 str(self.folder / "logs" / f"{cell.folder}.txt"),
                 cell.run.hash,

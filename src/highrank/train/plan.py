@@ -42,6 +42,8 @@ class Plan:
 
     method: str
     model: str
+    dtype: str
+    """In which the model's weights are, as the config or, with `auto`, this machine has it."""
     placement: Any
     """None for a method to which it does not apply."""
     matched: dict[str, int]
@@ -125,6 +127,7 @@ def make_plan(run: Run, task: Task) -> Plan:
     return Plan(
         method=run.method.name,
         model=run.model["name"],
+        dtype=run.model["dtype"],
         placement=core.placement if run.method.family.changes_weights else None,
         matched=run.method.family.matched(model, views, run.method, run.method_cfg),
         params=params,

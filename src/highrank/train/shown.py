@@ -19,6 +19,7 @@ def show_plan(plan: Plan) -> None:
     """Prints what will be adapted and trained."""
     params = plan.params
     table = Table("", "", show_header=False, title=f"{plan.method} on {plan.model}", title_justify="left")
+    table.add_row("dtype", plan.dtype)
     table.add_row("adapted weights", ", ".join(f"{part} × {n}" for part, n in plan.matched.items()))
     for note in plan.notes:
         table.add_row("", note)

@@ -66,13 +66,9 @@ def export_lora(
     model = backbone.model.float().eval()
     texts = some_texts(run, backbone)
     y = logits(model, texts)
-    lora = LoRA(rank)
+    lora = LoRA.of(adapters, rank)
     with adapters.disabled():
         y0 = logits(model, texts)
-        for path in adapters.layers:
-            lora.add(path, adapters.layer_update(path))
-        lora.left_out = [name for name, change in adapters.other_updates().items() if change().any()]
-        lora.complete(model)
         with lora.acting(model):
             fidelity = lora.fidelity("export", compare(y, logits(model, texts), y0), accept)
     lora.write(
@@ -141,6 +137,16 @@ class LoRA:
         """Σ ‖ΔW‖² and Σ ‖ΔW - B A‖²."""
         self.curve = torch.zeros(1, dtype=torch.float64)
         """Σ ‖ΔW‖² beyond each rank from 0 on."""
+
+    @classmethod
+    def of(cls, adapters: Any, rank: int) -> "LoRA":
+        """Returns the LoRA of one run's adapters."""
+        lora = cls(rank)
+        for path in adapters.layers:
+            lora.add(path, adapters.layer_update(path))
+        lora.left_out = [name for name, change in adapters.other_updates().items() if change().any()]
+        lora.complete(adapters.model)
+        return lora
 
     def add(self, path: str, update: Tensor) -> None:
         """Takes the ΔW (out_features, in_features) of a layer.

@@ -16,7 +16,7 @@ from highrank.model.contract import check_adapter
 from highrank.model.experts import Experts
 from highrank.model.placement import EXPERTS, Rows, WeightView, resolve, row_index, weight_of, weight_reader
 from highrank.model.quantised import is_quantised
-from highrank.model.sharding import gathered
+from highrank.model.sharding import gathered, whole
 from highrank.model.torch_internals import version_of
 
 
@@ -349,6 +349,10 @@ class FullAdapters(WeightAdapters):
             return change if self._acts else -change
 
         return {name: partial(change, name) for name in self.pristine_extra}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        aside = {} if self._acts else self.pristine_extra
+        return super().state_dict() | {name: whole(tensor).cpu().contiguous() for name, tensor in aside.items()}
 
     def _act(self, acts: bool) -> None:
         super()._act(acts)

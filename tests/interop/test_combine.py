@@ -270,7 +270,7 @@ def test_runs_that_do_not_go_together_are_refused_before_weights_load(runs, tmp_
     message = refused(runs["lora"], runs["elsewhere"])
     assert f"runs share one base, got tiny_mistral in {runs['elsewhere']} for tiny_llama in {runs['lora']}" in message
     assert "a run directory holds config.yaml" in refused(runs["lora"], tmp_path)
-    assert "--rank must be from 1 to 8, the lesser side" in refused(runs["lora"], runs["abba"], rank=9)
+    assert "--rank must be from 1 to 16, the greatest rank" in refused(runs["lora"], runs["abba"], rank=17)
     assert "--dtype is one of" in refused(runs["lora"], runs["abba"], dtype="int8")
     monkeypatch.setattr("highrank.interop.combine.read_run", lambda folder, words: quantised)
     quantised, _, _ = load_run(runs["lora"])

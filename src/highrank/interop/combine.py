@@ -33,7 +33,16 @@ from torch import Tensor
 
 from highrank.base.errors import UserError, suggest
 from highrank.config.run_config import Run
-from highrank.interop.hub_model import check_dtype, compare, listed, logits, some_texts, update_lost, write_merged
+from highrank.interop.hub_model import (
+    NUM_TEXTS,
+    check_dtype,
+    compare,
+    listed,
+    logits,
+    some_texts,
+    update_lost,
+    write_merged,
+)
 from highrank.interop.lora import LoRA, check_holds, check_rank
 from highrank.interop.peft import base_facts
 from highrank.model.adapters import Adapters, attach, site_seed
@@ -149,7 +158,8 @@ def combine_runs(
     backbone = load_backbone(first.model, first.core.path, seed=first.core.seed)
     trained = _loaded(runs, backbone)
     model = backbone.model.float().eval()
-    texts = [text for run in runs.values() for text in some_texts(run, backbone)]
+    share = max(NUM_TEXTS // len(runs), 1)
+    texts = [text for run in runs.values() for text in some_texts(run, backbone)[:share]]
     y0, each = logits(model, texts), {}
     for folder, adapters in trained.items():
         adapters.plug()

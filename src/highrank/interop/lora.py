@@ -105,7 +105,7 @@ def check_holds(part: str, run: Run, folder: Path | str) -> None:
 
 
 def check_rank(part: str, runs: Sequence[Run], rank: int) -> None:
-    """Raises UserError unless the rank is one that each layer the runs adapt can have, and none of them an expert's."""
+    """Raises UserError unless the rank is one that a layer of each run can have, and none of them an expert's."""
     for run in runs:
         meta = empty_model(model_config(run.model, run.core.path), "generate", 0)
         views = adapted_views(run, meta)
@@ -114,11 +114,11 @@ def check_rank(part: str, runs: Sequence[Run], rank: int) -> None:
                 f"{part}: a LoRA adapts linear layers, got the expert {experts[0]}; highrank merge writes the adapted model"
             )
         shapes = {view.path: tuple(weight_of(meta.get_submodule(view.path)).shape) for view in views}
-        least = min(shapes, key=lambda path: min(shapes[path]))
-        if not 1 <= rank <= min(shapes[least]):
+        most = max(shapes, key=lambda path: min(shapes[path]))
+        if not 1 <= rank <= min(shapes[most]):
             raise UserError(
-                f"{part}: --rank must be from 1 to {min(shapes[least])}, the lesser side of the smallest adapted weight, got "
-                f"--rank {rank} for {least} of {shapes[least]}"
+                f"{part}: --rank must be from 1 to {min(shapes[most])}, the greatest rank that an adapted weight can have, "
+                f"got --rank {rank} for {most} of {shapes[most]}"
             )
 
 
@@ -157,7 +157,8 @@ class LoRA:
         if not update.isfinite().all():
             raise UserError(f"lora: ΔW must be finite, got NaN or inf in {path}; was the learning rate too high?")
         B, A, missed = best_low_rank(update, self.rank)
-        self.pairs[path] = B, A
+        zeros = self.rank - len(A)  # a weight that cannot have this rank
+        self.pairs[path] = B, A = F.pad(B, (0, zeros)), F.pad(A, (0, 0, 0, zeros))
         self.made.append(path)
         self.whole += float(update.double().square().sum())
         self.missed += float((update.double() - B.double() @ A.double()).square().sum())

@@ -28,7 +28,7 @@ class LowRank(NamedTuple):
 
 @torch.no_grad()
 def best_low_rank(M: Tensor, rank: int) -> LowRank:
-    """Returns the best approximation of M (n, k) of a rank up to min(n, k), computed in fp64 on a GPU if there is one.
+    """Returns the best approximation of M (n, k) of a rank, or of min(n, k) if that is less, computed in fp64 on a GPU if there is one.
 
     By the eigenvectors of M Mᵀ, so that a singular value is exact to 1e-8 of the largest. A matrix that has no more than
     that rank, as far as fp32 tells, is recognised by a sketch of its range and not decomposed whole.

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from lora_rules import broken_by
 from trained import logits, write_run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import highrank
 from highrank.base.errors import UserError
@@ -199,6 +199,27 @@ def test_a_combination_as_a_lora(runs, tmp_path, capsys):
     assert told["exact"]
     assert [run["weight"] for run in told["runs"]] == [0.7, 0.3]
     assert "| 0.7 | lora | wordmath |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_experts_are_combined_in_the_parameter_that_holds_all_of_them():
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=128, **shape, **heads)).eval()
+    trained, pristine = {}, logits(model)
+    for name in ("lora", "hira"):
+        adapters = highrank.attach(model, name, placement="experts", r=2)
+        with torch.no_grad():
+            for _, parameter in adapters.named_parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        adapters.unload()
+        trained[name] = adapters
+    trained["lora"].plug()
+    ours = logits(model)
+    trained["lora"].unload()
+    assert torch.equal(logits(model), pristine)
+    assert len(list(Combined(Recipe("linear", [("lora", 1.0), ("hira", 0.0)]), trained).applied(model))) == 4
+    assert (ours - pristine).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model), ours, rtol=0, atol=1e-6)
 
 
 def test_a_merge_that_loses_the_update_is_refused_or_accepted(runs, tmp_path, monkeypatch):

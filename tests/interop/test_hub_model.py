@@ -41,7 +41,7 @@ def some_pairs(monkeypatch):
 def test_transformers_loads_the_adapted_model(make_run, tmp_path, some_pairs, case):
     run, model = make_run(*CASES[case])
     ours = logits(model)
-    out = merge_run(run, tmp_path / "merged", force=True)
+    out = merge_run(run, tmp_path / "merged", accept=True)
     auto = AutoModelForSequenceClassification if case == "classifier" else AutoModelForCausalLM
     merged = auto.from_pretrained(out)
     # fp32: W' is rounded once per entry, then the products are summed in another order
@@ -65,7 +65,7 @@ SMALL_UPDATE = ["model=tiny_llama", "model.dtype=bfloat16", "method=lora", "r=2"
 def test_what_rounding_takes_is_measured(make_run, tmp_path):
     """Longhand, over the whole model: the share of the update in weights that bf16 leaves as they were."""
     run, _ = make_run(*SMALL_UPDATE, scale=1e-4)
-    found = json.loads((merge_run(run, tmp_path / "merged", force=True) / "fidelity.json").read_text())
+    found = json.loads((merge_run(run, tmp_path / "merged", accept=True) / "fidelity.json").read_text())
     assert 0.05 < found["update_lost"] < 0.95
     _, backbone, adapters = load_run(run)
     update = torch.cat([adapters.delta_weight(view).flatten() for view in adapters.views]).double().abs()

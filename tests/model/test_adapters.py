@@ -340,6 +340,34 @@ def test_unload_leaves_nothing_behind():
     assert not any("highrank" in name for name, _ in adapters.unload().named_modules())
 
 
+def test_unloaded_full_fine_tuning_leaves_the_base_and_keeps_what_it_trained():
+    pristine = {name: tensor.clone() for name, tensor in backbone("llama").state_dict().items()}
+    adapters = adapted("llama", "full")
+    ours, saved = logits(adapters.model), {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
+    updates = {name: change() for name, change in adapters.other_updates().items()}
+    assert all(update.any() for update in updates.values())
+    model = adapters.unload()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, pristine[name]), name
+    for name, tensor in adapters.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name
+    for name, change in adapters.other_updates().items():
+        assert torch.equal(change(), updates[name]), name
+    adapters.plug()
+    assert torch.equal(logits(adapters.model), ours)
+
+
+def test_the_update_of_a_layer_is_that_of_its_slices():
+    adapters = adapted("phi3", "lora", {"r": 2}, placement="qv", fused="split")
+    path = adapters.views[0].path
+    whole = torch.zeros(weight_of(adapters.layers[path].base).shape)
+    for view in adapters.views:
+        if view.path == path:
+            whole[slice(*view.rows)] = adapters.delta_weight(view)
+    assert torch.equal(adapters.layer_update(path), whole)
+    assert (whole == 0).any(dim=1).any()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -22,13 +22,12 @@ from highrank.analysis.statistics import Values
 from highrank.base.errors import UserError
 from highrank.base.files import cache_dir, write_atomic
 from highrank.model.adapters import Adapters
+from highrank.model.low_rank import ROUNDING, range_of
 
 FORMAT_VERSION = 1
 FILE = "singular_values.safetensors"
 TRIED = 64
 """Columns of the sketch by which an update of low rank is recognised."""
-ROUNDING = 1e-6
-"""What a product in fp32 leaves behind its rank, relative to the Frobenius norm."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,12 @@ def singular_values(M: Tensor, sketch: int | None = None) -> Spectrum:
     if not M.any():
         return Spectrum(np.zeros(smaller))
     if sketch is not None and sketch < smaller:
-        return _in_range(M, _range(M, sketch, power=2))
+        return _in_range(M, range_of(M, sketch, power=2))
     if smaller >= 4 * TRIED:
-        spectrum = _in_range(M, _range(M, TRIED))
+        spectrum = _in_range(M, range_of(M, TRIED))
         if spectrum.error <= ROUNDING * float(M.norm()):
             return spectrum
     return Spectrum(torch.linalg.svdvals(M).cpu().numpy())
-
-
-def _range(M: Tensor, columns: int, power: int = 0) -> Tensor:
-    """Returns an orthonormal basis (n, columns) of where M sends random vectors."""
-    rng = torch.Generator().manual_seed(0)
-    Q = torch.linalg.qr(M @ torch.randn(M.shape[1], columns, generator=rng, dtype=M.dtype).to(M.device)).Q
-    for _ in range(power):
-        Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q).Q).Q
-    return Q
 
 
 def _in_range(M: Tensor, Q: Tensor) -> Spectrum:

@@ -1,37 +1,90 @@
-"""The commands `highrank merge`, `export`, `import` and `eval`: words to options, results to stdout."""
+"""The commands `highrank merge`, `export`, `combine`, `import` and `eval`: words to options, results to stdout."""
 
 import json
 import os
+from typing import Any
 
 from highrank.base.console import result_alone
 from highrank.base.options import Words
 
 RUN_WORDS = "[task=... protocol=... path=...]"
+FORMATS = ("merged", "lora")
+"""How an update is written that is rounded, or approximated."""
 
 
 def merge(words: list[str]) -> int:
-    parser = Words("merge", f"RUN --out DIR [--dtype float32|bfloat16|float16] [--force] {RUN_WORDS}")
+    parser = Words("merge", f"RUN --out DIR [--dtype float32|bfloat16|float16] [--accept] {RUN_WORDS}")
     parser.add_argument("--out", required=True)
     parser.add_argument("--dtype")
-    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--accept", "--force", action="store_true")
     options, folder, rest = parser.one(words)
     from highrank.interop.hub_model import merge_run
 
     with result_alone():
-        done = merge_run(folder, options.out, options.dtype, options.force, rest)
+        done = merge_run(folder, options.out, options.dtype, options.accept, rest)
     print(done)
     return 0
 
 
 def export(words: list[str]) -> int:
-    parser = Words("export", f"RUN --format peft --out DIR {RUN_WORDS}")
-    parser.add_argument("--format", choices=["peft"], required=True)
+    usage = "RUN --format peft|lora|merged --out DIR [lora: --rank R] [merged: --dtype float32|bfloat16|float16]"
+    parser = Words("export", f"{usage} [--accept] {RUN_WORDS}")
+    parser.add_argument("--format", choices=["peft", *FORMATS], required=True)
     parser.add_argument("--out", required=True)
+    _add_lossy(parser)
     options, folder, rest = parser.one(words)
-    from highrank.interop.peft import export_run
+    _check_lossy(parser, options)
+    if options.format == "peft" and options.accept:
+        parser.error("--accept belongs to --format lora or merged, which lose something, got --format peft")
+    with result_alone():
+        if options.format == "merged":
+            from highrank.interop.hub_model import merge_run
+
+            done = merge_run(folder, options.out, options.dtype, options.accept, rest)
+        elif options.format == "lora":
+            from highrank.interop.lora import export_lora
+
+            done = export_lora(folder, options.out, options.rank, options.accept, rest)
+        else:
+            from highrank.interop.peft import export_run
+
+            done = export_run(folder, options.out, rest)
+    print(done)
+    return 0
+
+
+def _add_lossy(parser: Words) -> None:
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--dtype")
+    parser.add_argument("--accept", action="store_true")
+
+
+def _check_lossy(parser: Words, options: Any) -> None:
+    for option, owner in (("rank", "lora"), ("dtype", "merged")):
+        if getattr(options, option) is not None and options.format != owner:
+            parser.error(f"--{option} belongs to --format {owner}, got --format {options.format}")
+    if options.format == "lora" and options.rank is None:
+        parser.error("--format lora needs --rank, got none")
+
+
+def combine(words: list[str]) -> int:
+    usage = "RUN=0.7 RUN=0.3 --how linear|ties|dare --out DIR [--density SHARE] [--seed N]"
+    parser = Words("combine", f"{usage} [--format merged|lora] [--rank R] [--dtype ...] [--accept] {RUN_WORDS}")
+    parser.add_argument("--how", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--density", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--format", choices=FORMATS, default="merged")
+    _add_lossy(parser)
+    parser.add_argument("given", nargs="*")
+    options = parser.parse_intermixed_args(words)
+    _check_lossy(parser, options)
+    from highrank.interop.combine import Recipe, combine_runs, terms_and_words
 
     with result_alone():
-        done = export_run(folder, options.out, rest)
+        terms, rest = terms_and_words(options.given)
+        recipe = Recipe(options.how, terms, options.density, options.seed)
+        done = combine_runs(recipe, options.out, options.rank, options.dtype, options.accept, rest)
     print(done)
     return 0
 

@@ -13,7 +13,7 @@ y0 those of the base, on every position of some of the task's texts (of some sen
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from highrank.data.batches import collate
 from highrank.data.encoding import Encoded, encode_question
 from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
-from highrank.model.adapters import Adapters
 from highrank.model.backbones import DTYPES, Backbone
 from highrank.model.quantised import dequantise_model
 from highrank.model.whole_model import no_merged_weight
@@ -49,11 +48,11 @@ SENTENCES = (
 
 
 def merge_run(
-    folder: Path | str, out: Path | str, dtype: str | None = None, force: bool = False, words: Sequence[str] = ()
+    folder: Path | str, out: Path | str, dtype: str | None = None, accept: bool = False, words: Sequence[str] = ()
 ) -> Path:
     """Writes a run's base and adapter as one model folder, in `dtype` (default: the base's); returns it.
 
-    With it come the tokenizer, `fidelity.json` and a model card. `force` accepts a loss of fidelity.
+    With it come the tokenizer, `fidelity.json` and a model card. `accept` takes a loss of fidelity.
 
     Raises:
         UserError: if `out` exists and is not empty, the method has no merged weight, or the merged model is not the
@@ -66,9 +65,7 @@ def merge_run(
             f"merge: a run on a quantised base says into which base it is merged, got model.quantize={kind}; add "
             f"model.quantize=null for the unquantised weights, or model.quantize={kind} for the dequantised ones"
         )
-    dtype = dtype or run.model["dtype"]
-    if dtype not in DTYPES:
-        raise UserError(f"merge: --dtype is one of {', '.join(DTYPES)}, got --dtype {dtype}")
+    dtype = check_dtype("merge", dtype or run.model["dtype"])
     if not run.method.mergeable:
         raise no_merged_weight(run.method)
     _, backbone, adapters = load_run(folder, words)
@@ -78,29 +75,63 @@ def merge_run(
     y = logits(model, texts)
     with adapters.disabled():
         y0 = logits(model, texts)
-    lost = update_lost(adapters, DTYPES[dtype])
-    merged: Any = adapters.unload()
-    with written_whole("merge", out_folder) as ready:
-        merged.to(DTYPES[dtype]).save_pretrained(ready)
+    lost = update_lost(adapters.merging(), DTYPES[dtype])
+    backbone.model = adapters.unload()
+    write_merged(
+        "merge",
+        out_folder,
+        backbone,
+        texts,
+        (y, y0),
+        {"dtype": dtype, "update_lost": lost},
+        accept,
+        lambda facts: model_card(run, Path(folder), "transformers", facts),
+    )
+    return out_folder
+
+
+def check_dtype(part: str, dtype: str) -> str:
+    """Returns the dtype of a model folder; raises UserError for an unknown one."""
+    if dtype not in DTYPES:
+        raise UserError(f"{part}: --dtype is one of {', '.join(DTYPES)}, got --dtype {dtype}")
+    return dtype
+
+
+def write_merged(
+    part: str,
+    out: Path,
+    backbone: Backbone,
+    texts: Sequence[Encoded],
+    y_and_base: tuple[Sequence[Tensor], Sequence[Tensor]],
+    facts: Mapping[str, Any],
+    accept: bool,
+    card: Callable[[dict[str, Any]], str],
+) -> None:
+    """Writes a model that holds W' in fp32 as a folder in `facts["dtype"]`, reads it again and compares it.
+
+    Raises:
+        UserError: if it is not the model that gave the first logits by more than `MOST_ERROR`.
+    """
+    dtype, model = facts["dtype"], backbone.model
+    with written_whole(part, out) as ready:
+        model.to(DTYPES[dtype]).save_pretrained(ready)
         backbone.tokenizer.save_pretrained(ready)
-        again = type(merged).from_pretrained(ready, dtype=torch.float32, use_safetensors=True).eval()
-        fidelity: dict[str, Any] = {
-            "dtype": dtype,
-            **compare(y, logits(again, texts), y0),
-            "update_lost": lost,
-            "texts": len(texts),
-        }
-        if not fidelity["error"] <= MOST_ERROR and not force:  # nan is refused too
+        again = type(model).from_pretrained(ready, dtype=torch.float32, use_safetensors=True).eval()
+        y, y0 = y_and_base
+        fidelity = {**facts, **compare(y, logits(again, texts), y0), "texts": len(texts)}
+        if not fidelity["error"] <= MOST_ERROR and not accept:  # nan is refused too
             raise UserError(
-                f"merge: rounding to {dtype} must keep what training changed, got error={fidelity['error']:.2f} > "
+                f"{part}: rounding to {dtype} must keep what training changed, got error={fidelity['error']:.2f} > "
                 f"{MOST_ERROR} (argmax agreement {fidelity['argmax_agreement']:.3f}); use --dtype float32, or accept it "
-                "with --force"
+                "with --accept"
             )
         write_atomic(ready / "fidelity.json", json.dumps(fidelity, indent=1).encode())
-        facts = {key: f"{value:.3g}" for key, value in fidelity.items() if isinstance(value, float)}
-        facts = {"dtype": dtype, "fidelity": ", ".join(f"{key} {value}" for key, value in facts.items())}
-        write_atomic(ready / "README.md", model_card(run, Path(folder), "transformers", facts).encode())
-    return out_folder
+        write_atomic(ready / "README.md", card({"dtype": dtype, "fidelity": listed(fidelity)}).encode())
+
+
+def listed(fidelity: Mapping[str, Any]) -> str:
+    """Returns the measures of a fidelity report in one line of a model card."""
+    return ", ".join(f"{key} {value:.3g}" for key, value in fidelity.items() if isinstance(value, float))
 
 
 def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
@@ -110,7 +141,7 @@ def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
         with reading(task):
             records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]
     except UserError as error:
-        print(f"merge: compared on general sentences, for the task's own are gone ({error})", file=sys.stderr)
+        print(f"compared on general sentences, for the task's own are gone ({error})", file=sys.stderr)
         generates = task.kind == "generate"
         records = [Example("", text, "", "") if generates else LabelledText("", text, 0.0) for text in SENTENCES]
     return [encode_question(record, run.protocol, backbone.tokenizer) for record in records]
@@ -141,10 +172,10 @@ def compare(y: Sequence[Tensor], other: Sequence[Tensor], base: Sequence[Tensor]
 
 
 @torch.no_grad()
-def update_lost(adapters: Adapters, dtype: torch.dtype) -> float:
-    """Merges, and returns the share of Σ |ΔW| in entries whose W' rounds to what W rounds to in `dtype`."""
+def update_lost(merging: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
+    """Returns, of pairs W and W', the share of Σ |ΔW| in entries whose W' rounds to what W rounds to in `dtype`."""
     kept = total = 0.0
-    for W, merged in adapters.merging():
+    for W, merged in merging:
         update = (merged - W).abs().double()
         survives = merged.to(dtype) != W.to(dtype)
         kept, total = kept + float(update[survives].sum()), total + float(update.sum())

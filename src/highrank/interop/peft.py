@@ -37,6 +37,7 @@ from highrank.model.backbones import empty_model, head_modules, model_config
 from highrank.model.peft_form import PeftForm
 from highrank.model.placement import EXPERTS, WeightView, is_transposed, resolve, row_index, weight_of
 from highrank.model.weight_adapters import WeightAdapters
+from highrank.model.weights import WeightSource
 from highrank.model.whole_model import WholeModelAdapters
 from highrank.train.build import adapted_views, build_model
 from highrank.train.plan import count
@@ -59,18 +60,22 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
     check_expressible(run, meta, adapted_views(run, meta))
     _, backbone, adapters = load_run(folder, words)
     config, tensors = to_peft(adapters)
-    source = backbone.source
-    config |= {
-        "task_type": "CAUSAL_LM" if task.kind == "generate" else "SEQ_CLS",
-        "base_model_name_or_path": source.location if source.kind in ("path", "random") else run.model["hub"],
-        "revision": run.model["revision"],
-        "inference_mode": True,
-    }
+    config |= base_facts(run, backbone.source)
     with written_whole("export", out_folder) as ready:
         write_atomic(ready / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         write_atomic(ready / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
         write_atomic(ready / "README.md", model_card(run, Path(folder), "peft").encode())
     return out_folder
+
+
+def base_facts(run: Run, source: WeightSource) -> dict[str, Any]:
+    """Returns what adapter_config.json tells of the base model and what it does."""
+    return {
+        "task_type": "CAUSAL_LM" if run.make_task().kind == "generate" else "SEQ_CLS",
+        "base_model_name_or_path": source.location if source.kind in ("path", "random") else run.model["hub"],
+        "revision": run.model["revision"],
+        "inference_mode": True,
+    }
 
 
 def check_expressible(run: Run, model: Any, views: Sequence[WeightView]) -> None:
@@ -112,7 +117,10 @@ def to_peft(adapters: Adapters) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return _with_head(adapters, config, tensors)
     assert isinstance(adapters, WeightAdapters)
     first = adapters.layers[adapters.views[0].path].base
-    config |= {"target_modules": _targets(adapters), **({"fan_in_fan_out": True} if is_transposed(first) else {})}
+    config |= {
+        "target_modules": targets(adapters.model, list(adapters.layers)),
+        **({"fan_in_fan_out": True} if is_transposed(first) else {}),
+    }
     modules = {path: [view for view in adapters.views if view.path == path] for path in adapters.layers}
     if form.factors is not None:
         most = max(map(len, modules.values()))
@@ -144,11 +152,11 @@ def _as_saved(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _targets(adapters: WeightAdapters) -> list[str]:
+def targets(model: Any, paths: Sequence[str]) -> list[str]:
     """Returns the last names of the adapted modules if no other module has one of them, else their paths."""
-    names = {path.rpartition(".")[2] for path in adapters.layers}
-    alike = {path for path, _ in adapters.model.named_modules() if path.rpartition(".")[2] in names}
-    return sorted(names) if alike == adapters.layers.keys() else list(adapters.layers)
+    names = {path.rpartition(".")[2] for path in paths}
+    alike = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in names}
+    return sorted(names) if alike == set(paths) else list(paths)
 
 
 def _module(adapters: WeightAdapters, views: Sequence[WeightView], form: PeftForm, rank: int) -> Mapping[str, Tensor]:

@@ -1,8 +1,9 @@
 """Methods that change weights: one adapter per weight view, in a wrapper around the layer that holds it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from highrank.model.contract import check_adapter
 from highrank.model.experts import Experts
 from highrank.model.placement import EXPERTS, Rows, WeightView, resolve, row_index, weight_of, weight_reader
 from highrank.model.quantised import is_quantised
-from highrank.model.sharding import gathered
+from highrank.model.sharding import gathered, whole
 from highrank.model.torch_internals import version_of
 
 
@@ -210,6 +211,19 @@ class WeightAdapters(Adapters):
             delta: Tensor = self.by_view[view.name].delta_weight(self.base_weight(view))
             return delta
 
+    @torch.no_grad()
+    def layer_update(self, path: str) -> Tensor:
+        """Returns ΔW (out_features, in_features) of the whole layer at `path`, 0 on rows without an adapter, in fp32."""
+        update = torch.zeros(weight_of(self.layers[path].base).shape)
+        for view in self.views:
+            if view.path == path:
+                update[row_index(view.rows, len(update))] = self.delta_weight(view).cpu()
+        return update
+
+    def other_updates(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Returns, by its name, what computes the change of each parameter that trained beside the layers' weights."""
+        return {}
+
     @property
     def merged(self) -> bool:
         return any(layer.merged_from is not None for layer in self.layers.values())
@@ -300,7 +314,8 @@ class FullAdapters(WeightAdapters):
         if slices := [view for view in views if view.rows is not None]:
             raise UserError(f"{method.name}: matrices are trained whole, got rows {slices[0].rows} of {slices[0].path}")
         self.pristine_extra: dict[str, Tensor] = {}
-        """What the other parameters were before training."""
+        """What the other parameters were before training, or while the base computes alone, what they became."""
+        self._acts = True
 
     @classmethod
     def views_in(cls, model: nn.Module, placement: Any, layers: Any, fused: str, architecture: Any) -> list[WeightView]:
@@ -325,13 +340,38 @@ class FullAdapters(WeightAdapters):
         yield from ((W, named[name]) for name, W in self.pristine_extra.items())
         yield from super().merging()
 
+    @torch.no_grad()
+    def other_updates(self) -> Mapping[str, Callable[[], Tensor]]:
+        named = dict(self.model.named_parameters())
+
+        def change(name: str) -> Tensor:
+            change = (named[name].detach() - self.pristine_extra[name]).float().cpu()
+            return change if self._acts else -change
+
+        return {name: partial(change, name) for name in self.pristine_extra}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        aside = {} if self._acts else self.pristine_extra
+        return super().state_dict() | {name: whole(tensor).cpu().contiguous() for name, tensor in aside.items()}
+
     def _act(self, acts: bool) -> None:
         super()._act(acts)
         self._swap_extra()
 
+    def unload(self) -> nn.Module:
+        if not self.merged:
+            self._swap_extra()
+        return super().unload()
+
+    def plug(self) -> None:
+        super().plug()
+        if not self.merged:
+            self._swap_extra()
+
     @torch.no_grad()
     def _swap_extra(self) -> None:
         """Exchanges the trained values of the other parameters with their pristine ones."""
+        self._acts = not self._acts
         named = dict(self.model.named_parameters())
         for name, kept in self.pristine_extra.items():
             trained = named[name].clone()

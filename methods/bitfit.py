@@ -7,8 +7,8 @@
 | c      | (n,)  | pretrained | no      |
 | delta  | (n,)  | 0          | yes     |
 
-for the bias c of every linear layer and every norm outside the head. Trainable: as many numbers as these biases have;
-none in Llama. The output is the base's at the start.
+for the bias c of every linear layer and every norm that runs on text, outside the head. Trainable: as many numbers as these
+biases have; none in Llama. The output is the base's at the start.
 
 Source: Ben Zaken et al., "BitFit", arXiv 2106.10199, section 3.
 Differences: the update is fp32 whatever the base, since a small step on a bf16 bias is rounded away, and is added to what
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from highrank.model.backbones import head_modules
+from highrank.model.backbones import modules_on_text
 from highrank.model.placement import is_transposed
 from highrank.plugin import UserError, WholeModelMethod, register_method
 
@@ -84,11 +84,10 @@ class BitFit(WholeModelMethod):
 
 
 def _biased(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the modules whose bias is added to their output, outside the head that trains in full."""
-    heads = head_modules(model)
-    for name, module in model.named_modules():
+    """Yields the modules whose bias is added to their output."""
+    for name, module in modules_on_text(model):
         known = isinstance(module, nn.Linear | nn.LayerNorm) or is_transposed(module)
-        if known and module.bias is not None and name.split(".")[0] not in heads:
+        if known and module.bias is not None:
             yield name, module
 
 

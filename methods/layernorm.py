@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from highrank.model.backbones import head_modules
-from highrank.plugin import PeftForm, UserError, WholeModelMethod, decoder_of, register_method
+from highrank.model.backbones import modules_on_text
+from highrank.plugin import PeftForm, UserError, WholeModelMethod, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +121,10 @@ class LayerNormTuning(WholeModelMethod):
 
 
 def _norms(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the modules that are called norms and hold vectors, outside the head, and outside what a language model does not
-    run on text: a part that sees, attention to an encoder."""
-    heads, unused = head_modules(model), {*model.base_model.modules()} - {*decoder_of(model).modules()}
-    for name, module in model.named_modules():
+    """Yields the modules that are called norms and hold vectors."""
+    for name, module in modules_on_text(model):
         own = list(module.parameters(recurse=False)) if "Norm" in type(module).__name__ else []
-        runs = module not in unused and "encoder_attn" not in name and name.split(".")[0] not in heads
-        if own and runs and all(p.dim() == 1 for p in own):
+        if own and all(p.dim() == 1 for p in own):
             yield name, module
 
 

@@ -255,6 +255,21 @@ def test_bitfit_gradients_are_those_of_the_biases():
         torch.testing.assert_close(delta.grad, gradients[f"{name}/bias"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("method", "num_tensors"), [("layernorm", 6), ("bitfit", 9)])
+def test_what_a_language_model_does_not_run_on_text_stays_out(method, num_tensors):
+    """It would get no gradient: here an attention to an encoder that the model has not, and its norm."""
+    from transformers import BartConfig, BartForCausalLM
+
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    model = BartForCausalLM(BartConfig(vocab_size=260, is_decoder=True, is_encoder_decoder=False, **sizes)).eval()
+    cls = load("methods", method)
+    adapters = attach(model, [], cls, cls.config())
+    model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.square().mean().backward()
+    gradients = [parameter.grad for _, parameter in adapters.named_parameters()]
+    assert len(gradients) == num_tensors
+    assert all(gradient is not None for gradient in gradients)
+
+
 def test_bitfit_leaves_the_head_out_which_trains_in_full():
     model = load_backbone({"name": "tiny_bert", "dtype": "float32"}, None, "classify").model
     expected = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and "classifier" not in n)

@@ -1,6 +1,6 @@
 """Backbones: from a model's config entry to a model and a tokenizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from highrank.model import quantised
 from highrank.model.language import check_causal
 from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
 from highrank.model.torch_internals import has_bf16_tiles
-from highrank.model.transformers_internals import text_config, tied_weights
+from highrank.model.transformers_internals import decoder_of, text_config, tied_weights
 from highrank.model.weights import WeightSource, find_source, reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -246,6 +246,15 @@ def shuffle_weights(model: nn.Module) -> None:
         if parameter.dim() == 2:
             order = torch.randperm(parameter.numel(), generator=generator)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+def modules_on_text(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules outside the head, but those that a language model does not run on text: a part that sees, attention
+    to an encoder."""
+    heads, unused = head_modules(model), {*model.base_model.modules()} - {*decoder_of(model).modules()}
+    for name, module in model.named_modules():
+        if module not in unused and "encoder_attn" not in name and name.split(".")[0] not in heads:
+            yield name, module
 
 
 def head_modules(model: Any) -> list[str]:

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import yaml
@@ -123,7 +124,8 @@ def read_presets(group: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Returns name -> (what its file says of it, its values) of every preset of a config group."""
     found = {}
     for name, text in preset_texts(group):
-        comment = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+        head = takewhile(lambda line: line.startswith("#"), text.splitlines())
+        comment = [line.removeprefix("#").strip() for line in head]
         about = " ".join(line for line in comment if not line.startswith(("@package", "python run.py")))
         found[name] = about, yaml.load(text, yaml.CSafeLoader) or {}
     return found

@@ -140,8 +140,10 @@ def _devices() -> Iterator[Line]:
 
 
 def _number_types() -> Iterator[Line]:
-    """The default model's weights are bfloat16."""
+    """What the dtypes of a model's weights are computed as, and which of them `model.dtype=auto` takes."""
     import torch
+
+    from highrank.model.backbones import fastest_dtype
 
     on = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in (torch.float32, torch.bfloat16):
@@ -154,6 +156,7 @@ def _number_types() -> Iterator[Line]:
         yield Line(
             state, name, f"{'computes' if right else 'computes wrongly'} on {on}{', emulated' if slow else ''}", fix
         )
+    yield Line("ok", "model.dtype=auto", f"{fastest_dtype('auto')}, which is the fastest here")
 
 
 def _memory() -> Iterator[Line]:

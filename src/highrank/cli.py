@@ -13,7 +13,11 @@ highrank: parameter-efficient fine-tuning methods, each in one file, compared fa
   python run.py [key=value ...]        train, evaluate before and after, write a run directory
   python run.py -m key=a,b ...         a sweep: every combination, each run in its own process; start it again to go on
   highrank run [-m] [key=value ...]    the same from anywhere
-  highrank methods                     the methods, their fields and defaults
+  highrank methods [NAME]              the methods; of one its formula, fields, paper and count; so too
+  highrank tasks | models | protocols | experiments [NAME]
+  highrank runs [FOLDER] [--where key=value]        the runs in a folder: status, method, score, time, size, age
+  highrank show RUN [--against RUN]    what a run was and what came out; what differs from another
+  highrank watch RUN|SWEEP             how far it is, live
   highrank merge RUN --out DIR         a plain model folder with the adapter merged in
   highrank export RUN --format peft --out DIR       the adapter as Hugging Face PEFT loads it
   highrank export RUN --format lora --rank R --out DIR    its update as a LoRA, for vLLM, SGLang; --format merged: merge
@@ -22,6 +26,8 @@ highrank: parameter-efficient fine-tuning methods, each in one file, compared fa
   highrank eval RUN... [task=...]      evaluate finished runs again, or on another task; --engine lm_eval --tasks a,b
   highrank report SWEEP                tables with intervals, figures, one page to send around
   highrank analyze RUN... [--full RUN] ranks, energy and spectra of what training changed, tables and figures
+  highrank doctor                      versions, devices, caches, network, write access: each with the fix
+  highrank completion bash|zsh|fish    a script that completes commands, keys, values and run folders
 
 examples
   python run.py method=hira placement=fc_qkv r=16
@@ -31,7 +37,16 @@ core keys
 """
 COMMANDS = {
     "run": "highrank.cli:run",
-    "methods": "highrank.cli:methods",
+    "methods": "highrank.find.catalogue:methods",
+    "tasks": "highrank.find.catalogue:tasks",
+    "models": "highrank.find.catalogue:models",
+    "protocols": "highrank.find.catalogue:protocols",
+    "experiments": "highrank.find.catalogue:experiments",
+    "runs": "highrank.find.runs:command",
+    "show": "highrank.find.show:command",
+    "watch": "highrank.find.watch:command",
+    "doctor": "highrank.find.doctor:command",
+    "completion": "highrank.find.completion:command",
     "merge": "highrank.interop.commands:merge",
     "export": "highrank.interop.commands:export",
     "combine": "highrank.interop.commands:combine",
@@ -40,7 +55,7 @@ COMMANDS = {
     "analyze": "highrank.analysis.analyze:command",
     "report": "highrank.report.page:command",
 }
-"""The function of each command, imported when it is called: help stays instant."""
+"""The function of each command, imported when it is called: help stays instant. Completion reads this table from the file."""
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "passive",  # a thread that waits leaves its core to whoever else computes on this machine
@@ -125,28 +140,6 @@ def run(words: list[str]) -> int:
         folder, status = execute(checked)
         print(folder)
     return status
-
-
-def methods(words: list[str]) -> int:
-    import dataclasses
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from highrank.base import registry
-
-    table = Table("method", "W'", "fields (defaults)")
-    for name in sorted(registry.available("methods")):
-        cls = registry.load("methods", name)
-        doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()
-        formula = next((line.strip() for line in doc if line.strip().startswith("W' =")), doc[0] if doc else "")
-        fields = [
-            f.name if f.default is dataclasses.MISSING else f"{f.name}={f.default}"
-            for f in dataclasses.fields(cls.config)
-        ]
-        table.add_row(name, formula, ", ".join(fields) or "none")
-    Console().print(table)
-    return 0
 
 
 def run_script() -> int:

@@ -153,6 +153,7 @@ def prepare(
     )
     tell(directory, checkpoints)
     steps, parts = optimizer_steps(run, len(data.examples)), directory.results.get("parts", 1)
+    directory.write(steps_planned=steps)
     module = FineTuner(adapters, task, tokenizer, core, steps, run.protocol, eval_share, parts)
     return Prepared(run, directory, stop, adapters, tokenizer, data, tests, module, checkpoints)
 

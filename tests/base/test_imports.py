@@ -12,6 +12,7 @@ KNOWS = {
     **{"report": CORE, "interop": CORE, "analysis": (*CORE, "report"), "run": (*CORE, "report", "analysis")},
     **dict.fromkeys(("sweep", "worker"), (*CORE, "report", "analysis", "run")),
     "library": CORE,
+    "find": CORE,
     "__init__": ("library",),
     "methods": ("plugin", "model.kernels", "model.backbones", "model.placement"),
     "methods.__init__": ("base.registry",),
@@ -19,7 +20,10 @@ KNOWS = {
 }
 """What each package or module may import of ours, beside itself and the folder `configs`; `cli` may import anything."""
 LATE = {
-    **dict.fromkeys(("cli", "interop.commands"), ("highrank", "ast", "inspect", "itertools", "dataclasses", "rich")),
+    **dict.fromkeys(
+        ("cli", "interop.commands", "find.catalogue", "find.completion"),
+        ("highrank", "ast", "inspect", "itertools", "dataclasses", "rich"),
+    ),
     **dict.fromkeys(
         ("base.hub", "model.backbones", "model.language", "model.tiny", "model.weights"),
         ("transformers", "tokenizers", "huggingface_hub", "sentencepiece"),
@@ -29,6 +33,7 @@ LATE = {
         "model.sharding": ("torch",),
         "train.fsdp": ("torch",),
         "methods.prefix": ("transformers",),
+        "find.doctor": ("highrank", "torch", "huggingface_hub"),
     },
     **{
         "data.sources": ("datasets", "pyarrow"),

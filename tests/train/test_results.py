@@ -276,6 +276,15 @@ def test_a_folder_that_holds_no_trained_run_is_refused(tmp_path):
         read_run(tmp_path)
 
 
+def test_the_adapter_of_a_try_that_was_not_the_last_is_refused(finished, tmp_path):
+    """It was interrupted, went on, and diverged: what lies there is the first try's."""
+    copy = shutil.copytree(finished, tmp_path / "run")
+    found = {key: value for key, value in read_results(copy).items() if key != "steps"}
+    (copy / "results.json").write_text(json.dumps({**found, "status": "diverged"}))
+    with pytest.raises(UserError, match=rf"got status=diverged at step 0 of {found['steps_planned']} in"):
+        read_run(copy)
+
+
 def test_a_run_on_another_base_is_refused(finished, tmp_path):
     copy = shutil.copytree(finished, tmp_path / "run")
     found = read_results(copy)

@@ -60,3 +60,10 @@ def arriving(what: str, size: int, arrived: Callable[[], int]) -> Iterator[None]
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size < 1e7 else f"{size / 1e6:,.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its two largest units: 1 h 5 min, 1 min 20 s, 4 s."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m} min" if hours else f"{m} min {s} s" if m else f"{s} s"

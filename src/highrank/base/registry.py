@@ -5,16 +5,15 @@ imported to list them and only the chosen one is imported to use it. An out-of-t
 group `highrank.methods` or `highrank.tasks`, `name = "package.module"`.
 """
 
-import ast
 import dataclasses
 import importlib
 import importlib.metadata
-import importlib.util
 import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 from highrank.base.errors import UserError, suggest
+from highrank.base.source import Source
 
 _registered: dict[str, dict[str, type]] = {"methods": {}, "tasks": {}}
 
@@ -40,12 +39,7 @@ def available(group: str) -> dict[str, str]:
 
 def first_lines(group: str) -> dict[str, str]:
     """Returns name -> first line of its file's docstring of every plugin in `group`, without importing any."""
-    lines = {}
-    for name, module in sorted(available(group).items()):
-        loader: Any = getattr(importlib.util.find_spec(module), "loader", None)
-        source = loader.get_source(module) if hasattr(loader, "get_source") else None
-        lines[name] = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0]
-    return lines
+    return {name: Source(module).doc.partition("\n")[0] for name, module in sorted(available(group).items())}
 
 
 def load(group: str, name: str) -> type:

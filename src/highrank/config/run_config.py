@@ -135,6 +135,22 @@ def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
     return config | {key: path for key, path in typed.items() if "." not in key}
 
 
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a resolved config by the keys of the command line: core keys and method fields bare, others dotted."""
+    by_key: dict[str, Any] = {}
+    for key, value in config.items():
+        if key not in GROUPS or not isinstance(value, Mapping):
+            by_key[key] = value
+            continue
+        member = value.get("member")
+        for subkey, each in value.items():
+            if subkey == "name":
+                by_key[key] = f"{each}/{member}" if member else each
+            elif subkey != "member":
+                by_key[subkey if key == "method" else f"{key}.{subkey}"] = each
+    return by_key
+
+
 def config_hash(values: Mapping[str, Any]) -> str:
     """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
     config = as_given(values)

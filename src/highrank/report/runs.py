@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from highrank.base.errors import UserError
-from highrank.config.run_config import GROUPS, UNHASHED, as_given, with_later
+from highrank.config.run_config import GROUPS, UNHASHED, as_given, flat, with_later
 from highrank.train.results import read_results
 
 
@@ -191,22 +191,6 @@ def _check(config: Any, results: Mapping[str, Any]) -> None:
         raise ValueError("no protocol, data, params or seed")
     if not all("name" in file for file in results["data"]):
         raise ValueError("data without a name")
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a resolved config by the keys of the command line: core keys and method fields bare, others dotted."""
-    by_key: dict[str, Any] = {}
-    for key, value in config.items():
-        if key not in GROUPS or not isinstance(value, Mapping):
-            by_key[key] = value
-            continue
-        member = value.get("member")
-        for subkey, each in value.items():
-            if subkey == "name":
-                by_key[key] = f"{each}/{member}" if member else each
-            elif subkey != "member":
-                by_key[subkey if key == "method" else f"{key}.{subkey}"] = each
-    return by_key
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

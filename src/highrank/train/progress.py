@@ -6,7 +6,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from highrank.base.console import console, say
+from highrank.base.console import console, duration, say
 
 SETTLED = 10
 """Steps after which the time that is left can be told."""
@@ -61,10 +61,3 @@ class Progress(Callback):
 def shown(done: int, steps: int) -> bool:
     """Whether a line tells of this step: the first, the tenth, and from there every tenth of all steps, at the latest every 100th."""
     return done in (1, SETTLED) or (done > SETTLED and done % min(max(steps // 10, 1), 100) == 0)
-
-
-def duration(seconds: float) -> str:
-    """Returns a time in its two largest units: 1 h 5 min, 1 min 20 s, 4 s."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours} h {m} min" if hours else f"{m} min {s} s" if m else f"{s} s"

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
+from highrank.base.saved import read_results
 from highrank.config.run_config import UNHASHED, Run, as_given
 from highrank.train.devices import share_of
 
@@ -202,21 +203,6 @@ def _default_path(run: Run) -> Path:
     name = f"{run.name}_{run.hash[:8]}"
     started = sorted(Path(run.core.output).glob(f"*/{glob.escape(name)}/results.json"))
     return started[-1].parent if started else Path(run.core.output) / datetime.date.today().isoformat() / name
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """Returns what results.json in a run directory holds.
-
-    Raises:
-        UserError: if it is missing or damaged.
-    """
-    try:
-        results = json.loads((folder / "results.json").read_text())
-        if not isinstance(results, dict) or not {"status", "config_hash"} <= results.keys():
-            raise ValueError("no status and config_hash")
-    except (OSError, ValueError) as error:
-        raise UserError(f"run: results.json is damaged, got {error} in {folder}; choose another run_dir") from error
-    return results
 
 
 def git_state() -> dict[str, Any] | None:

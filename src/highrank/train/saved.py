@@ -49,7 +49,7 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
     if results["status"] != "done" and results.get("steps", 0) < results.get("steps_planned", 0):
         raise UserError(
             f"run: an adapter is used when its training is over, got status={results['status']} at step "
-            f"{results['steps']} of {results['steps_planned']} in {folder}; give the run's command again: it goes on"
+            f"{results.get('steps', 0)} of {results['steps_planned']} in {folder}; give the run's command again: it goes on"
         )
     register_configs()
     try:

@@ -24,6 +24,9 @@ from highrank.train.progress import progress
 from highrank.train.selection import KeepBest
 from highrank.train.stopping import StopOnSignal
 
+FLUSHED_S = 10
+"""After how many seconds what a run logs is on disk, where `highrank watch` and TensorBoard see it."""
+
 
 def lightning_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the Trainer arguments as Lightning takes them: `strategy=fsdp` as an object."""
@@ -90,7 +93,9 @@ def make_trainer(
         max_epochs=math.ceil(steps / math.ceil(num_batches / run.core.accumulate)),
         accumulate_grad_batches=run.core.accumulate,
         gradient_clip_val=run.core.max_grad_norm or None,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False, purge_step=start),
+        logger=TensorBoardLogger(
+            folder, name="", version="", default_hp_metric=False, purge_step=start, flush_secs=FLUSHED_S
+        ),
         callbacks=callbacks,
         enable_checkpointing=False,
         enable_progress_bar=console.is_interactive,

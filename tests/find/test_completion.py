@@ -59,7 +59,11 @@ def words(line):
         ("highrank run launcher=", ["launcher=local", "launcher=ray", "launcher=slurm"]),
         ("highrank run -", ["-m"]),
         ("highrank run pro", ["protocol=", "protocol."]),
-        ("highrank merge x --", ["--out", "--dtype", "--force"]),
+        ("highrank merge x --", ["--out", "--dtype", "--accept", "--force"]),
+        ("highrank export x --form", ["--format"]),
+        ("highrank export x --format l", ["lora"]),
+        ("highrank export x task=gs", ["task=gsm8k"]),
+        ("highrank combine x --de", ["--density"]),
         ("highrank runs --sort s", ["status", "score", "size"]),
         ("highrank runs --where sch", ["schedule="]),
         ("highrank runs --where schedule=l", ["schedule=linear"]),
@@ -110,6 +114,7 @@ def test_runs_and_the_folders_on_the_way_to_them_are_offered(outputs):
     assert words("highrank show outputs/") == ["outputs/2026-01-01/", "outputs/notes/"]
     assert words("highrank eval outputs/2026-01-01/hira outputs/2026-01-01/l") == ["outputs/2026-01-01/lora"]
     assert words("highrank show outputs/2026-01-01/hira --against outputs/2026-01-01/l") == ["outputs/2026-01-01/lora"]
+    assert words("highrank export outputs/2026-01-01/l") == ["outputs/2026-01-01/lora"]
     (outputs / "2026-01-01/sweep.json").write_text("{}")
     assert words("highrank watch outputs/2") == ["outputs/2026-01-01", "outputs/2026-01-01/"]
     assert words("highrank eval outputs/2026-01-01/hira task=gs") == ["task=gsm8k"]

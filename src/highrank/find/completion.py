@@ -176,21 +176,26 @@ def _of_command(place: str, given: list[str], typed: str) -> Iterator[Offer]:
 
 
 def _words_of(module: str, function: str) -> tuple[str, dict[str, list[str] | None]]:
-    """Returns a command's usage and its options: the choices of each, empty where it takes another value, None for a switch."""
+    """Returns the texts of a command's function, its usage among them, and its options, those too that it has helpers add:
+    the choices of each, empty where it takes another value, None for a switch."""
     source = Source(module)
     found = source.defined(function)
-    usage, options = "", {}
-    for call in ast.walk(found[1]) if found else ():
-        if not isinstance(call, ast.Call) or not call.args:
+    said: list[str] = []
+    options: dict[str, list[str] | None] = {}
+    for node in ast.walk(found[1]) if found else ():
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            said.append(source.text(node))
+        if not isinstance(node, ast.Call) or not node.args:
             continue
-        if ast.unparse(call.func) == "Words":
-            usage = source.text(call.args[1])
-        elif ast.unparse(call.func).endswith(".add_argument"):
-            name, words = source.text(call.args[0]), {word.arg: word.value for word in call.keywords}
+        if isinstance(node.func, ast.Name) and ast.unparse(node.args[0]) == "parser":
+            options |= _words_of(module, node.func.id)[1]
+        elif ast.unparse(node.func).endswith(".add_argument"):
+            words = {word.arg: word.value for word in node.keywords}
             choices = [str(value) for value in source.values(words["choices"])] if "choices" in words else []
-            if name.startswith("-"):
-                options[name] = None if "store_true" in map(source.text, words.values()) else choices
-    return usage, options
+            switch = "store_true" in map(source.text, words.values())
+            names = [name for name in map(source.text, node.args) if name.startswith("-")]
+            options |= dict.fromkeys(names, None if switch else choices)
+    return " ".join(said), options
 
 
 def _names(group: str) -> Iterator[Offer]:

@@ -182,13 +182,12 @@ def test_one_run_has_one_hash():
 
 
 def test_unknown_command(capsys):
-    from highrank.cli import main
+    from highrank.cli import COMMANDS, main
 
-    assert main(["trian"]) == 2
-    assert (
-        "unknown command, got trian; it is one of: analyze, eval, export, import, merge, methods, report, run"
-        in capsys.readouterr().err
-    )
+    assert main(["reprot"]) == 2
+    assert "unknown command, got reprot; did you mean 'report'?" in capsys.readouterr().err
+    assert main(["x"]) == 2
+    assert f"unknown command, got x; it is one of: {', '.join(sorted(COMMANDS))}" in capsys.readouterr().err
 
 
 def test_a_model_without_a_source_lists_what_was_tried(run_cli, tmp_path, monkeypatch):

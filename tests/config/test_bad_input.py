@@ -185,7 +185,7 @@ def test_unknown_command(capsys):
     from highrank.cli import COMMANDS, main
 
     assert main(["reprot"]) == 2
-    assert "unknown command, got reprot; did you mean 'report'?" in capsys.readouterr().err
+    assert "unknown command, got reprot; did you mean 'report' or 'export'?" in capsys.readouterr().err
     assert main(["x"]) == 2
     assert f"unknown command, got x; it is one of: {', '.join(sorted(COMMANDS))}" in capsys.readouterr().err
 

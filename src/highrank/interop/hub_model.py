@@ -24,7 +24,7 @@ from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
 from highrank.config.run_config import Run
 from highrank.data.batches import collate
-from highrank.data.encoding import Encoded, encode_question
+from highrank.data.encoding import Encoded, encode_question, give_tokens
 from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
@@ -106,6 +106,7 @@ def merge_run(
 def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
     """Returns the first test prompts of the run's task, encoded; where its data is gone, `SENTENCES`."""
     task = run.make_task()
+    give_tokens(task, run.protocol, backbone.tokenizer)
     try:
         with reading(task):
             records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]

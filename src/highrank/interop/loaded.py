@@ -23,6 +23,7 @@ from highrank.base.files import digest
 from highrank.config.run_config import Run
 from highrank.config.words import key_of
 from highrank.data.batches import EvalData, hold_out
+from highrank.data.encoding import give_tokens
 from highrank.data.task import Task, reading
 from highrank.interop.hub_model import compare, logits
 from highrank.model.adapters import Adapters, attach
@@ -181,7 +182,8 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
     for folder, run, backbone, adapters in on_shared_bases(folders, words, needed=read_tests):
         task = tasks[folder]
         positions = context_length(backbone.model, backbone.tokenizer) - adapters.num_positions
-        known = trained_on(folder, words)
+        give_tokens(task, run.protocol, backbone.tokenizer)
+        known = trained_on(folder, words, backbone.tokenizer)
         data = EvalData(task, run.protocol, backbone.tokenizer, known, positions=positions)
         data.check_lengths()
         module = FineTuner(adapters, task, backbone.tokenizer, run.core, 1, run.protocol)
@@ -192,7 +194,7 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
     return by_run
 
 
-def trained_on(folder: Path, words: Sequence[str]) -> list[Any] | None:
+def trained_on(folder: Path, words: Sequence[str], tokenizer: Any) -> list[Any] | None:
     """Returns the examples that a run was trained on: from where they were or, if they were moved, from where `words`
     say that the task's data lies; None, and a line that says so, where they are gone."""
     run, moved = read_run(folder), [word for word in words if key_of(word).startswith("task.")]
@@ -200,6 +202,7 @@ def trained_on(folder: Path, words: Sequence[str]) -> list[Any] | None:
     gone = []
     for place in places:
         task = place.make_task()
+        give_tokens(task, run.protocol, tokenizer)
         try:
             with reading(task):
                 records = hold_out(task.train(), run.protocol)[0]

@@ -6,6 +6,7 @@ Drawn on `Figure` objects, without pyplot and its global state. Colours are Okab
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.numpy import load_file
 from highrank.report.published import ROWS
 from highrank.report.runs import Record, flat
 from highrank.report.scores import AVERAGE, Arm, Results, Score, label, shown
+from highrank.report.statistics import LOSS
 from highrank.report.tables import peak_gib, train_seconds
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")
@@ -68,7 +70,7 @@ def draw(results: Results) -> list[Drawing]:
             figures += [curve(results, key) for key in results.keys if key not in ("r1", "r2")]
             figures.append(split(results))
             figures += [bars(results, key) for key in results.keys]
-        figures += [searches(results), heat_maps(results), spectra(results)]
+        figures += [lengths(results), searches(results), heat_maps(results), spectra(results)]
         return [
             Drawing(name, title, caption, svg(figure, title)) for name, title, caption, figure in filter(None, figures)
         ]
@@ -239,6 +241,44 @@ def curve(results: Results, key: str) -> tuple[str, str, str, Figure] | None:
     )
 
 
+def lengths(results: Results) -> tuple[str, str, str, Figure] | None:
+    """Score and test loss against the length of the tested examples, where a task groups its test sets by it."""
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for arm, (title, key) in itertools.product(results.arms, (("score, %", ""), ("test loss, nats per token", LOSS))):
+        pattern = re.compile(rf"{re.escape(key or arm.records[0].metric)}_(\d+)")
+        finals = [record.results["metrics"]["final"] for record in arm.records]
+        found = {name: int(match[1]) for name in finals[0] if (match := pattern.fullmatch(name))}
+        shared = {name: length for name, length in found.items() if all(name in final for final in finals)}
+        line = {length: sum(final[name] for final in finals) / len(finals) for name, length in shared.items()}
+        if len(line) > 1:
+            panels.setdefault(title, {})[arm.label] = dict(sorted(line.items()))
+    if not panels or len(results.arms) > MOST_LINES:
+        return None
+    trained = {n for arm in results.arms for n in flat(arm.records[0].config).get("task.train_lengths") or ()}
+    figure = Figure(figsize=(max(5.5, 4.6 * len(panels)), 4.1), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for i, (name, line) in enumerate(lines.items()):
+            axis.plot(list(line), list(line.values()), **_style(i), label=name)
+        for length in sorted(trained):
+            axis.axvline(length, color="#888888", linewidth=1, linestyle="--", zorder=0)
+        ticks = sorted({length for line in lines.values() for length in line} | trained)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xlabel("tokens of a tested example")
+        axis.set_ylabel(title)
+        axis.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.6)
+    _legend(figure, axes[0])
+    caption = "Unweighted mean over the test sets of a length, and over seeds. Dashed: lengths trained on; what lies beyond them is extrapolation."
+    return "lengths", "Score by length", caption, figure
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 1.4}
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -319,8 +359,7 @@ def searches(results: Results) -> tuple[str, str, str, Figure] | None:
     figure, axis = _single()
     for i, (name, points) in enumerate(lines.items()):
         x, y = zip(*points, strict=True)
-        color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-        axis.plot(x, y, color=color, marker=marker, label=name, linewidth=1.4, markersize=5)
+        axis.plot(x, y, **_style(i), label=name)
     axis.set_xscale("log")
     axis.set_xlabel("learning rate")
     axis.set_ylabel("validation loss")

@@ -106,11 +106,11 @@ def make_plan(run: Run, task: Task) -> Plan:
             f"run: packing is for language models without virtual tokens, which stand before each example, got {what}; "
             "leave out packing=true"
         )
+    positions = _positions(run, task, model)
     with reading(task):
         num_train, tokens_each, tokens = _training_size(task, run)
         if task.has_data or not core.dry_run:
             task.test()  # what is wrong with a test set is said before weights load
-    positions = _positions(run, task, model)
     cuts = run.protocol.too_long == "cut" or not model.can_generate()
     steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4
@@ -141,7 +141,7 @@ def _positions(run: Run, task: Task, model: Any) -> int:
     """Returns how many tokens the model takes beside virtual ones.
 
     Raises:
-        UserError: if they leave no room for a prompt and its answer.
+        UserError: if they leave no room for a prompt and its answer, or are fewer than the task's examples have tokens.
     """
     longest, virtual = context_length(model), getattr(run.method_cfg, "num_virtual_tokens", 0)
     new = (run.protocol.max_new_tokens or task.max_new_tokens) if model.can_generate() and run.core.eval_test else 0
@@ -149,6 +149,17 @@ def _positions(run: Run, task: Task, model: Any) -> int:
         raise UserError(
             f"run: the model's {longest} positions must hold a prompt, got num_virtual_tokens={virtual} and "
             f"protocol.max_new_tokens={new}; lower them"
+        )
+    if task.longest is not None and task.longest > longest - virtual:
+        raise UserError(
+            f"task {task.name}: its examples must fit the model's {longest - virtual} positions, got {task.longest} tokens; "
+            "lower its lengths, or take a model with more positions"
+        )
+    cut_off = run.protocol.max_length + (run.protocol.max_target_length or 0)
+    if task.longest is not None and task.longest > cut_off:
+        raise UserError(
+            f"task {task.name}: the protocol's cut-off must hold its examples, got {task.longest} tokens with "
+            f"protocol.max_length={run.protocol.max_length}; give protocol.max_length={task.longest}"
         )
     return longest - virtual
 

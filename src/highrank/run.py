@@ -20,7 +20,6 @@ from highrank.model.adapters import Adapters
 from highrank.model.language import context_length
 from highrank.report.dashboard import write_run
 from highrank.train import devices, shown
-from highrank.train.build import build_model
 from highrank.train.checkpoint import Checkpoints
 from highrank.train.devices import quiet
 from highrank.train.divergence import Diverged
@@ -31,6 +30,7 @@ from highrank.train.forgetting import forgetting
 from highrank.train.module import FineTuner
 from highrank.train.plan import Plan, make_plan, optimizer_steps
 from highrank.train.results import RunDirectory, peak_memory
+from highrank.train.saved import begin
 from highrank.train.selection import KeepBest
 from highrank.train.stopping import Interrupted, StopOnSignal, requeue
 from highrank.train.trainer import check_trainer, make_trainer
@@ -125,10 +125,14 @@ def prepare(
     core = run.core
     share, eval_share = devices.share_of(run.trainer), devices.evaluation_share_of(run.trainer)
     lightning.seed_everything((core.seed + share.rank) % 2**32, verbose=False)
-    backbone, adapters = build_model(run, task)
+    backbone, adapters = begin(run, task)
     model, sources = {"name": run.model["name"], **vars(backbone.source)}, task.sources()
     directory.open(directory.kept(earlier, model, sources))
     directory.write(model=model, params=vars(plan.params), data=sources)
+    if plan.start:
+        directory.write(
+            start=plan.start if backbone.update_lost is None else {**plan.start, "update_lost": backbone.update_lost}
+        )
     write_session(directory)
     stop.check()
     tokenizer = backbone.tokenizer

@@ -15,6 +15,7 @@ from highrank.base.errors import UserError, suggest
 from highrank.base.fields import dataclass_from
 from highrank.base.files import shown
 from highrank.config.run_config import CORE_KEYS, OPTIMIZERS, SCHEDULES, Run, RunConfig
+from highrank.config.start import settle
 from highrank.config.trainer_keys import check_trainer_keys
 from highrank.data.protocol import Protocol
 from highrank.model.backbones import DTYPES
@@ -64,6 +65,7 @@ def build(config: Any, trained: bool = False) -> Run:
     if core.lr is None:
         core.lr = method.default_lr
     _check_core(core)
+    settle(core, method, method_cfg, given)
     if core.analyze and not method.family.changes_weights:
         raise UserError(
             f"run: analyze needs a method that changes weights, got analyze=true with method={method.name}; "

@@ -27,11 +27,10 @@ from highrank.data.batches import collate
 from highrank.data.encoding import Encoded, encode_question, give_tokens
 from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
-from highrank.model.adapters import Adapters
 from highrank.model.backbones import DTYPES, Backbone
 from highrank.model.quantised import dequantise_model
 from highrank.model.whole_model import no_merged_weight
-from highrank.train.saved import check_new, load_run, read_run, written_whole
+from highrank.train.saved import check_new, load_run, read_run, update_lost, written_whole
 
 MOST_ERROR = 0.1
 """Greatest `error` of a folder that is written without being asked to."""
@@ -139,14 +138,3 @@ def compare(y: Sequence[Tensor], other: Sequence[Tensor], base: Sequence[Tensor]
         difference = float((a - b).double().norm())
         measures["error"] = difference / changed if changed else float(difference > 0)
     return measures
-
-
-@torch.no_grad()
-def update_lost(adapters: Adapters, dtype: torch.dtype) -> float:
-    """Merges, and returns the share of Σ |ΔW| in entries whose W' rounds to what W rounds to in `dtype`."""
-    kept = total = 0.0
-    for W, merged in adapters.merging():
-        update = (merged - W).abs().double()
-        survives = merged.to(dtype) != W.to(dtype)
-        kept, total = kept + float(update[survives].sum()), total + float(update.sum())
-    return 1 - kept / total if total else 0.0

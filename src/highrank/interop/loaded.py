@@ -27,21 +27,22 @@ from highrank.data.encoding import give_tokens
 from highrank.data.task import Task, reading
 from highrank.interop.hub_model import compare, logits
 from highrank.model.adapters import Adapters, attach
-from highrank.model.backbones import Backbone, head_modules, load_backbone
+from highrank.model.backbones import Backbone, head_modules
 from highrank.model.language import context_length
-from highrank.train.build import adapted_views
+from highrank.train.build import adapted_views, base_run
 from highrank.train.devices import quiet
 from highrank.train.evaluation import evaluate
 from highrank.train.module import FineTuner
-from highrank.train.saved import check_base, load_run, read_run
+from highrank.train.saved import check_base, load_base, load_run, read_run
 from highrank.train.trainer import make_evaluator
 
 
 class AdapterSwitch:
     """One base model and the adapters loaded beside it, by name."""
 
-    def __init__(self, model: Any, tokenizer: Any = None):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any = None, base_run: str | None = None):
+        self.model, self.tokenizer, self.base_run = model, tokenizer, base_run
+        """`base_run`: which run's merged weights the model has, as `Adapters.base_run`."""
         self.adapters: dict[str, Adapters] = {}
         self.active: str | None = None
         self._heads: dict[str | None, dict[str, Tensor]] = {None: self._head()}
@@ -72,6 +73,7 @@ class AdapterSwitch:
         with self._only(None):
             views, heads = adapted_views(run, self.model), self._head_names()
             adapters = attach(self.model, views, run.method, run.method_cfg, run.core.seed, heads, self.tokenizer)
+            adapters.base_run = self.base_run
             self.model.eval()
             self.adapters[name], self._heads[name] = adapters, self._head()
             adapters.unload()
@@ -233,15 +235,15 @@ def on_shared_bases(
         _check_kind(folder, task)
         needed(folder)
         base_folder = None if run.method.family.keeps_base else str(folder)
-        base = digest([run.model, run.core.path, task.kind, task.num_labels, base_folder])
+        base = digest([run.model, run.core.path, task.kind, task.num_labels, base_folder, base_run(run)])
         groups.setdefault(base, []).append((folder, run, task))
     for members in groups.values():
         folder, run, task = members[0]
         if not run.method.family.keeps_base:
             yield folder, *load_run(folder, words)
             continue
-        backbone = load_backbone(run.model, run.core.path, task.kind, task.num_labels, run.core.seed)
-        switch = AdapterSwitch(backbone.model, backbone.tokenizer)
+        backbone = load_base(run, task)
+        switch = AdapterSwitch(backbone.model, backbone.tokenizer, base_run(run))
         for folder, run, _ in members:
             check_base(folder, backbone)
             adapters = switch.load(str(folder), folder, run)

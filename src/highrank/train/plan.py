@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from highrank.base.errors import UserError
+from highrank.base.files import shown
 from highrank.config.run_config import Run
 from highrank.data.batches import hold_out
 from highrank.data.task import Task, reading
@@ -18,6 +20,7 @@ from highrank.model.whole_model import VirtualTokens
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
 from highrank.train.optimizer import warmup_steps
+from highrank.train.start import check_start
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Plan:
     """Training tokens, estimated at four characters per token."""
     memory_bytes: dict[str, int]
     """Estimated bytes: weights, adapters (fp32 value, gradient, two moments), activations kept for backward."""
+    start: dict[str, Any] | None = None
+    """The run that training goes on from, and how."""
     notes: tuple[str, ...] = ()
     """What `matched` does not tell of where the adapters are."""
     warnings: tuple[str, ...] = ()
@@ -90,6 +95,7 @@ def make_plan(run: Run, task: Task) -> Plan:
     Raises:
         UserError: for every rule that the run breaks.
     """
+    start = check_start(run, task)
     config = model_config(run.model, run.core.path)
     model = empty_model(config, task.kind, task.num_labels)
     core = run.core
@@ -132,6 +138,7 @@ def make_plan(run: Run, task: Task) -> Plan:
         steps=steps,
         tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * tokens_each),
         memory_bytes=memory,
+        start=start,
         notes=tuple(notes(config, views)),
         warnings=tuple(_warnings(run, num_train, steps, sum(n > positions for n in tokens), positions, cuts)),
     )
@@ -165,6 +172,8 @@ def _positions(run: Run, task: Task, model: Any) -> int:
 
 
 def _warnings(run: Run, num_train: int, steps: int, num_long: int, positions: int, cuts: bool) -> Iterator[str]:
+    if run.core.dry_run and run.core.start_from and not Path(run.core.start_from).exists():
+        yield f"the run to start from is not there yet, got start_from={shown(run.core.start_from)}: it is needed to train"
     if num_long:
         yield (
             f"{num_long} of {num_train} training examples are longer than the model's {positions} positions, at four "

@@ -99,6 +99,8 @@ class RunConfig:
     """Whether the untrained model is evaluated too."""
     eval_test: bool = True
     """Whether the test sets are evaluated at all; a search over the held-out examples needs none."""
+    eval_also: Any = None
+    """Other tasks on whose test sets the model is evaluated too, before and after: [math10k] or {math10k: {n_test: 40}}."""
     general_text: str | None = path_field(None)
     """File of general text (.txt by lines, or a field `text`) on which forgetting is measured after training."""
     analyze: bool = False
@@ -126,7 +128,10 @@ PLACES = ("start_from",)
 
 STEP_VERSION = 2
 """Raised when a step of several micro-batches changes: since 2 it is the mean over its targets, before, of their means."""
-LATER: dict[str, Any] = {"head_lr": None, "packing": False, "start_from": None, "start_as": None, "start_hash": None}
+LATER: dict[str, Any] = {
+    **{"head_lr": None, "packing": False, "eval_also": None},
+    **{"start_from": None, "start_as": None, "start_hash": None},
+}
 """Keys younger than the first runs, and what their absence from a saved config means; a plugin has `later_field`s."""
 
 
@@ -207,6 +212,8 @@ class Run:
     protocol: Protocol
     model: dict[str, Any]
     trainer: dict[str, Any]
+    also: dict[str, "Run"] = dataclasses.field(default_factory=dict)
+    """This run with each of the tasks of `eval_also` in the place of its own, by their names."""
     given: dict[str, str] = dataclasses.field(default_factory=dict)
     """Relative paths as they were typed, by their key (task.train); the run uses them absolute."""
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from highrank.report.published import ROWS
+from highrank.report.retention import OWN, TEXT, means
 from highrank.report.runs import Record, flat
 from highrank.report.scores import AVERAGE, Arm, Results, Score, label, shown
 from highrank.report.statistics import LOSS
@@ -67,6 +68,7 @@ def draw(results: Results) -> list[Drawing]:
             figures.append(transfer(results))
         else:
             figures.append(pareto(results))
+            figures.append(retained(results))
             figures += [curve(results, key) for key in results.keys if key not in ("r1", "r2")]
             figures.append(split(results))
             figures += [bars(results, key) for key in results.keys]
@@ -185,6 +187,54 @@ def pareto(results: Results) -> tuple[str, str, str, Figure] | None:
     _legend(figure, axes[0])
     caption = f"What a score costs; up and to the left is better. Dotted: the best score at no more than that cost. {_said(results)}"
     return "pareto", "Score against cost", caption, figure
+
+
+def retained(results: Results) -> tuple[str, str, str, Figure] | None:
+    """What was gained on the trained task against what was lost on others and on general text, in scores and in losses."""
+    by_arm = [(arm, found) for arm, found in zip(results.arms, map(means, results.arms), strict=True) if found]
+    panels: list[tuple[str, str, list[tuple[Arm, float, float]]]] = []
+    for kind, sign, unit in (("score", 1, "points"), (LOSS, -1, "nats per token")):
+        names = {
+            name: None for _, found in by_arm for name, of in found if name != OWN and (of == kind or name == TEXT)
+        }
+        for name in names:
+            loss = LOSS if name == TEXT else kind
+            points = [
+                (arm, _fall(found[name, loss], -1 if loss == LOSS else 1), -_fall(found[OWN, kind], sign))
+                for arm, found in by_arm
+                if (name, loss) in found and (OWN, kind) in found
+            ]
+            if len(points) > 1:
+                lost = f"lost on {name}, {'nats per token' if loss == LOSS else 'points'}"
+                panels.append((lost, f"gained on the trained task, {unit}", points))
+    if not panels:
+        return None
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(max(5.5, 3.9 * across), 3.9 * down + 0.3), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    kinds = list(dict.fromkeys(_kind(arm) for _, _, points in panels for arm, _, _ in points))
+    for axis, (xlabel, ylabel, points) in zip(axes, panels, strict=False):
+        for i, name in enumerate(kinds):
+            x, y = ([point[j] for point in points if _kind(point[0]) == name] for j in (1, 2))
+            axis.plot(x, y, **(_style(i) | {"linestyle": "none"}), label=name)
+        front = _front([x for _, x, _ in points], [y for _, _, y in points])
+        axis.plot(
+            *zip(*front, strict=True), drawstyle="steps-post", color="#888888", linewidth=1, linestyle=":", zorder=0
+        )
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        axis.grid(color="#888888", alpha=0.25, linewidth=0.6)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    _legend(figure, axes[0])
+    caption = "Each point an arm, the mean over its runs; up and to the left is better, left of 0 something was gained there too. Dotted: the most gained at no more than that loss."
+    return "retention", "Gain against forgetting", caption, figure
+
+
+def _fall(values: tuple[float, float], sign: int) -> float:
+    return sign * (values[0] - values[1])
 
 
 def _kind(arm: Arm) -> str:

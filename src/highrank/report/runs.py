@@ -212,10 +212,10 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns, per config, its values of the keys in which the configs differ, groups first.
 
-    Left out: keys that follow from a group's name (a model's shape, a protocol's template), and a learning rate, or what a
+    Left out: what else a run is evaluated on; keys that follow from a group's name (a model's shape, a protocol's template), and a learning rate, or what a
     run started from, that follows from the other keys.
     """
-    rows = [{k: v for k, v in flat(config).items() if k not in (*UNHASHED, *PLACES)} for config in configs]
+    rows = [{k: v for k, v in flat(config).items() if k not in (*UNHASHED, *PLACES, "eval_also")} for config in configs]
     order = {**dict.fromkeys(GROUPS), **{key: None for row in rows for key in row}}
     varied = [key for key in order if len({hashable(row[key]) for row in rows if key in row}) > 1]
     names = [key for key in varied if key in GROUPS]

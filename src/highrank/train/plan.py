@@ -117,6 +117,7 @@ def make_plan(run: Run, task: Task) -> Plan:
         num_train, tokens_each, tokens = _training_size(task, run)
         if task.has_data or not core.dry_run:
             task.test()  # what is wrong with a test set is said before weights load
+    _check_others(run, task, model)
     cuts = run.protocol.too_long == "cut" or not model.can_generate()
     steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4
@@ -142,6 +143,20 @@ def make_plan(run: Run, task: Task) -> Plan:
         notes=tuple(notes(config, views)),
         warnings=tuple(_warnings(run, num_train, steps, sum(n > positions for n in tokens), positions, cuts)),
     )
+
+
+def _check_others(run: Run, task: Task, model: Any) -> None:
+    """Raises UserError unless the tasks of eval_also can be evaluated with the run's model."""
+    for name, other in run.also.items():
+        second = other.make_task()
+        if (second.kind, second.num_labels) != (task.kind, task.num_labels):
+            raise UserError(
+                f"run: eval_also takes tasks of the run's kind, got {name} ({second.kind}) beside {task.name} ({task.kind})"
+            )
+        _positions(other, second, model)
+        with reading(second):
+            if second.has_data or not run.core.dry_run:
+                second.test()
 
 
 def _positions(run: Run, task: Task, model: Any) -> int:

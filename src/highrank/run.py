@@ -14,13 +14,12 @@ from highrank.base.allocator import keep_freed_memory
 from highrank.base.processes import total
 from highrank.config.run_config import Run
 from highrank.data.batches import EvalData, TrainingData
-from highrank.data.encoding import within
+from highrank.data.encoding import give_tokens, within
 from highrank.data.task import Task
 from highrank.model.adapters import Adapters
 from highrank.model.language import context_length
 from highrank.report.dashboard import write_run
 from highrank.train import devices, shown
-from highrank.train.build import build_model
 from highrank.train.checkpoint import Checkpoints
 from highrank.train.devices import quiet
 from highrank.train.divergence import Diverged
@@ -31,6 +30,7 @@ from highrank.train.forgetting import forgetting
 from highrank.train.module import FineTuner
 from highrank.train.plan import Plan, make_plan, optimizer_steps
 from highrank.train.results import RunDirectory, peak_memory
+from highrank.train.saved import begin
 from highrank.train.selection import KeepBest
 from highrank.train.stopping import Interrupted, StopOnSignal, requeue
 from highrank.train.trainer import check_trainer, make_trainer
@@ -87,6 +87,8 @@ class Prepared:
     tokenizer: Any
     data: TrainingData
     tests: EvalData
+    others: dict[str, EvalData]
+    """Of the tasks of eval_also."""
     module: FineTuner
     checkpoints: Checkpoints
 
@@ -125,10 +127,14 @@ def prepare(
     core = run.core
     share, eval_share = devices.share_of(run.trainer), devices.evaluation_share_of(run.trainer)
     lightning.seed_everything((core.seed + share.rank) % 2**32, verbose=False)
-    backbone, adapters = build_model(run, task)
+    backbone, adapters = begin(run, task)
     model, sources = {"name": run.model["name"], **vars(backbone.source)}, task.sources()
     directory.open(directory.kept(earlier, model, sources))
     directory.write(model=model, params=vars(plan.params), data=sources)
+    if plan.start:
+        directory.write(
+            start=plan.start if backbone.update_lost is None else {**plan.start, "update_lost": backbone.update_lost}
+        )
     write_session(directory)
     stop.check()
     tokenizer = backbone.tokenizer
@@ -146,8 +152,13 @@ def prepare(
         core.packing,
     )
     tests = EvalData(task, run.protocol, tokenizer, data.records, eval_share, positions)
-    if core.eval_test:
-        tests.check_lengths()
+    others = {}
+    for name, other in run.also.items() if core.eval_test else ():
+        second = other.make_task()
+        give_tokens(second, other.protocol, tokenizer)
+        others[name] = EvalData(second, other.protocol, tokenizer, data.records, eval_share, positions)
+    for each in (tests, *others.values()) if core.eval_test else ():
+        each.check_lengths()
     checkpoints = Checkpoints(
         directory.path / "checkpoints", core.checkpoint_every, data.buckets, stop, first=core.auto_microbatch
     )
@@ -155,7 +166,7 @@ def prepare(
     steps, parts = optimizer_steps(run, len(data.examples)), directory.results.get("parts", 1)
     directory.write(steps_planned=steps)
     module = FineTuner(adapters, task, tokenizer, core, steps, run.protocol, eval_share, parts)
-    return Prepared(run, directory, stop, adapters, tokenizer, data, tests, module, checkpoints)
+    return Prepared(run, directory, stop, adapters, tokenizer, data, tests, others, module, checkpoints)
 
 
 def evaluate_before(job: Prepared, trainer: lightning.Trainer, batch_size: int) -> int:
@@ -172,8 +183,24 @@ def evaluate_before(job: Prepared, trainer: lightning.Trainer, batch_size: int) 
             batch_size,
             lambda name, rows: directory.write_predictions(f"{name}.before", rows),
         )
-    directory.write(metrics={"before": metrics})
+        also = {name: {"before": found} for name, found in evaluate_others(job, trainer, fitting, ".before").items()}
+    directory.write(metrics={"before": metrics}, **({"also": also} if also else {}))
     return fitting
+
+
+def evaluate_others(job: Prepared, trainer: lightning.Trainer, batch_size: int, ending: str = "") -> dict[str, Any]:
+    """Evaluates the model on the tasks of eval_also; returns their metrics by name, predictions in <task>.<set><ending>."""
+    found = {}
+    for name, tests in job.others.items():
+        with job.module.asked(tests.task, tests.protocol):
+            found[name], batch_size = evaluate(
+                trainer,
+                job.module,
+                tests,
+                batch_size,
+                lambda of, rows, name=name: job.directory.write_predictions(f"{name}.{of}{ending}", rows),  # type: ignore[misc]  # a default value binds the loop's
+            )
+    return found
 
 
 def train(job: Prepared, trainer: lightning.Trainer) -> lightning.Trainer:
@@ -205,7 +232,14 @@ def evaluate_after(job: Prepared, trainer: lightning.Trainer, batch_size: int) -
     """Evaluates the trained model: its test sets, what it forgot, and what changed in its weights, where asked for."""
     directory, core = job.directory, job.run.core
     with directory.timing("eval_final_s"):
-        metrics, _ = evaluate(trainer, job.module, job.tests, batch_size, directory.write_predictions)
+        metrics, fitting = evaluate(trainer, job.module, job.tests, batch_size, directory.write_predictions)
+        before = directory.results.get("also", {})
+        for name, found in evaluate_others(job, trainer, fitting).items():
+            task = job.others[name].task
+            read = {"data": task.sources()} if task.has_data else {}
+            before = {**before, name: {**before.get(name, {}), "final": found, **read}}
+        if before:
+            directory.write(also=before)
     times = directory.results["time"]
     directory.results["time"] = {**times, "total_s": sum(times.values())}
     if core.general_text is not None and job.adapters.model.can_generate():

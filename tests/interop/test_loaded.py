@@ -10,7 +10,6 @@ from trained import logits, write_run
 from highrank.base.errors import UserError
 from highrank.cli import main
 from highrank.data.encoding import Encoded
-from highrank.interop import loaded
 from highrank.interop.loaded import AdapterSwitch, evaluate_runs
 from highrank.model.backbones import load_backbone
 from highrank.train.saved import load_run, read_run
@@ -147,7 +146,6 @@ def loads(monkeypatch):
         names.append(spec["name"])
         return load_backbone(spec, *args)
 
-    monkeypatch.setattr(loaded, "load_backbone", counted)
     monkeypatch.setattr("highrank.train.build.load_backbone", counted)
     return names
 
@@ -174,7 +172,7 @@ def test_other_words_for_the_task(make_run, capsys, monkeypatch):
     assert main(["eval", str(run), "task.n_test=2", "task.data_seed=7", "protocol.max_new_tokens=3"]) == 0
     found = json.loads("{" + capsys.readouterr().out.split("{", 1)[1])
     assert found["sets"]["wordmath"]["n"] == 2
-    monkeypatch.setattr(loaded, "load_backbone", None)
+    monkeypatch.setattr("highrank.train.build.load_backbone", None)
     for words, message in [
         (["r=4"], "a saved adapter is used as it was trained, got r=4"),
         (["model=tiny_gpt2"], "used as it was trained, got model=tiny_gpt2"),

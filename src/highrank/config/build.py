@@ -15,6 +15,7 @@ from highrank.base.errors import UserError, suggest
 from highrank.base.fields import dataclass_from
 from highrank.base.files import shown
 from highrank.config.run_config import CORE_KEYS, OPTIMIZERS, SCHEDULES, Run, RunConfig
+from highrank.config.start import settle
 from highrank.config.trainer_keys import check_trainer_keys
 from highrank.data.protocol import Protocol
 from highrank.model.backbones import DTYPES, fastest_dtype
@@ -66,13 +67,48 @@ def build(config: Any, trained: bool = False) -> Run:
     if core.lr is None:
         core.lr = method.default_lr
     _check_core(core)
+    settle(core, method, method_cfg, given)
     if core.analyze and not method.family.changes_weights:
         raise UserError(
             f"run: analyze needs a method that changes weights, got analyze=true with method={method.name}; "
             "leave analyze out"
         )
     protocol = protocol_for(values["protocol"], task.family)
-    return Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer, given)
+    run = Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer, given=given)
+    return _with_others(run, values["protocol"], trained)
+
+
+def _with_others(run: Run, protocol: Mapping[str, Any], trained: bool) -> Run:
+    """Returns the run with the tasks of `eval_also`, whose key then holds every value of theirs; of a protocol, which a task's
+    family may have changed, only one that is not the run's own."""
+    asked = run.core.eval_also
+    if asked is None:
+        return run
+    if isinstance(asked, str):
+        asked = [asked]
+    if not isinstance(asked, Mapping):
+        asked = dict.fromkeys(asked, None) if isinstance(asked, list) else {}
+    if not asked or not all(isinstance(name, str) and isinstance(v, Mapping | None) for name, v in asked.items()):
+        raise UserError(
+            f"run: eval_also is a list of tasks, or a mapping of tasks to their fields, got eval_also={run.core.eval_also}; "
+            "write eval_also=[gsm8k] or 'eval_also={gsm8k: {n_test: 40}}'"
+        )
+    others: dict[str, Run] = {}
+    for name, given in asked.items():
+        fields = {key: value for key, value in (given or {}).items() if key not in ("protocol", "version")}
+        task, cfg = _plugin("tasks", {"name": name, **fields}, {}, trained)
+        kept = (given or {}).get("protocol")
+        rules = dataclass_from(Protocol, kept, "protocol") if kept else protocol_for(protocol, task.family)
+        others[name] = dataclasses.replace(run, task=task, task_cfg=cfg, protocol=rules)
+    run.core.eval_also = {
+        name: {
+            "version": other.task.version,
+            **dataclasses.asdict(other.task_cfg),
+            **({} if other.protocol == run.protocol else {"protocol": dataclasses.asdict(other.protocol)}),
+        }
+        for name, other in others.items()
+    }
+    return dataclasses.replace(run, also=others)
 
 
 def check_files(core: RunConfig) -> None:

@@ -51,6 +51,12 @@ class RunConfig:
     """One adapter per fused matrix (fused), one per part (split), or fused where all its parts are placed (auto)."""
     architecture: Any = None
     """Paths of the parts in a model that is not built in: {blocks: model.layers, q: self_attn.q_proj, ...}."""
+    start_from: str | None = path_field(None)
+    """A finished run to go on from: its directory, or a sweep's folder, of which the run of this method and seed is taken."""
+    start_as: str | None = None
+    """adapter: its adapter is trained on; merged: its merged weights are the base; default: adapter of the same method, else merged."""
+    start_hash: str | None = None
+    """What start_from holds, a sha256 over its config and its adapter: filled in; where given, it must be that."""
     seed: int = 0
     """Seeds data order, adapter start, new heads and dropout."""
     lr: float | None = None
@@ -93,6 +99,8 @@ class RunConfig:
     """Whether the untrained model is evaluated too."""
     eval_test: bool = True
     """Whether the test sets are evaluated at all; a search over the held-out examples needs none."""
+    eval_also: Any = None
+    """Other tasks on whose test sets the model is evaluated too, before and after: [math10k] or {math10k: {n_test: 40}}."""
     general_text: str | None = path_field(None)
     """File of general text (.txt by lines, or a field `text`) on which forgetting is measured after training."""
     analyze: bool = False
@@ -115,10 +123,15 @@ UNHASHED = (
     *("eval_batch_size", "auto_microbatch", "analyze"),
 )
 """Keys that do not change a run's results."""
+PLACES = ("start_from",)
+"""Keys that say where something lies of which another key tells what it is: no part of the hash."""
 
 STEP_VERSION = 2
 """Raised when a step of several micro-batches changes: since 2 it is the mean over its targets, before, of their means."""
-LATER: dict[str, Any] = {"head_lr": None, "packing": False}
+LATER: dict[str, Any] = {
+    **{"head_lr": None, "packing": False, "eval_also": None},
+    **{"start_from": None, "start_as": None, "start_hash": None},
+}
 """Keys younger than the first runs, and what their absence from a saved config means; a plugin has `later_field`s."""
 
 
@@ -160,7 +173,9 @@ def config_hash(values: Mapping[str, Any]) -> str:
         if group in config
     }
     items = {**config, **plugins}.items()
-    return digest({key: value for key, value in items if key not in UNHASHED and value != LATER.get(key, ...)})
+    return digest(
+        {key: value for key, value in items if key not in (*UNHASHED, *PLACES) and value != LATER.get(key, ...)}
+    )
 
 
 def with_later(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,6 +228,8 @@ class Run:
     protocol: Protocol
     model: dict[str, Any]
     trainer: dict[str, Any]
+    also: dict[str, "Run"] = dataclasses.field(default_factory=dict)
+    """This run with each of the tasks of `eval_also` in the place of its own, by their names."""
     given: dict[str, str] = dataclasses.field(default_factory=dict)
     """Relative paths as they were typed, by their key (task.train); the run uses them absolute."""
 

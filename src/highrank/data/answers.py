@@ -137,6 +137,13 @@ class Rule:
         return answer, answer is not None and self.equal(answer, gold)
 
 
+def judge_all(text: str, answers: Sequence[str]) -> tuple[list[str] | None, bool]:
+    """Returns the words and numbers of a text without regard to case, None if it has none, and whether they are all of the
+    answers and nothing else, in any order. "and" between them is none of them."""
+    listed = [word for word in re.findall(r"[^\s,;.]+", text.casefold()) if word != "and"]
+    return listed or None, sorted(listed) == sorted(answer.casefold() for answer in answers)
+
+
 RULES = {
     "strict": Rule(stated_choice, stated_number, equal_value),
     "llm_adapters": Rule(first_choice, last_number, within_thousandth),

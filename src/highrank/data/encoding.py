@@ -1,12 +1,13 @@
 """From an example to tokens and labels, under a protocol."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from highrank.base.errors import UserError
 from highrank.data.chat import conversation_tokens, prompt_tokens
 from highrank.data.protocol import Protocol
-from highrank.data.task import Example, LabelledText, Record
+from highrank.data.task import Example, LabelledText, Record, Task
 
 IGNORED = -100
 """Label of a position that carries no loss."""
@@ -64,6 +65,19 @@ def _opened(tokenizer: Any, text: str, bos: bool) -> list[int]:
     ids, end = tokenizer(text, add_special_tokens=bos, verbose=False).input_ids, [tokenizer.eos_token_id]
     closed = bos and ids[-1:] == end and tokenizer(text, add_special_tokens=False, verbose=False).input_ids[-1:] != end
     return ids[:-1] if closed else ids
+
+
+def give_tokens(task: Task, protocol: Protocol, tokenizer: Any) -> None:
+    """Tells a task how many tokens its examples have in a run, prompt and room for an answer."""
+    new = protocol.max_new_tokens or task.max_new_tokens
+    task.tokens = partial(_num_tokens, protocol=protocol, tokenizer=tokenizer, new=new)
+
+
+def _num_tokens(example: Example, protocol: Protocol, tokenizer: Any, new: int) -> int:
+    texts = {prompt_text(example, protocol, evaluation) for evaluation in (False, True)}
+    prompt = max(len(_opened(tokenizer, text, True)) for text in texts)
+    answer = len(tokenizer(example.output, add_special_tokens=False, verbose=False).input_ids) + protocol.eos
+    return prompt + max(new, answer)
 
 
 def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool = False) -> Encoded | None:

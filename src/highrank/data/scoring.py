@@ -9,7 +9,7 @@ from torchmetrics.functional import matthews_corrcoef, pearson_corrcoef, spearma
 from torchmetrics.functional.classification import binary_f1_score
 
 from highrank.data import leak
-from highrank.data.answers import RULES, reported
+from highrank.data.answers import RULES, judge_all, reported
 from highrank.data.batches import EvalData, ranks
 from highrank.data.chat import prompt_of
 from highrank.data.encoding import prompt_text
@@ -51,6 +51,9 @@ def _read(record: Example, output: Any, protocol: Protocol, ranked: bool) -> dic
     row: dict[str, Any] = {"output": output, "gold": list(record.references) or record.answer}
     if text != output:
         row["text"] = text
+    if record.answers:
+        row["parsed"], row["correct"] = judge_all(text, record.answers)
+        return row
     for rule in reported(protocol.answer_rule, bool(record.choices)):
         end = "" if rule == protocol.answer_rule else f"_{rule}"
         row[f"parsed{end}"], row[f"correct{end}"] = RULES[rule].judge(text, record.answer, record.choices)
@@ -199,6 +202,18 @@ def evaluate_rows(
 
 
 def macro_averages(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Returns the unweighted mean over the sets of the headline metric and, where every set has one, of the loss."""
-    names = [task.metric, *(["loss"] if all("loss" in scores for scores in by_set.values()) else [])]
-    return {name: sum(scores[name] for scores in by_set.values()) / len(by_set) for name in names}
+    """Returns the unweighted mean over the sets of the headline metric and, where every set has one, of the loss; then the
+    same of each group of sets that the task names, as <metric>_<group>."""
+    averages = _averages(task, list(by_set.values()))
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for name, scores in by_set.items():
+        if group := task.group(name):
+            groups.setdefault(group, []).append(scores)
+    for group, members in groups.items():
+        averages |= {f"{name}_{group}": value for name, value in _averages(task, members).items()}
+    return averages
+
+
+def _averages(task: Task, sets: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = [task.metric, *(["loss"] if all("loss" in scores for scores in sets) else [])]
+    return {name: sum(scores[name] for scores in sets) / len(sets) for name in names}

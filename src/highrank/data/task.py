@@ -1,7 +1,7 @@
 """The contract of a task: data, and how a model's output is scored."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +33,8 @@ class Example:
     messages: tuple[tuple[str, str], ...] = ()
     """A conversation, as (role, content), that `output` answers as the assistant, in the tokenizer's chat template; then
     `instruction` is what was said in it."""
+    answers: tuple[str, ...] = ()
+    """All that is asked for, where that is a list: an output is right if it holds these and nothing else, in any order."""
     given: int = 0
     """How many of the messages are only read; the assistant's turns among the others are learned like the answer."""
 
@@ -81,6 +83,11 @@ class Task:
     """Longest output in tokens where the protocol does not say, for kind "generate"."""
     num_train: int | None = None
     """Training examples, known without the data."""
+    longest: int | None = None
+    """Most tokens of an example, its prompt with room for an answer, where the task's examples have a length in tokens."""
+    tokens: Callable[[Example], int] | None = None
+    """How many tokens an example has, prompt and room for an answer, in the run's protocol and tokenizer; None before the
+    tokenizer is there, in a plan. For tasks whose examples have a length: `train()` and `test()` go by it."""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     """Fields that show what the task can do: the tests run over them, on what rows they have."""
 
@@ -95,6 +102,10 @@ class Task:
         """Returns the numbers that one of `metrics` stands for, by name, where it is the task's own; `rows` are those of
         the predictions file."""
         raise UserError(f"task {self.name}: unknown metric, got metrics with {name}; define it in `measure`")
+
+    def group(self, name: str) -> str:
+        """Returns under which name a test set is averaged with others, "" where only all are averaged."""
+        return ""
 
     @property
     def has_data(self) -> bool:

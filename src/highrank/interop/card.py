@@ -34,6 +34,7 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
         "base model": f"{base}, from {source['kind']}, sha {source['sha']}",
         "base dtype": model["dtype"],
         "trained on": f"the base quantised to {kind}, not its own weights" if (kind := model.get("quantize")) else "",
+        "started from": _started(results.get("start")),
         "task": run.task.name,
         "data": "; ".join(
             f"{shown(d['name'])}, {d['rows']} rows, sha256 {d['sha256']}" for d in results.get("data", [])
@@ -53,6 +54,13 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
 def _command(run: Run, results: Mapping[str, Any]) -> str:
     command = f"\n## Made by\n\n```bash\npython run.py {shlex.join(words_of(run, typed=True))}\n```\n"
     return "" if "imported" in results else command
+
+
+def _started(start: Mapping[str, Any] | None) -> str:
+    if start is None:
+        return ""
+    what = "the adapter" if start["as"] == "adapter" else "the merged weights"
+    return f"{what} of a run of {start['method']} on {start['task']}, its config {start['config_hash']}"
 
 
 def formula(method: Any) -> str:

@@ -40,7 +40,6 @@ from highrank.interop.hub_model import (
     listed,
     logits,
     some_texts,
-    update_lost,
     write_merged,
 )
 from highrank.interop.lora import LoRA, check_holds, check_rank
@@ -50,7 +49,7 @@ from highrank.model.backbones import DTYPES, load_backbone
 from highrank.model.placement import weight_of
 from highrank.train.build import adapted_views
 from highrank.train.results import changed, model_files, read_results
-from highrank.train.saved import GIVEN_ANEW, check_base, check_new, read_run
+from highrank.train.saved import GIVEN_ANEW, check_base, check_new, read_run, update_lost
 
 DENSITY = {"linear": None, "ties": 0.2, "dare": 0.1}
 """The ways to combine, and which share of the entries each keeps unless told."""

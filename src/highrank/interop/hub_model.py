@@ -13,7 +13,7 @@ y0 those of the base, on every position of some of the task's texts (of some sen
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
 from highrank.config.run_config import Run
 from highrank.data.batches import collate
-from highrank.data.encoding import Encoded, encode_question
+from highrank.data.encoding import Encoded, encode_question, give_tokens
 from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
 from highrank.model.backbones import DTYPES, Backbone
 from highrank.model.quantised import dequantise_model
 from highrank.model.whole_model import no_merged_weight
-from highrank.train.saved import check_new, load_run, read_run, written_whole
+from highrank.train.saved import check_new, load_run, read_run, update_lost, written_whole
 
 MOST_ERROR = 0.1
 """Greatest `error` of a folder that is written without being asked to."""
@@ -137,6 +137,7 @@ def listed(fidelity: Mapping[str, Any]) -> str:
 def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
     """Returns the first test prompts of the run's task, encoded; where its data is gone, `SENTENCES`."""
     task = run.make_task()
+    give_tokens(task, run.protocol, backbone.tokenizer)
     try:
         with reading(task):
             records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]
@@ -169,14 +170,3 @@ def compare(y: Sequence[Tensor], other: Sequence[Tensor], base: Sequence[Tensor]
         difference = float((a - b).double().norm())
         measures["error"] = difference / changed if changed else float(difference > 0)
     return measures
-
-
-@torch.no_grad()
-def update_lost(merging: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
-    """Returns, of pairs W and W', the share of Σ |ΔW| in entries whose W' rounds to what W rounds to in `dtype`."""
-    kept = total = 0.0
-    for W, merged in merging:
-        update = (merged - W).abs().double()
-        survives = merged.to(dtype) != W.to(dtype)
-        kept, total = kept + float(update[survives].sum()), total + float(update.sum())
-    return 1 - kept / total if total else 0.0

@@ -23,24 +23,26 @@ from highrank.base.files import digest
 from highrank.config.run_config import Run
 from highrank.config.words import key_of
 from highrank.data.batches import EvalData, hold_out
+from highrank.data.encoding import give_tokens
 from highrank.data.task import Task, reading
 from highrank.interop.hub_model import compare, logits
 from highrank.model.adapters import Adapters, attach
-from highrank.model.backbones import Backbone, head_modules, load_backbone
+from highrank.model.backbones import Backbone, head_modules
 from highrank.model.language import context_length
-from highrank.train.build import adapted_views
+from highrank.train.build import adapted_views, base_run
 from highrank.train.devices import quiet
 from highrank.train.evaluation import evaluate
 from highrank.train.module import FineTuner
-from highrank.train.saved import check_base, load_run, read_run
+from highrank.train.saved import check_base, load_base, load_run, read_run
 from highrank.train.trainer import make_evaluator
 
 
 class AdapterSwitch:
     """One base model and the adapters loaded beside it, by name."""
 
-    def __init__(self, model: Any, tokenizer: Any = None):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any = None, base_run: str | None = None):
+        self.model, self.tokenizer, self.base_run = model, tokenizer, base_run
+        """`base_run`: which run's merged weights the model has, as `Adapters.base_run`."""
         self.adapters: dict[str, Adapters] = {}
         self.active: str | None = None
         self._heads: dict[str | None, dict[str, Tensor]] = {None: self._head()}
@@ -71,6 +73,7 @@ class AdapterSwitch:
         with self._only(None):
             views, heads = adapted_views(run, self.model), self._head_names()
             adapters = attach(self.model, views, run.method, run.method_cfg, run.core.seed, heads, self.tokenizer)
+            adapters.base_run = self.base_run
             self.model.eval()
             self.adapters[name], self._heads[name] = adapters, self._head()
             adapters.unload()
@@ -181,7 +184,8 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
     for folder, run, backbone, adapters in on_shared_bases(folders, words, needed=read_tests):
         task = tasks[folder]
         positions = context_length(backbone.model, backbone.tokenizer) - adapters.num_positions
-        known = trained_on(folder, words)
+        give_tokens(task, run.protocol, backbone.tokenizer)
+        known = trained_on(folder, words, backbone.tokenizer)
         data = EvalData(task, run.protocol, backbone.tokenizer, known, positions=positions)
         data.check_lengths()
         module = FineTuner(adapters, task, backbone.tokenizer, run.core, 1, run.protocol)
@@ -192,7 +196,7 @@ def evaluate_runs(folders: Sequence[Path | str], words: Sequence[str] = ()) -> d
     return by_run
 
 
-def trained_on(folder: Path, words: Sequence[str]) -> list[Any] | None:
+def trained_on(folder: Path, words: Sequence[str], tokenizer: Any) -> list[Any] | None:
     """Returns the examples that a run was trained on: from where they were or, if they were moved, from where `words`
     say that the task's data lies; None, and a line that says so, where they are gone."""
     run, moved = read_run(folder), [word for word in words if key_of(word).startswith("task.")]
@@ -200,6 +204,7 @@ def trained_on(folder: Path, words: Sequence[str]) -> list[Any] | None:
     gone = []
     for place in places:
         task = place.make_task()
+        give_tokens(task, run.protocol, tokenizer)
         try:
             with reading(task):
                 records = hold_out(task.train(), run.protocol)[0]
@@ -230,15 +235,15 @@ def on_shared_bases(
         _check_kind(folder, task)
         needed(folder)
         base_folder = None if run.method.family.keeps_base else str(folder)
-        base = digest([run.model, run.core.path, task.kind, task.num_labels, base_folder])
+        base = digest([run.model, run.core.path, task.kind, task.num_labels, base_folder, base_run(run)])
         groups.setdefault(base, []).append((folder, run, task))
     for members in groups.values():
         folder, run, task = members[0]
         if not run.method.family.keeps_base:
             yield folder, *load_run(folder, words)
             continue
-        backbone = load_backbone(run.model, run.core.path, task.kind, task.num_labels, run.core.seed)
-        switch = AdapterSwitch(backbone.model, backbone.tokenizer)
+        backbone = load_base(run, task)
+        switch = AdapterSwitch(backbone.model, backbone.tokenizer, base_run(run))
         for folder, run, _ in members:
             check_base(folder, backbone)
             adapters = switch.load(str(folder), folder, run)

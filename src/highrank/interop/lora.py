@@ -84,6 +84,11 @@ def export_lora(
 def check_holds(part: str, run: Run, folder: Path | str) -> None:
     """Raises UserError unless what the run trained is a ΔW of linear layers, or holds one."""
     method, task = run.method, run.make_task()
+    if run.core.start_as == "merged":
+        raise UserError(
+            f"{part}: the ΔW must be one of a named base, got a run with start_as=merged in {folder}, whose base is another "
+            "run's merged weights; highrank merge writes the adapted model"
+        )
     if not method.family.changes_weights:
         instead = (
             "highrank merge writes the changed model"

@@ -55,6 +55,11 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
     """
     out_folder = check_new("export", out)
     run = read_run(folder, words)
+    if run.core.start_as == "merged":
+        raise UserError(
+            "export: PEFT names an adapter's base, and no name stands for another run's merged weights, got a run with "
+            f"start_as=merged in {folder}; `highrank merge RUN --out DIR` writes the adapted model instead"
+        )
     task = run.make_task()
     meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
     check_expressible(run, meta, adapted_views(run, meta))
@@ -234,6 +239,10 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
     run = compose_run(chosen)
     if run.method.family.placed:
         run = compose_run([*chosen, *_placement_words(run, form, tensors)])
+    if run.core.start_from is not None:
+        raise UserError(
+            "import: an imported adapter is what it is, got start_from; give it to the run that goes on from it"
+        )
     task = run.make_task()
     if config.get("modules_to_save") and task.kind == "generate":
         raise UserError(

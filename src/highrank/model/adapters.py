@@ -38,6 +38,8 @@ class Adapters:
 
     def __init__(self, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, seed: int):
         self.model, self.views, self.method, self.cfg, self.seed = model, list(views), method, cfg, seed
+        self.base_run: str | None = None
+        """Which run's merged weights the base is, as that run's hash; None for a plain base."""
         self.by_view: dict[str, Any] = {}
         """The adapter of each view; for a method whose update is no weight, its one module under the method's name."""
         self.extra: list[str] = []
@@ -282,6 +284,7 @@ class Adapters:
             extra=self.extra,
             probe=self.probe(),
             unadapted=self.unadapted(),
+            **({"base_run": self.base_run} if self.base_run else {}),
         )
 
     def load(self, folder: Path | str) -> None:
@@ -291,6 +294,15 @@ class Adapters:
             UserError: naming the file or tensor that does not match; the parameters are then as before.
         """
         card, tensors = adapter_folder.read(folder, self.method.name)
+        if card.get("base_run") != self.base_run:
+            kinds = [
+                "the merged weights of a run" if other else "the plain model"
+                for other in (self.base_run, card.get("base_run"))
+            ]
+            raise UserError(
+                f"adapter: the base must be the one trained on, got {kinds[0]} for an adapter on {kinds[1]} in {folder}; "
+                "load the run that it belongs to, which makes its base again"
+            )
         same_dtype = card["base_dtype"] == self.base_dtype
         if self.exact_base and not same_dtype:
             raise UserError(

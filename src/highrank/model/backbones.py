@@ -36,6 +36,8 @@ class Backbone:
     model: Any
     tokenizer: Any
     source: WeightSource
+    update_lost: float | None = None
+    """Of merged weights: the share of Σ |ΔW| in entries that rounding to the model's dtype leaves at the base's value."""
 
 
 def model_config(spec: Mapping[str, Any], path: str | None) -> Any:

@@ -6,6 +6,7 @@ Drawn on `Figure` objects, without pyplot and its global state. Colours are Okab
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from highrank.report.published import ROWS
+from highrank.report.retention import OWN, TEXT, means
 from highrank.report.runs import Record, flat
 from highrank.report.scores import AVERAGE, Arm, Results, Score, label, shown
+from highrank.report.statistics import LOSS
 from highrank.report.tables import peak_gib, train_seconds
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")
@@ -65,10 +68,11 @@ def draw(results: Results) -> list[Drawing]:
             figures.append(transfer(results))
         else:
             figures.append(pareto(results))
+            figures.append(retained(results))
             figures += [curve(results, key) for key in results.keys if key not in ("r1", "r2")]
             figures.append(split(results))
             figures += [bars(results, key) for key in results.keys]
-        figures += [searches(results), heat_maps(results), spectra(results)]
+        figures += [lengths(results), searches(results), heat_maps(results), spectra(results)]
         return [
             Drawing(name, title, caption, svg(figure, title)) for name, title, caption, figure in filter(None, figures)
         ]
@@ -185,6 +189,54 @@ def pareto(results: Results) -> tuple[str, str, str, Figure] | None:
     return "pareto", "Score against cost", caption, figure
 
 
+def retained(results: Results) -> tuple[str, str, str, Figure] | None:
+    """What was gained on the trained task against what was lost on others and on general text, in scores and in losses."""
+    by_arm = [(arm, found) for arm, found in zip(results.arms, map(means, results.arms), strict=True) if found]
+    panels: list[tuple[str, str, list[tuple[Arm, float, float]]]] = []
+    for kind, sign, unit in (("score", 1, "points"), (LOSS, -1, "nats per token")):
+        names = {
+            name: None for _, found in by_arm for name, of in found if name != OWN and (of == kind or name == TEXT)
+        }
+        for name in names:
+            loss = LOSS if name == TEXT else kind
+            points = [
+                (arm, _fall(found[name, loss], -1 if loss == LOSS else 1), -_fall(found[OWN, kind], sign))
+                for arm, found in by_arm
+                if (name, loss) in found and (OWN, kind) in found
+            ]
+            if len(points) > 1:
+                lost = f"lost on {name}, {'nats per token' if loss == LOSS else 'points'}"
+                panels.append((lost, f"gained on the trained task, {unit}", points))
+    if not panels:
+        return None
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(max(5.5, 3.9 * across), 3.9 * down + 0.3), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    kinds = list(dict.fromkeys(_kind(arm) for _, _, points in panels for arm, _, _ in points))
+    for axis, (xlabel, ylabel, points) in zip(axes, panels, strict=False):
+        for i, name in enumerate(kinds):
+            x, y = ([point[j] for point in points if _kind(point[0]) == name] for j in (1, 2))
+            axis.plot(x, y, **(_style(i) | {"linestyle": "none"}), label=name)
+        front = _front([x for _, x, _ in points], [y for _, _, y in points])
+        axis.plot(
+            *zip(*front, strict=True), drawstyle="steps-post", color="#888888", linewidth=1, linestyle=":", zorder=0
+        )
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        axis.grid(color="#888888", alpha=0.25, linewidth=0.6)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    _legend(figure, axes[0])
+    caption = "Each point an arm, the mean over its runs; up and to the left is better, left of 0 something was gained there too. Dotted: the most gained at no more than that loss."
+    return "retention", "Gain against forgetting", caption, figure
+
+
+def _fall(values: tuple[float, float], sign: int) -> float:
+    return sign * (values[0] - values[1])
+
+
 def _kind(arm: Arm) -> str:
     """Returns what colours an arm: its method where methods are compared, else its name."""
     return shown(arm.axes["method"]) if "method" in arm.axes else arm.label
@@ -237,6 +289,44 @@ def curve(results: Results, key: str) -> tuple[str, str, str, Figure] | None:
         f"{title}, other keys fixed along a line.{grey} {_said(results)}",
         figure,
     )
+
+
+def lengths(results: Results) -> tuple[str, str, str, Figure] | None:
+    """Score and test loss against the length of the tested examples, where a task groups its test sets by it."""
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for arm, (title, key) in itertools.product(results.arms, (("score, %", ""), ("test loss, nats per token", LOSS))):
+        pattern = re.compile(rf"{re.escape(key or arm.records[0].metric)}_(\d+)")
+        finals = [record.results["metrics"]["final"] for record in arm.records]
+        found = {name: int(match[1]) for name in finals[0] if (match := pattern.fullmatch(name))}
+        shared = {name: length for name, length in found.items() if all(name in final for final in finals)}
+        line = {length: sum(final[name] for final in finals) / len(finals) for name, length in shared.items()}
+        if len(line) > 1:
+            panels.setdefault(title, {})[arm.label] = dict(sorted(line.items()))
+    if not panels or len(results.arms) > MOST_LINES:
+        return None
+    trained = {n for arm in results.arms for n in flat(arm.records[0].config).get("task.train_lengths") or ()}
+    figure = Figure(figsize=(max(5.5, 4.6 * len(panels)), 4.1), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for i, (name, line) in enumerate(lines.items()):
+            axis.plot(list(line), list(line.values()), **_style(i), label=name)
+        for length in sorted(trained):
+            axis.axvline(length, color="#888888", linewidth=1, linestyle="--", zorder=0)
+        ticks = sorted({length for line in lines.values() for length in line} | trained)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xlabel("tokens of a tested example")
+        axis.set_ylabel(title)
+        axis.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.6)
+    _legend(figure, axes[0])
+    caption = "Unweighted mean over the test sets of a length, and over seeds. Dashed: lengths trained on; what lies beyond them is extrapolation."
+    return "lengths", "Score by length", caption, figure
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 1.4}
 
 
 def _number(value: Any) -> bool:
@@ -319,8 +409,7 @@ def searches(results: Results) -> tuple[str, str, str, Figure] | None:
     figure, axis = _single()
     for i, (name, points) in enumerate(lines.items()):
         x, y = zip(*points, strict=True)
-        color, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-        axis.plot(x, y, color=color, marker=marker, label=name, linewidth=1.4, markersize=5)
+        axis.plot(x, y, **_style(i), label=name)
     axis.set_xscale("log")
     axis.set_xlabel("learning rate")
     axis.set_ylabel("validation loss")

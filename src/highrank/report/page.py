@@ -15,7 +15,7 @@ import jinja2
 from highrank.base.errors import UserError
 from highrank.base.files import shown, write_atomic
 from highrank.base.options import Words
-from highrank.report import figures, tables
+from highrank.report import figures, retention, tables
 from highrank.report.runs import Record, flat, read_runs, read_sweep
 from highrank.report.scores import (
     MIXES,
@@ -80,6 +80,7 @@ def report(
     costs = [t for t in (tables.cost_table(results), tables.search_table(results)) if t]
     details = [
         *comparisons,
+        retention.table(results),
         tables.measures_table(results),
         tables.pattern_table(results),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from highrank.base.errors import UserError
-from highrank.config.run_config import GROUPS, UNHASHED, as_given, flat, with_later
+from highrank.config.run_config import GROUPS, PLACES, UNHASHED, as_given, flat, with_later
 from highrank.train.results import read_results
 
 
@@ -196,15 +196,18 @@ def _check(config: Any, results: Mapping[str, Any]) -> None:
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns, per config, its values of the keys in which the configs differ, groups first.
 
-    Left out: keys that follow from a group's name (a model's shape, a protocol's template), and a learning rate that
-    follows from the other keys.
+    Left out: what else a run is evaluated on; keys that follow from a group's name (a model's shape, a protocol's template), and a learning rate, or what a
+    run started from, that follows from the other keys.
     """
-    rows = [{k: v for k, v in flat(config).items() if k not in UNHASHED} for config in configs]
+    rows = [{k: v for k, v in flat(config).items() if k not in (*UNHASHED, *PLACES, "eval_also")} for config in configs]
     order = {**dict.fromkeys(GROUPS), **{key: None for row in rows for key in row}}
     varied = [key for key in order if len({hashable(row[key]) for row in rows if key in row}) > 1]
     names = [key for key in varied if key in GROUPS]
     axes = [key for key in varied if key.split(".")[0] not in names or not follows(rows, key, [key.split(".")[0]])]
     axes = without_followed_rate(rows, [key for key in varied if key in axes or key in names])
+    others = [key for key in axes if key not in ("start_hash", "lr")]
+    if "start_hash" in axes and follows(rows, "start_hash", others):  # each run goes on from its own
+        axes.remove("start_hash")
     return [{key: row[key] for key in axes if key in row} for row in rows]
 
 

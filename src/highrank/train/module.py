@@ -75,6 +75,16 @@ class FineTuner(lightning.LightningModule):
         body = decoder_of(self.model)
         self._compiled = torch.compile(body.forward, dynamic=True) if core.compile else None
 
+    @contextmanager
+    def asked(self, task: Task, protocol: Protocol) -> Iterator[None]:
+        """Within it the model is asked another task of its kind."""
+        own = self.task, self.protocol
+        self.task, self.protocol = task, protocol
+        try:
+            yield
+        finally:
+            self.task, self.protocol = own
+
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss, num_targets = self.loss_by_rows(batch, math.ceil(len(batch["labels"]) / self.parts))
         trainer: Any = self.trainer

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from highrank.base.errors import UserError
+from highrank.base.files import shown
 from highrank.config.run_config import Run
 from highrank.data.batches import hold_out
 from highrank.data.task import Task, reading
@@ -18,6 +20,7 @@ from highrank.model.whole_model import VirtualTokens
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
 from highrank.train.optimizer import warmup_steps
+from highrank.train.start import check_start
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Plan:
     """Training tokens, estimated at four characters per token."""
     memory_bytes: dict[str, int]
     """Estimated bytes: weights, adapters (fp32 value, gradient, two moments), activations kept for backward."""
+    start: dict[str, Any] | None = None
+    """The run that training goes on from, and how."""
     notes: tuple[str, ...] = ()
     """What `matched` does not tell of where the adapters are."""
     warnings: tuple[str, ...] = ()
@@ -92,6 +97,7 @@ def make_plan(run: Run, task: Task) -> Plan:
     Raises:
         UserError: for every rule that the run breaks.
     """
+    start = check_start(run, task)
     config = model_config(run.model, run.core.path)
     model = empty_model(config, task.kind, task.num_labels)
     core = run.core
@@ -108,11 +114,12 @@ def make_plan(run: Run, task: Task) -> Plan:
             f"run: packing is for language models without virtual tokens, which stand before each example, got {what}; "
             "leave out packing=true"
         )
+    positions = _positions(run, task, model)
     with reading(task):
         num_train, tokens_each, tokens = _training_size(task, run)
         if task.has_data or not core.dry_run:
             task.test()  # what is wrong with a test set is said before weights load
-    positions = _positions(run, task, model)
+    _check_others(run, task, model)
     cuts = run.protocol.too_long == "cut" or not model.can_generate()
     steps = optimizer_steps(run, num_train)
     width = 2 if run.model["dtype"] != "float32" else 4
@@ -135,16 +142,31 @@ def make_plan(run: Run, task: Task) -> Plan:
         steps=steps,
         tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * tokens_each),
         memory_bytes=memory,
+        start=start,
         notes=tuple(notes(config, views)),
         warnings=tuple(_warnings(run, num_train, steps, sum(n > positions for n in tokens), positions, cuts)),
     )
+
+
+def _check_others(run: Run, task: Task, model: Any) -> None:
+    """Raises UserError unless the tasks of eval_also can be evaluated with the run's model."""
+    for name, other in run.also.items():
+        second = other.make_task()
+        if (second.kind, second.num_labels) != (task.kind, task.num_labels):
+            raise UserError(
+                f"run: eval_also takes tasks of the run's kind, got {name} ({second.kind}) beside {task.name} ({task.kind})"
+            )
+        _positions(other, second, model)
+        with reading(second):
+            if second.has_data or not run.core.dry_run:
+                second.test()
 
 
 def _positions(run: Run, task: Task, model: Any) -> int:
     """Returns how many tokens the model takes beside virtual ones.
 
     Raises:
-        UserError: if they leave no room for a prompt and its answer.
+        UserError: if they leave no room for a prompt and its answer, or are fewer than the task's examples have tokens.
     """
     longest, virtual = context_length(model), getattr(run.method_cfg, "num_virtual_tokens", 0)
     new = (run.protocol.max_new_tokens or task.max_new_tokens) if model.can_generate() and run.core.eval_test else 0
@@ -153,10 +175,23 @@ def _positions(run: Run, task: Task, model: Any) -> int:
             f"run: the model's {longest} positions must hold a prompt, got num_virtual_tokens={virtual} and "
             f"protocol.max_new_tokens={new}; lower them"
         )
+    if task.longest is not None and task.longest > longest - virtual:
+        raise UserError(
+            f"task {task.name}: its examples must fit the model's {longest - virtual} positions, got {task.longest} tokens; "
+            "lower its lengths, or take a model with more positions"
+        )
+    cut_off = run.protocol.max_length + (run.protocol.max_target_length or 0)
+    if task.longest is not None and task.longest > cut_off:
+        raise UserError(
+            f"task {task.name}: the protocol's cut-off must hold its examples, got {task.longest} tokens with "
+            f"protocol.max_length={run.protocol.max_length}; give protocol.max_length={task.longest}"
+        )
     return longest - virtual
 
 
 def _warnings(run: Run, num_train: int, steps: int, num_long: int, positions: int, cuts: bool) -> Iterator[str]:
+    if run.core.dry_run and run.core.start_from and not Path(run.core.start_from).exists():
+        yield f"the run to start from is not there yet, got start_from={shown(run.core.start_from)}: it is needed to train"
     if num_long:
         yield (
             f"{num_long} of {num_train} training examples are longer than the model's {positions} positions, at four "

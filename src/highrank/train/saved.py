@@ -4,22 +4,28 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 from yaml import YAMLError
 
+from highrank.base.console import say
 from highrank.base.errors import UserError, refused_by_disk, suggest
+from highrank.base.files import shown
 from highrank.config.build import build
 from highrank.config.run_config import CORE_KEYS, UNHASHED, Run, as_given, config_hash
+from highrank.config.start import content
 from highrank.config.words import compose_trained, register_configs, spelled
+from highrank.data.task import Task
 from highrank.model.adapters import Adapters
-from highrank.model.backbones import Backbone
-from highrank.train.build import build_model
+from highrank.model.backbones import DTYPES, Backbone
+from highrank.train.build import build_model, load_plain
 from highrank.train.results import changed, model_files, read_results
 
 GIVEN_ANEW = (
@@ -31,8 +37,12 @@ GIVEN_ANEW = (
     "model.attention",
     "model.quantize",
     "eval_batch_size",
+    "start_from",
 )
 """What may be given anew for a trained adapter; everything else is what it was trained with."""
+
+MOST_LOST = 0.1
+"""Share of a merged update that rounding may take before it is said."""
 
 
 def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
@@ -125,10 +135,74 @@ def _choices(run: Run) -> list[str]:
     ]
 
 
+def source_of(run: Run) -> tuple[Path, Run]:
+    """Returns the directory and the run that a run started from.
+
+    Raises:
+        UserError: if it is not there or has not finished; if it is not what it was.
+    """
+    folder = Path(str(run.core.start_from))
+    try:
+        source = read_run(folder)
+    except UserError as error:
+        raise UserError(f"start_from: {str(error).removeprefix('run: ')}") from error
+    if (found := content(folder)) != run.core.start_hash:
+        raise UserError(
+            f"start_from: the run must be the one started from, got {str(found)[:12]}… instead of "
+            f"{str(run.core.start_hash)[:12]}… in {folder}; bring it back, or give its place with start_from=<folder>"
+        )
+    return folder, source
+
+
+def load_base(run: Run, task: Task) -> Backbone:
+    """Returns the backbone that a run adapts: the plain one or, with start_as=merged, the one with the merged weights of the
+    run that it started from, in this run's dtype."""
+    if run.core.start_as != "merged":
+        return load_plain(run, task)
+    folder, source = source_of(run)
+    source = dataclasses.replace(source, model=run.model, core=dataclasses.replace(source.core, path=run.core.path))
+    backbone, adapters = build_model(source, task, load_base(source, task))
+    check_base(folder, backbone)
+    adapters.load(folder / "adapter")
+    backbone.model.float()
+    dtype = DTYPES[run.model["dtype"]]
+    backbone.update_lost = update_lost(adapters.merging(), dtype)
+    if backbone.update_lost > MOST_LOST:
+        say(
+            f"warning: {run.model['dtype']} rounds away {backbone.update_lost:.0%} of the update merged from {shown(folder)}; "
+            "model.dtype=float32 keeps it"
+        )
+    backbone.model = adapters.unload().to(dtype).eval()
+    backbone.source = dataclasses.replace(backbone.source, sha=f"{backbone.source.sha}+{run.core.start_hash}")
+    return backbone
+
+
+@torch.no_grad()
+def update_lost(merging: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
+    """Returns, of pairs W and W', the share of Σ |ΔW| in entries whose W' rounds to what W rounds to in `dtype`."""
+    kept = total = 0.0
+    for W, merged in merging:
+        update = (merged - W).abs().double()
+        survives = merged.to(dtype) != W.to(dtype)
+        kept, total = kept + float(update[survives].sum()), total + float(update.sum())
+    return 1 - kept / total if total else 0.0
+
+
+def begin(run: Run, task: Task) -> tuple[Backbone, Adapters]:
+    """Returns a run's backbone and adapters as training begins with them: with start_as=adapter, those of another run."""
+    backbone, adapters = build_model(run, task, load_base(run, task))
+    if run.core.start_as == "adapter":
+        folder, _ = source_of(run)
+        check_base(folder, backbone)
+        adapters.load(folder / "adapter")
+    return backbone, adapters
+
+
 def load_run(folder: Path | str, words: Sequence[str] = ()) -> tuple[Run, Backbone, Adapters]:
     """Returns the run, its backbone and its adapters with their trained values."""
     run = read_run(folder, words)
-    backbone, adapters = build_model(run, run.make_task())
+    task = run.make_task()
+    backbone, adapters = build_model(run, task, load_base(run, task))
     check_base(folder, backbone)
     adapters.load(Path(folder) / "adapter")
     return run, backbone, adapters

@@ -2,13 +2,14 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from highrank.base.console import console, say
-from highrank.base.files import write_atomic
+from highrank.base.files import shown, write_atomic
 from highrank.config.run_config import Run
 from highrank.data.answers import COUNTS, SECONDARY
 from highrank.train.plan import Plan, make_plan
@@ -23,6 +24,8 @@ def show_plan(plan: Plan) -> None:
     table.add_row("adapted weights", ", ".join(f"{part} × {n}" for part, n in plan.matched.items()))
     for note in plan.notes:
         table.add_row("", note)
+    if plan.start:
+        table.add_row("starts from", started(plan.start))
     table.add_row("trainable", f"{params.trainable:,}")
     table.add_row("total", f"{params.total:,}")
     table.add_row("percent", f"{params.percent:.4f} %")
@@ -34,6 +37,14 @@ def show_plan(plan: Plan) -> None:
     console.print(table)
     for warning in plan.warnings:
         say(f"warning: {warning}")
+
+
+def started(start: Mapping[str, Any]) -> str:
+    """Returns in words what a run starts from."""
+    if start.get("missing"):
+        return f"{shown(start['run'])}, which is not there yet"
+    what = "adapter" if start["as"] == "adapter" else "merged weights (start_as=merged)"
+    return f"{what} of {start['method']} on {start['task']}, {shown(start['run'])}"
 
 
 def dry_run(run: Run) -> Path:
@@ -68,9 +79,14 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
     table = Table("", "", show_header=False, title=title, title_justify="left")
     params = plan.params
     table.add_row("trainable / total", f"{params.trainable:,} / {params.total:,} ({params.percent:.4f} %)")
+    if plan.start:
+        table.add_row("started from", started(plan.start))
     for when, label in (("before", "before"), ("final", "after")):
         for name, metrics in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
             table.add_row(f"{name} {label}", _shown(metrics))
+        for task, found in results.get("also", {}).items():
+            for name, metrics in found.get(when, {}).get("sets", {}).items():
+                table.add_row(f"{name if name == task else f'{task} {name}'} {label}", _shown(metrics))
     cut_off = results.get("tokens", {}).get("cut_off", {})
     lengths = [f"{n} {key.replace('_', ' ')}" for key, n in cut_off.items() if n]
     if lengths:

@@ -95,7 +95,7 @@ class RunDirectory:
                 shutil.rmtree(checkpoints)
             return {}
         kept: dict[str, Any] = {
-            key: earlier[key] for key in ("model", "data", "metrics", "resumed", "parts") if key in earlier
+            key: earlier[key] for key in ("model", "data", "metrics", "resumed", "parts", "logged") if key in earlier
         }
         if "eval_before_s" in earlier.get("time", {}):
             kept["time"] = {"eval_before_s": earlier["time"]["eval_before_s"]}

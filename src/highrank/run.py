@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from highrank.data.encoding import give_tokens, within
 from highrank.data.task import Task
 from highrank.model.adapters import Adapters
 from highrank.model.language import context_length
-from highrank.report.dashboard import write_run
+from highrank.report.dashboard import hyperparameters, scalars, write_run
 from highrank.train import devices, shown
 from highrank.train.checkpoint import Checkpoints
 from highrank.train.devices import quiet
 from highrank.train.divergence import Diverged
+from highrank.train.early_stopping import stopped
 from highrank.train.evaluation import evaluate, validate
 from highrank.train.failures import failures_written
 from highrank.train.fitting import fit, tell
 from highrank.train.forgetting import forgetting
+from highrank.train.loggers import finish
 from highrank.train.module import FineTuner
 from highrank.train.plan import Plan, make_plan, optimizer_steps
 from highrank.train.results import RunDirectory, peak_memory
@@ -106,9 +109,14 @@ def fine_tune(
     with directory.timing("setup_s"):
         job = prepare(run, plan, task, directory, earlier, stop)
         processes.start(directory.path / "config.yaml")
-        trainer = make_trainer(
-            run, directory.path, stop, job.module.total_steps, len(job.data.buckets), job.checkpoints
-        )
+        trainer = make_trainer(run, directory, stop, job.module.total_steps, len(job.data.buckets), job.checkpoints)
+    with reporting(directory, trainer.logger):
+        go_on(job, trainer)
+
+
+def go_on(job: Prepared, trainer: lightning.Trainer) -> None:
+    """Does what is left of a run that is prepared."""
+    run, directory = job.run, job.directory
     batch_size = run.core.eval_batch_size
     if run.core.eval_before and run.core.eval_test and "metrics" not in directory.results:
         batch_size = evaluate_before(job, trainer, batch_size)
@@ -222,6 +230,7 @@ def train(job: Prepared, trainer: lightning.Trainer) -> lightning.Trainer:
         },
         steps=trainer.global_step,
         steps_planned=module.total_steps,
+        **({"stopped": early} if (early := stopped(trainer)) else {}),
         selected=[{"step": c.step, "loss": c.loss} for c in callbacks if isinstance(c, KeepBest)],
     )
     job.stop.check_all(trainer)
@@ -249,6 +258,17 @@ def evaluate_after(job: Prepared, trainer: lightning.Trainer, batch_size: int) -
         with directory.timing("analyze_s"):
             directory.write(analysis=at_end_of(directory.path, job.adapters if trainer.world_size == 1 else None))
     directory.write(metrics={**directory.results.get("metrics", {}), "final": metrics})
+
+
+@contextlib.contextmanager
+def reporting(directory: RunDirectory, logger: Any) -> Iterator[None]:
+    """Gives a logger other than TensorBoard's, whose records `write_session` writes, the run's values, and what came out."""
+    if directory.opened and directory.run.core.logger != "tensorboard":
+        logger.log_hyperparams(hyperparameters(directory.run.resolved))
+    try:
+        yield
+    finally:
+        finish(logger, directory, scalars(directory.results))
 
 
 def write_session(directory: RunDirectory) -> None:

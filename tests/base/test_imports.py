@@ -30,6 +30,7 @@ LATE = {
     ),
     **{
         "train.devices": ("lightning",),
+        "train.loggers": ("lightning", "wandb"),
         "model.sharding": ("torch",),
         "train.fsdp": ("torch",),
         "methods.prefix": ("transformers",),

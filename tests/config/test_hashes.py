@@ -28,6 +28,16 @@ def test_a_hash_is_what_it_was(words):
     assert compose_run(words.split()).hash == BEFORE[words]
 
 
+def test_a_core_key_that_is_younger_counts_where_it_is_given():
+    words = ["method=lora", "protocol.num_validation=8"]
+    runs = [compose_run([*words, *more]) for more in ([], ["patience=3"], ["patience=3", "min_delta=0.1"])]
+    assert len({run.hash for run in runs}) == 3
+    saved = {key: value for key, value in runs[0].resolved.items() if key not in ("patience", "min_delta", "logger")}
+    assert config_hash(saved) == runs[0].hash
+    assert build(OmegaConf.create(saved)).core == runs[0].core
+    assert compose_run([*words, "logger=csv"]).hash == runs[0].hash
+
+
 @pytest.mark.parametrize("words", YOUNGER)
 def test_a_config_from_before_a_field_is_read(words):
     run = compose_run(words.split())

@@ -126,7 +126,7 @@ def swept(folder):
 
 def test_base_holds_no_extra(base):
     code = "import sys; from importlib.util import find_spec; print([n for n in sys.argv[1:] if find_spec(n)])"
-    modules = ["peft", "nltk", "lm_eval", "ray", "submitit", "torchao", "bitsandbytes"]
+    modules = ["peft", "nltk", "lm_eval", "ray", "submitit", "torchao", "bitsandbytes", "wandb", "mlflow"]
     assert base.run("-c", code, *modules).stdout.strip() == "[]"
 
 
@@ -180,6 +180,8 @@ def test_base_reads_a_tokenizer_model(base):
         (["run", *TINY, "model=smollm2_135m", "model.quantize=int8"], "quant"),  # before its weights are looked for
         (["run", "-m", *TINY, "seed=0,1", "launcher=ray"], "ray"),
         (["run", "-m", *TINY, "seed=0,1", "launcher=slurm"], "slurm"),
+        (["run", *TINY, "logger=wandb"], "wandb"),
+        (["run", *TINY, "logger=mlflow"], "mlflow"),
         (["eval", "run", "--engine", "lm_eval", "--tasks", "x"], "eval"),
     ],
 )
@@ -254,6 +256,17 @@ def test_slurm(layer):
     words = ["run", "-m", *TINY[:-1], "r=2,4", "method=lora", "launcher=slurm", "jobs=2", "sweep_dir=sweep"]
     environment.run("-c", SWEEP_ON_SUBMITIT, *words)
     assert swept(environment.folder / "sweep") == [("2", "done"), ("4", "done")]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("wandb", "wandb/offline-run-*/*.wandb"), ("mlflow", "mlruns/*/*/meta.yaml")]
+)
+def test_loggers(layer, name, left):
+    environment = layer(name)
+    environment.env["WANDB_MODE"] = "offline"
+    environment.highrank("run", *TINY, "method=lora", f"logger={name}", "run_dir=run")
+    assert environment.results("run")["logged"]["to"] == name
+    assert list((environment.folder / "run").glob(left))
 
 
 def test_bench(layer):

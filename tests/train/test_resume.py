@@ -167,6 +167,36 @@ def test_finished_phases_are_not_repeated(tmp_path, try_run, whole, compare, mon
     assert compare(whole, folder) == []
 
 
+EARLY = ["patience=1", "min_delta=9"]  # the second validation, after step 6 of 10, ends training
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory, whole):
+    """A run that its held-out loss has ended, undisturbed."""
+    return tmp_path_factory.mktemp("early") / "run"
+
+
+@pytest.mark.parametrize("kill_at", [11, "evaluation"])
+def test_a_run_that_stops_early_does_so_at_the_same_step(tmp_path, early, try_run, compare, monkeypatch, kill_at):
+    if not early.exists():
+        assert try_run(early, *EARLY) == 0
+    folder, real = tmp_path / "run", run_module.evaluate
+
+    def evaluate(trainer, *more):
+        if kill_at == "evaluation" and trainer.global_step == 6:
+            raise Killed
+        return real(trainer, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "evaluate", evaluate)
+        assert try_run(folder, *EARLY, kill_at=kill_at) is None
+    assert try_run(folder, *EARLY) == 0
+    assert compare(early, folder) == []
+    assert results(folder)["stopped"] == results(early)["stopped"]
+    if kill_at == "evaluation":
+        assert Path(f"{folder}.batches").read_text() == Path(f"{early}.batches").read_text()
+
+
 def test_the_newest_checkpoint_is_damaged(tmp_path, try_run, whole, compare, capsys):
     folder = tmp_path / "run"
     assert try_run(folder, kill_at=14) is None

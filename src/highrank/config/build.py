@@ -14,7 +14,7 @@ from highrank.base import registry
 from highrank.base.errors import UserError, suggest
 from highrank.base.fields import dataclass_from
 from highrank.base.files import shown
-from highrank.config.run_config import CORE_KEYS, OPTIMIZERS, SCHEDULES, Run, RunConfig
+from highrank.config.run_config import CORE_KEYS, LOGGERS, OPTIMIZERS, SCHEDULES, Run, RunConfig
 from highrank.config.start import settle
 from highrank.config.trainer_keys import check_trainer_keys
 from highrank.data.protocol import Protocol
@@ -74,6 +74,7 @@ def build(config: Any, trained: bool = False) -> Run:
             "leave analyze out"
         )
     protocol = protocol_for(values["protocol"], task.family)
+    _check_patience(core, protocol)
     run = Run(core, method, method_cfg, task, task_cfg, protocol, model, trainer, given=given)
     return _with_others(run, values["protocol"], trained)
 
@@ -109,6 +110,16 @@ def _with_others(run: Run, protocol: Mapping[str, Any], trained: bool) -> Run:
         for name, other in others.items()
     }
     return dataclasses.replace(run, also=others)
+
+
+def _check_patience(core: RunConfig, protocol: Protocol) -> None:
+    if core.patience is not None and not protocol.num_validation:
+        raise UserError(
+            f"run: patience counts validations on held-out examples, got patience={core.patience} with "
+            "protocol.num_validation=0; hold some out with protocol.num_validation=<n>"
+        )
+    if core.patience is None and core.min_delta:
+        raise UserError(f"run: min_delta belongs to patience, got min_delta={core.min_delta} alone; add patience=<n>")
 
 
 def check_files(core: RunConfig) -> None:
@@ -224,10 +235,12 @@ def _check_core(core: RunConfig) -> None:
     need(core.optimizer in OPTIMIZERS, "optimizer", f"is one of {', '.join(OPTIMIZERS)}")
     need(core.fused in ("auto", "fused", "split"), "fused", "is auto, fused or split")
     need(len(core.betas) == 2 and all(0 <= b < 1 for b in core.betas), "betas", "are two numbers in [0, 1)")
+    need(core.logger in LOGGERS, "logger", f"is one of {', '.join(LOGGERS)}")
     need(core.resume in ("auto", "never"), "resume", "is auto or never")
     for key in ("batch_size", "accumulate", "eval_batch_size", "checkpoint_every"):
         need(getattr(core, key) >= 1, key, "must be >= 1")
-    for key in ("weight_decay", "max_grad_norm"):
+    need(core.patience is None or core.patience >= 1, "patience", "must be >= 1, or null")
+    for key in ("weight_decay", "max_grad_norm", "min_delta"):
         need(math.isfinite(getattr(core, key)) and getattr(core, key) >= 0, key, "must be a finite number >= 0")
     need(core.warmup_steps >= 0, "warmup_steps", "must be >= 0")
     need(0 <= core.seed < 2**32, "seed", f"must be in [0, {2**32 - 1}]")

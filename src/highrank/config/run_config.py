@@ -12,6 +12,7 @@ from highrank.data.task import Task
 GROUPS = ("method", "task", "model", "protocol", "trainer", "experiment")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adam", "sgd")
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -95,6 +96,10 @@ class RunConfig:
     """Whether a batch that does not fit into memory is computed in halves, quarters, ...: the same steps, slower."""
     eval_batch_size: int = 50
     """Examples per evaluation batch; changes speed, not results."""
+    patience: int | None = None
+    """Validations in a row without a lower loss on the held-out examples after which training stops; default: never."""
+    min_delta: float = 0.0
+    """By how much a held-out loss must be lower to count for patience."""
     eval_before: bool = True
     """Whether the untrained model is evaluated too."""
     eval_test: bool = True
@@ -109,6 +114,8 @@ class RunConfig:
     """Folder under which run directories are made."""
     run_dir: str | None = None
     """Exact run directory; default: <output>/<date>/<name>-<hash>."""
+    logger: str = "tensorboard"
+    """Where losses and rates of every step go: tensorboard, csv, wandb or mlflow."""
     resume: str = "auto"
     """auto: an unfinished run goes on where it stopped; never: it starts afresh."""
     checkpoint_every: int = 200
@@ -119,7 +126,7 @@ class RunConfig:
 
 CORE_KEYS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("defaults", "sweep", *GROUPS))
 UNHASHED = (
-    *("output", "run_dir", "resume", "checkpoint_every", "dry_run"),
+    *("output", "run_dir", "logger", "resume", "checkpoint_every", "dry_run"),
     *("eval_batch_size", "auto_microbatch", "analyze"),
 )
 """Keys that do not change a run's results."""
@@ -129,7 +136,7 @@ PLACES = ("start_from",)
 STEP_VERSION = 2
 """Raised when a step of several micro-batches changes: since 2 it is the mean over its targets, before, of their means."""
 LATER: dict[str, Any] = {
-    **{"head_lr": None, "packing": False, "eval_also": None},
+    **{"head_lr": None, "packing": False, "eval_also": None, "patience": None, "min_delta": 0.0},
     **{"start_from": None, "start_as": None, "start_hash": None},
 }
 """Keys younger than the first runs, and what their absence from a saved config means; a plugin has `later_field`s."""

@@ -33,7 +33,7 @@ def fit(
         directory.write(parts=module.parts)
         checkpoints.find()
         tell(directory, checkpoints)
-        trainer = make_trainer(run, directory.path, stop, module.total_steps, len(data.buckets), checkpoints)
+        trainer = make_trainer(run, directory, stop, module.total_steps, len(data.buckets), checkpoints)
         garbage_collection_cuda()
     return trainer
 

@@ -19,6 +19,7 @@ from highrank.model.transformers_internals import text_config
 from highrank.model.whole_model import VirtualTokens
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
+from highrank.train.loggers import check_logger
 from highrank.train.optimizer import warmup_steps
 from highrank.train.start import check_start
 
@@ -97,6 +98,7 @@ def make_plan(run: Run, task: Task) -> Plan:
     Raises:
         UserError: for every rule that the run breaks.
     """
+    check_logger(run.core)
     start = check_start(run, task)
     config = model_config(run.model, run.core.path)
     model = empty_model(config, task.kind, task.num_labels)
@@ -202,6 +204,12 @@ def _warnings(run: Run, num_train: int, steps: int, num_long: int, positions: in
         yield (
             f"the warm-up is as long as the run, got {warmup} steps of {steps}: the rate reaches at most "
             f"{core.lr * (steps - 1) / warmup:.3g} of lr={core.lr:g}"
+        )
+    between = min(run.protocol.validate_every, steps)
+    if core.patience is not None and (core.patience + 1) * between >= steps:
+        yield (
+            f"the run is over before patience can end it, got patience={core.patience} with {steps // between} validations "
+            f"in {steps} steps: use a smaller protocol.validate_every"
         )
     step = core.batch_size * core.accumulate * num_processes(run.trainer)
     if step > num_train:

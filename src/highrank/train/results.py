@@ -99,7 +99,9 @@ class RunDirectory:
                 shutil.rmtree(checkpoints)
             return {}
         kept: dict[str, Any] = {
-            key: earlier[key] for key in ("model", "data", "metrics", "also", "resumed", "parts") if key in earlier
+            key: earlier[key]
+            for key in ("model", "data", "metrics", "also", "resumed", "parts", "logged")
+            if key in earlier
         }
         if "eval_before_s" in earlier.get("time", {}):
             kept["time"] = {"eval_before_s": earlier["time"]["eval_before_s"]}

@@ -56,7 +56,8 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
         if not (folder / needed).is_file():
             raise UserError(f"run: a run directory holds {needed}, got {folder}; has the run finished training?")
     results = read_results(folder)
-    if results["status"] != "done" and results.get("steps", 0) < results.get("steps_planned", 0):
+    over = results["status"] == "done" or results.get("stopped")
+    if not over and results.get("steps", 0) < results.get("steps_planned", 0):
         raise UserError(
             f"run: an adapter is used when its training is over, got status={results['status']} at step "
             f"{results.get('steps', 0)} of {results['steps_planned']} in {folder}; give the run's command again: it goes on"

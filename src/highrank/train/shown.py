@@ -91,6 +91,9 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
     lengths = [f"{n} {key.replace('_', ' ')}" for key, n in cut_off.items() if n]
     if lengths:
         table.add_row("too long to train on whole", ", ".join(lengths))
+    if early := results.get("stopped"):
+        steps = f"at step {early['step']:,} of {results['steps_planned']:,}"
+        table.add_row("stopped early", f"{steps}: {early['told']}")
     times = results.get("time", {})
     if times:
         table.add_row(

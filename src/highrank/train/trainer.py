@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from highrank.base.console import console
@@ -17,15 +15,15 @@ from highrank.train import devices
 from highrank.train.checkpoint import CheckpointFiles, Checkpoints
 from highrank.train.devices import alone, num_processes, quiet
 from highrank.train.divergence import StopsWhenDiverged
+from highrank.train.early_stopping import StopsEarly
 from highrank.train.effect import EveryAdapterLearns, PacksExactly
 from highrank.train.fsdp import Sharded
 from highrank.train.lightning_internals import leave_signals_alone
+from highrank.train.loggers import make_logger
 from highrank.train.progress import progress
+from highrank.train.results import RunDirectory
 from highrank.train.selection import KeepBest
 from highrank.train.stopping import StopOnSignal
-
-FLUSHED_S = 10
-"""After how many seconds what a run logs is on disk, where `highrank watch` and TensorBoard see it."""
 
 
 def lightning_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,13 +57,13 @@ def check_trainer(run: Run) -> devices.Processes:
 
 def make_trainer(
     run: Run,
-    folder: Path,
+    directory: RunDirectory,
     stop: StopOnSignal,
     steps: int,
     num_batches: int,
     checkpoints: Checkpoints | None = None,
 ) -> lightning.Trainer:
-    """Returns the Lightning Trainer of a run: TensorBoard events, progress, and our checkpoints alone.
+    """Returns the Lightning Trainer of a run: the logger that it asks for, progress, and our checkpoints alone.
 
     `num_batches` are one epoch's micro-batches, of this process.
     """
@@ -84,7 +82,9 @@ def make_trainer(
         interval = min(run.protocol.validate_every, steps) * run.core.accumulate
         validation = {"val_check_interval": interval, "check_val_every_n_epoch": None}
     if run.protocol.selection == "best":
-        callbacks.append(KeepBest(folder / "checkpoints"))
+        callbacks.append(KeepBest(directory.path / "checkpoints"))
+    if run.core.patience is not None:
+        callbacks.append(StopsEarly(run.core.patience, run.core.min_delta))
     trainer = lightning.Trainer(
         **lightning_arguments(run.trainer),
         **validation,
@@ -93,9 +93,7 @@ def make_trainer(
         max_epochs=math.ceil(steps / math.ceil(num_batches / run.core.accumulate)),
         accumulate_grad_batches=run.core.accumulate,
         gradient_clip_val=run.core.max_grad_norm or None,
-        logger=TensorBoardLogger(
-            folder, name="", version="", default_hp_metric=False, purge_step=start, flush_secs=FLUSHED_S
-        ),
+        logger=make_logger(run, directory, start),
         callbacks=callbacks,
         enable_checkpointing=False,
         enable_progress_bar=console.is_interactive,

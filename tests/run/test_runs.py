@@ -230,11 +230,11 @@ def test_the_list_of_core_keys_is_a_decision():
     from highrank.config.run_config import CORE_KEYS
 
     assert (
-        *("path", "placement", "layers", "fused", "architecture", "seed"),
+        *("path", "placement", "layers", "fused", "architecture", "start_from", "start_as", "start_hash", "seed"),
         *("lr", "head_lr", "optimizer", "betas", "weight_decay", "schedule", "warmup_steps", "warmup_ratio"),
         *("epochs", "max_steps", "batch_size", "accumulate", "max_grad_norm"),
         *("compile", "packing", "checkpoint_activations", "auto_microbatch", "eval_batch_size"),
-        *("eval_before", "eval_test", "general_text"),
+        *("patience", "min_delta", "eval_before", "eval_test", "eval_also", "general_text"),
         "analyze",
-        *("output", "run_dir", "resume", "checkpoint_every", "dry_run"),
+        *("output", "run_dir", "logger", "resume", "checkpoint_every", "dry_run"),
     ) == CORE_KEYS

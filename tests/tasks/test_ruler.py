@@ -133,7 +133,7 @@ def test_averages_by_length(task):
     ],
 )
 def test_what_cannot_be_is_said_before_weights(run_cli, monkeypatch, words, said):
-    monkeypatch.setattr("highrank.run.begin", None)
+    monkeypatch.setattr("highrank.train.build.load_backbone", None)
     status, _, err = run_cli(*SMALL, "model=tiny_llama", *words)
     assert status == 2
     assert re.search(said, err), err

@@ -13,8 +13,10 @@ from highrank.base.errors import UserError
 from highrank.cli import main
 from highrank.config.start import content
 from highrank.config.words import compose_run
+from highrank.interop.combine import Recipe, combine_runs
 from highrank.interop.hub_model import merge_run
 from highrank.interop.loaded import AdapterSwitch, evaluate_runs
+from highrank.interop.lora import export_lora
 from highrank.interop.peft import export_run
 from highrank.model import adapter_folder
 from highrank.report.runs import read_runs
@@ -111,7 +113,7 @@ def test_the_hash_is_by_what_the_run_holds_and_not_by_its_place(first, tmp_path)
     assert hash_of(other) != hash_of(copy)
 
 
-def test_a_loaded_run_is_on_its_own_base(first, tmp_path, capsys):
+def test_a_loaded_run_is_on_its_own_base(first, tmp_path):
     """The trained module, as the run evaluated it, against what every reader makes of the folder."""
     folder = first / "merged"
     _, backbone, adapters = load_run(folder)
@@ -129,14 +131,13 @@ def test_a_loaded_run_is_on_its_own_base(first, tmp_path, capsys):
     out = merge_run(folder, tmp_path / "model")
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), y, atol=1e-5)
     assert "merged weights of a run of lora on wordmath" in (out / "README.md").read_text()
-    with pytest.raises(UserError, match="no name stands for another run's merged weights"):
-        export_run(folder, tmp_path / "peft")
-    for words in (
-        ["export", folder, "--format", "lora", "--rank", 2],
-        ["combine", f"{folder}=1", f"{first / 'lora'}=1"],
-    ):
-        assert main([*map(str, words), "--out", str(tmp_path / "lora")]) == 2
-        assert "ΔW must be one of a named base, got a run with start_as=merged" in capsys.readouterr().err
+    for part, write in {
+        "export": [lambda out: export_run(folder, out), lambda out: export_lora(folder, out, 2)],
+        "combine": [lambda out: combine_runs(Recipe("linear", [(str(folder), 1.0), (str(first / "lora"), 1.0)]), out)],
+    }.items():
+        for each in write:
+            with pytest.raises(UserError, match=f"{part}: an adapter's base must be a model with a name"):
+                each(tmp_path / "out")
 
 
 def test_no_other_base_is_taken(first):

@@ -39,7 +39,7 @@ from highrank.model.low_rank import ROUNDING, best_low_rank
 from highrank.model.placement import EXPERTS, is_linear, is_transposed, weight_of
 from highrank.model.quantised import dequantise_model
 from highrank.train.build import adapted_views
-from highrank.train.saved import check_new, load_run, read_run, written_whole
+from highrank.train.saved import check_new, check_plain, load_run, read_run, written_whole
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that SGLang stacks to one, found by the first of them that a file has; each must then have a pair."""
@@ -82,13 +82,9 @@ def export_lora(
 
 
 def check_holds(part: str, run: Run, folder: Path | str) -> None:
-    """Raises UserError unless what the run trained is a ΔW of linear layers, or holds one."""
+    """Raises UserError unless what the run trained is a ΔW of linear layers, or holds one, and of a model with a name."""
+    check_plain(part, run, folder)
     method, task = run.method, run.make_task()
-    if run.core.start_as == "merged":
-        raise UserError(
-            f"{part}: the ΔW must be one of a named base, got a run with start_as=merged in {folder}, whose base is another "
-            "run's merged weights; highrank merge writes the adapted model"
-        )
     if not method.family.changes_weights:
         instead = (
             "highrank merge writes the changed model"

@@ -42,7 +42,7 @@ from highrank.model.whole_model import WholeModelAdapters
 from highrank.train.build import adapted_views, build_model
 from highrank.train.plan import count
 from highrank.train.results import RunDirectory
-from highrank.train.saved import check_new, load_run, read_run, written_whole
+from highrank.train.saved import check_new, check_plain, load_run, read_run, written_whole
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -55,11 +55,7 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
     """
     out_folder = check_new("export", out)
     run = read_run(folder, words)
-    if run.core.start_as == "merged":
-        raise UserError(
-            "export: PEFT names an adapter's base, and no name stands for another run's merged weights, got a run with "
-            f"start_as=merged in {folder}; `highrank merge RUN --out DIR` writes the adapted model instead"
-        )
+    check_plain("export", run, folder)
     task = run.make_task()
     meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
     check_expressible(run, meta, adapted_views(run, meta))

@@ -220,6 +220,15 @@ def check_base(folder: Path | str, backbone: Backbone) -> None:
         )
 
 
+def check_plain(part: str, run: Run, folder: Path | str) -> None:
+    """Raises UserError for a run on another run's merged weights: what is written apart from its base needs one with a name."""
+    if run.core.start_as == "merged":
+        raise UserError(
+            f"{part}: an adapter's base must be a model with a name, got a run on another run's merged weights "
+            f"(start_as=merged) in {folder}; `highrank merge RUN --out DIR` writes the adapted model instead"
+        )
+
+
 def check_new(part: str, out: Path | str) -> Path:
     """Returns the output folder of a command.
 

@@ -116,7 +116,7 @@ def train_ours(run: Run, data: TrainingData, adapters: Adapters, relay: Relay) -
     steps = run.core.max_steps or 0
     module = FineTuner(adapters, run.make_task(), data.tokenizer, run.core, steps, run.protocol)
     with quiet(), contextlib.redirect_stdout(io.StringIO()):  # the progress bar is drawn, and paid for, not shown
-        trainer = make_trainer(run, directory.path, StopOnSignal(), steps, len(data.buckets))
+        trainer = make_trainer(run, directory, StopOnSignal(), steps, len(data.buckets))
         trainer.callbacks.append(Ours(relay))  # type: ignore[attr-defined]
         module.train()
         relay.take("ours")

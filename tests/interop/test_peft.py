@@ -325,7 +325,7 @@ def test_the_commands(make_run, tmp_path, capsys):
     assert "import: the output folder must be new or empty" in capsys.readouterr().err
     for words in ([], ["a", "b"], ["a", "--format", "onnx"]):
         assert main(["export", *words, "--out", "x"]) == 2
-        assert "use: highrank export RUN --format peft --out DIR" in capsys.readouterr().err
+        assert "use: highrank export RUN --format peft|lora|merged --out DIR" in capsys.readouterr().err
 
 
 NO_TYPE = [

@@ -207,7 +207,8 @@ def test_an_experiment_says_what_it_asks_costs_expects_and_found(page):
 
 def test_every_preset_of_the_papers_is_in_an_experiment():
     used = {preset_of(command) for page in PAGES for command in commands(page)}
-    assert used == set(PRESETS)
+    ours = {name for name in PRESETS if name.startswith(("retention/", "long_context/")) or name == "peft/rates_small"}
+    assert used == set(PRESETS) - ours
 
 
 def test_every_table_and_figure_has_an_experiment():

@@ -83,7 +83,7 @@ def test_without_its_data_it_loads_merges_exports_and_is_analysed(trained, elsew
 
 
 def test_evaluation_names_the_file_that_is_gone_before_any_weight_loads(trained, elsewhere, capsys, monkeypatch):
-    monkeypatch.setattr("highrank.interop.loaded.load_backbone", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("highrank.train.build.load_backbone", lambda *args: pytest.fail("weights were loaded"))
     assert main(["eval", str(trained)]) == 2
     err = capsys.readouterr().err
     gone = str(trained.parent / "data" / "test.jsonl")

@@ -135,7 +135,10 @@ class Source:
                 text = doc.value.value if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) else ""
                 key = ast.unparse(node.target)
                 meaning = " ".join(str(text).split())
-                fields[key] = Field(key, ast.unparse(node.annotation), _default(node.value), meaning)
+                default = _default(node.value)
+                if isinstance(node.value, ast.Call) and (held := source.constant(default or "")):
+                    default = f"[{','.join(map(str, held))}]"  # list(NAMES)
+                fields[key] = Field(key, ast.unparse(node.annotation), default, meaning)
         own = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == rules]
         said = [rule for check in own for rule in source._asked(check.body, {})] or self.asked(rules)
         return [with_rules(field, said, list(fields)) for field in fields.values()]

@@ -227,7 +227,7 @@ NOT_HELD = {
 def test_what_a_lora_cannot_hold_is_named(method):
     kind, message = NOT_HELD[method]
     task = SimpleNamespace(kind=kind, name="its_task")
-    run = SimpleNamespace(method=load("methods", method), make_task=lambda: task)
+    run = SimpleNamespace(method=load("methods", method), make_task=lambda: task, core=SimpleNamespace(start_as=None))
     with pytest.raises(UserError, match=message):
         check_holds("export", run, "RUN")
 

@@ -138,11 +138,9 @@ def prepare(
     backbone, adapters = begin(run, task)
     model, sources = {"name": run.model["name"], **vars(backbone.source)}, task.sources()
     directory.open(directory.kept(earlier, model, sources))
-    directory.write(model=model, params=vars(plan.params), data=sources)
-    if plan.start:
-        directory.write(
-            start=plan.start if backbone.update_lost is None else {**plan.start, "update_lost": backbone.update_lost}
-        )
+    lost = {} if backbone.update_lost is None else {"update_lost": backbone.update_lost}
+    start = {"start": {**plan.start, **lost}} if plan.start else {}
+    directory.write(model=model, params=vars(plan.params), data=sources, **start)
     write_session(directory)
     stop.check()
     tokenizer = backbone.tokenizer

@@ -21,7 +21,7 @@ from highrank.analysis.summary import MEANS, Analysis, by, describe, expressive,
 from highrank.base.errors import UserError
 from highrank.base.files import sha256, write_atomic
 from highrank.base.options import Words
-from highrank.config.run_config import PLACES, UNHASHED
+from highrank.config.run_config import SAME_RUN
 from highrank.model.adapter_folder import read_card
 from highrank.model.adapters import Adapters
 from highrank.report import dashboard
@@ -152,7 +152,7 @@ def labels(analyses: Sequence[Analysis]) -> list[str]:
     names = []
     for config, a in zip(values, analyses, strict=True):
         peers = [v for v, other in zip(values, analyses, strict=True) if other.run.method is a.run.method]
-        places = (*UNHASHED, *PLACES, "start_hash")
+        places = (*SAME_RUN, "start_hash")
         differing = [k for k in config if k not in places and any(peer[k] != config[k] for peer in peers)]
         names.append(" ".join([a.run.method.name, *(f"{key}={config[key]}" for key in differing)]))
     return names

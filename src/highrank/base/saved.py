@@ -1,4 +1,4 @@
-"""Reads what a run directory holds, without anything that takes time to import."""
+"""Reads what the folders of runs and sweeps hold, without anything that takes time to import."""
 
 import json
 import re
@@ -47,3 +47,15 @@ def read_config(folder: Path, keys: Collection[str] | None = None) -> dict[str, 
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"run: config.yaml is damaged, got {described(error)} in {folder}") from error
     return config
+
+
+def sweep_cells(part: str, folder: Path) -> list[Path]:
+    """Returns the run directories that a sweep's folder names, there or not yet; `part` asks.
+
+    Raises:
+        UserError: if sweep.json is missing or damaged.
+    """
+    try:
+        return [folder / cell["run"] for cell in json.loads((folder / "sweep.json").read_text())["cells"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{part}: sweep.json is damaged, got {described(error)} in {folder}") from error

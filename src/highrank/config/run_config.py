@@ -132,6 +132,8 @@ UNHASHED = (
 """Keys that do not change a run's results."""
 PLACES = ("start_from",)
 """Keys that say where something lies of which another key tells what it is: no part of the hash."""
+SAME_RUN = (*UNHASHED, *PLACES)
+"""Keys in which two runs of one hash may differ."""
 
 STEP_VERSION = 2
 """Raised when a step of several micro-batches changes: since 2 it is the mean over its targets, before, of their means."""
@@ -180,9 +182,7 @@ def config_hash(values: Mapping[str, Any]) -> str:
         if group in config
     }
     items = {**config, **plugins}.items()
-    return digest(
-        {key: value for key, value in items if key not in (*UNHASHED, *PLACES) and value != LATER.get(key, ...)}
-    )
+    return digest({key: value for key, value in items if key not in SAME_RUN and value != LATER.get(key, ...)})
 
 
 def with_later(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """What a run starts from, as far as its config says it: which run, its adapter or its merged weights, and what it holds."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from highrank.base.errors import UserError
 from highrank.base.fields import dataclass_from
 from highrank.base.files import digest, shown
+from highrank.base.saved import read_results, sweep_cells
 from highrank.config.run_config import RunConfig
 from highrank.model.adapter_folder import SEAL, read_card
 
@@ -53,8 +53,8 @@ def settle(core: RunConfig, method: Any, method_cfg: Any, given: dict[str, str])
 def content(folder: Path) -> str | None:
     """Returns the sha256 over a run's config and adapter, whose card holds the weights' own; None where one is missing."""
     try:
-        config_hash = json.loads((folder / "results.json").read_text())["config_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
+        config_hash = read_results(folder)["config_hash"]
+    except UserError:
         return None
     if not (folder / "adapter" / "adapter.json").is_file():
         return None
@@ -62,10 +62,7 @@ def content(folder: Path) -> str | None:
 
 
 def _of_sweep(folder: Path, method: Any, method_cfg: Any, seed: int) -> Path:
-    try:
-        cells = [folder / cell["run"] for cell in json.loads((folder / "sweep.json").read_text())["cells"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"run: sweep.json must be readable, got {error} in start_from={shown(folder)}") from error
+    cells = sweep_cells("start_from", folder)
     fitting = [cell for cell in cells if _is_of(cell, method, method_cfg, seed)]
     if len(fitting) != 1:
         raise UserError(

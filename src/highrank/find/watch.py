@@ -1,6 +1,5 @@
 """`highrank watch RUN|SWEEP`: how far it is, live, from the files that it writes."""
 
-import json
 import time
 from collections import Counter, deque
 from contextlib import suppress
@@ -12,9 +11,9 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 
 from highrank.base.console import console, duration
-from highrank.base.errors import UserError, described
 from highrank.base.files import shown
 from highrank.base.options import Words
+from highrank.base.saved import sweep_cells
 from highrank.find.places import run_folders
 from highrank.find.reading import Found, one_run, read, score_text, since, weigh
 from highrank.find.runs import status_text
@@ -117,13 +116,9 @@ class Watched:
     def _cells(self) -> list[Path]:
         if not self.sweep:
             return [self.folder]
-        file = self.folder / "sweep.json"
-        if not file.is_file():  # as long as learning rates are searched
+        if not (self.folder / "sweep.json").is_file():  # as long as learning rates are searched
             return [*run_folders(self.folder), *run_folders(self.folder / "search")]
-        try:
-            return [self.folder / cell["run"] for cell in json.loads(file.read_text())["cells"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"watch: sweep.json is damaged, got {described(error)} in {self.folder}") from error
+        return sweep_cells("watch", self.folder)
 
     def _row(self, path: Path, run: Found | None) -> tuple[Any, ...]:
         name = path.name if self.sweep else shown(path)

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from highrank.base.errors import UserError
-from highrank.config.run_config import GROUPS, PLACES, UNHASHED, as_given, flat, with_later
+from highrank.config.run_config import GROUPS, SAME_RUN, as_given, flat, with_later
 from highrank.train.results import read_results
 
 
@@ -199,7 +199,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Left out: what else a run is evaluated on; keys that follow from a group's name (a model's shape, a protocol's template), and a learning rate, or what a
     run started from, that follows from the other keys.
     """
-    rows = [{k: v for k, v in flat(config).items() if k not in (*UNHASHED, *PLACES, "eval_also")} for config in configs]
+    rows = [{k: v for k, v in flat(config).items() if k not in (*SAME_RUN, "eval_also")} for config in configs]
     order = {**dict.fromkeys(GROUPS), **{key: None for row in rows for key in row}}
     varied = [key for key in order if len({hashable(row[key]) for row in rows if key in row}) > 1]
     names = [key for key in varied if key in GROUPS]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from highrank.base.errors import UserError
@@ -146,7 +145,7 @@ def make_plan(run: Run, task: Task) -> Plan:
         memory_bytes=memory,
         start=start,
         notes=tuple(notes(config, views)),
-        warnings=tuple(_warnings(run, num_train, steps, sum(n > positions for n in tokens), positions, cuts)),
+        warnings=tuple(_warnings(run, start, num_train, steps, sum(n > positions for n in tokens), positions, cuts)),
     )
 
 
@@ -191,9 +190,11 @@ def _positions(run: Run, task: Task, model: Any) -> int:
     return longest - virtual
 
 
-def _warnings(run: Run, num_train: int, steps: int, num_long: int, positions: int, cuts: bool) -> Iterator[str]:
-    if run.core.dry_run and run.core.start_from and not Path(run.core.start_from).exists():
-        yield f"the run to start from is not there yet, got start_from={shown(run.core.start_from)}: it is needed to train"
+def _warnings(
+    run: Run, start: Mapping[str, Any] | None, num_train: int, steps: int, num_long: int, positions: int, cuts: bool
+) -> Iterator[str]:
+    if start and start.get("missing"):
+        yield f"the run to start from is not there yet, got start_from={shown(start['run'])}: it is needed to train"
     if num_long:
         yield (
             f"{num_long} of {num_train} training examples are longer than the model's {positions} positions, at four "

@@ -23,7 +23,7 @@ from yaml import YAMLError
 from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
 from highrank.base.saved import read_results
-from highrank.config.run_config import PLACES, UNHASHED, Run, as_given
+from highrank.config.run_config import SAME_RUN, Run, as_given
 from highrank.train.devices import share_of
 
 
@@ -75,11 +75,7 @@ class RunDirectory:
             return "a config.yaml that is missing or damaged"
         resolved: Any = OmegaConf.to_container(OmegaConf.create(self.run.resolved))
         current = _flat(as_given(resolved))
-        keys = [
-            key
-            for key in {**saved, **current}
-            if key not in (*UNHASHED, *PLACES) and saved.get(key) != current.get(key)
-        ]
+        keys = [key for key in {**saved, **current} if key not in SAME_RUN and saved.get(key) != current.get(key)]
         return (
             ", ".join(f"{key}={saved.get(key)} instead of {current.get(key)}" for key in keys)
             or "another version's config"

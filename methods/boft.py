@@ -131,7 +131,7 @@ class BOFT(Method):
             rule = "must make blocks of even size for butterfly_factor > 1"
             raise DoesNotFit(cls, cfg, name, rule, shape, divides=(in_features,))
         if in_features % (b * 2 ** (m - 1)):
-            rule = f"must join blocks of {b} to 2^(butterfly_factor - 1) of them that divide in_features"
+            rule = f"must be such that {b} * 2^(butterfly_factor - 1) divides in_features"
             most = next(factors for factors in range(m, 0, -1) if in_features % (b * 2 ** (factors - 1)) == 0)
             raise DoesNotFit(cls, cfg, "butterfly_factor", rule, shape, most=most)
 

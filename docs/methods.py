@@ -25,7 +25,7 @@ FAMILIES = {
     "In another basis": ("svft", "fourierft", "randlora"),
     "Rotations of the inputs": ("oft", "boft"),
     "Sums, and W itself": ("sum", "full"),
-    "No weight": ("bitfit", "layernorm", "bottleneck", "prompt_tuning", "p_tuning", "prefix"),
+    "No weight": ("bitfit", "layernorm", "bottleneck", "compacter", "prompt_tuning", "p_tuning", "prefix"),
 }
 CASES = (
     ("hyperadapt", "hira", "r = 2", "test_identities.py::test_hyperadapt_is_hira_with_A_a_minus1_and_B_b_1"),
@@ -54,6 +54,12 @@ CASES = (
     ("delora", "lora", "start = zeros", "test_delora.py::test_from_zeros_it_is_a_scaled_lora"),
     ("vera", "randlora", "one basis", "test_randlora.py::test_with_one_basis_on_a_wide_weight_it_is_vera"),
     ("oft", "boft", "m = 1, s = 1", "test_oft.py::test_exact_is_boft_with_one_factor"),
+    (
+        "compacter",
+        "bottleneck",
+        "sums of Kronecker products",
+        "test_compacter.py::test_compacter_is_bottleneck_with_sums_of_kronecker_products",
+    ),
     ("ia3", "boft", "R = 0", "test_identities.py::test_boft_with_R_0_is_hyperadapt_with_b_1"),
 )
 """Method, the method that holds it, when, the test."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from highrank.model.kernels import hadamard_low_rank, hadamard_low_rank_linear
-from highrank.plugin import Method, Site, UserError, register_method
+from highrank.plugin import DoesNotFit, Method, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +85,9 @@ class ABBA(Method):
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: ABBAConfig) -> None:
-        if cfg.r1 > min(in_features, out_features):
-            raise UserError(
-                f"abba: r1 must be <= min(out, in) of every adapted weight, got r1={cfg.r1} for a weight of shape "
-                f"({out_features}, {in_features}); at most r1={min(in_features, out_features)}"
-            )
+        shape = (out_features, in_features)
+        if cfg.r1 > min(shape):
+            raise DoesNotFit(cls, cfg, "r1", "must be <= min(out, in)", shape, most=min(shape))
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: ABBAConfig) -> int:

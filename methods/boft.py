@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import row_scaled
-from highrank.plugin import Method, PeftForm, Site, UserError, register_method
+from highrank.plugin import DoesNotFit, Method, PeftForm, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +123,17 @@ class BOFT(Method):
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: BOFTConfig) -> None:
-        shape = f"for a weight of shape ({out_features}, {in_features})"
-        if cfg.block_num and in_features % cfg.block_num:
-            raise UserError(f"boft: block_num must divide in_features, got block_num={cfg.block_num} {shape}")
+        name, shape = "block_size" if cfg.block_size else "block_num", (out_features, in_features)
+        if in_features % getattr(cfg, name):
+            raise DoesNotFit(cls, cfg, name, "must divide in_features", shape, divides=(in_features,))
         b, m = cfg.b(in_features), cfg.butterfly_factor
-        if in_features % b:
-            raise UserError(f"boft: block_size must divide in_features, got block_size={b} {shape}")
         if m > 1 and b % 2:
-            raise UserError(f"boft: block_size must be even for butterfly_factor > 1, got block_size={b} {shape}")
+            rule = "must make blocks of even size for butterfly_factor > 1"
+            raise DoesNotFit(cls, cfg, name, rule, shape, divides=(in_features,))
         if in_features % (b * 2 ** (m - 1)):
-            raise UserError(
-                f"boft: block_size * 2^(butterfly_factor - 1) must divide in_features, got block_size={b}, "
-                f"butterfly_factor={m} {shape}"
-            )
+            rule = f"must be such that {b} * 2^(butterfly_factor - 1) divides in_features"
+            most = next(factors for factors in range(m, 0, -1) if in_features % (b * 2 ** (factors - 1)) == 0)
+            raise DoesNotFit(cls, cfg, "butterfly_factor", rule, shape, most=most)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: BOFTConfig) -> int:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from highrank.model.kernels import rebuilt_linear
-from highrank.plugin import Method, Site, UserError, kaiming_uniform_, nearest_divisors, register_method
+from highrank.plugin import DoesNotFit, Method, Site, UserError, kaiming_uniform_, nearest_divisors, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,8 @@ class BoHA(Method):
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: BoHAConfig) -> None:
         if in_features % cfg.b or out_features % cfg.b:
-            raise UserError(
-                f"boha: b must divide in_features and out_features, got b={cfg.b} for a weight of shape ({out_features}, "
-                f"{in_features}); the nearest that do: {nearest_divisors(cfg.b, in_features, out_features, cfg.r)}"
-            )
+            shape = (out_features, in_features)
+            raise DoesNotFit(cls, cfg, "b", "must divide in_features and out_features", shape, divides=shape)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: BoHAConfig) -> int:

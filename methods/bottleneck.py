@@ -2,8 +2,9 @@
 
     A(h) = s (U f(D h + c) + e)
 
-    form=houlsby    attention and feed-forward return h + A(h) in the place of h, each before it is added to the residual
-    form=parallel   the feed-forward returns FFN(x) + A(x)
+    form=houlsby      attention and feed-forward return h + A(h) in the place of h, each before it is added to the residual
+    form=feedforward  the feed-forward alone does so
+    form=parallel     the feed-forward returns FFN(x) + A(x)
 
 | symbol | shape  | start    | trained |
 | ------ | ------ | -------- | ------- |
@@ -12,8 +13,8 @@
 | U      | (d, m) | 0        | yes     |
 | e      | (d,)   | 0        | yes     |
 
-d is the model's width and m = d / reduction. Trainable: 2 d m + m + d per adapter, of which a block has two (houlsby) or one
-(parallel). The output is the base's at the start because U = 0. It depends on activations, so no weight can hold it.
+d is the model's width and m = d / reduction. Trainable: 2 d m + m + d per adapter, of which a block has two (houlsby) or one.
+The output is the base's at the start because U = 0. It depends on activations, so no weight can hold it.
 
 Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", arXiv 1902.00751, section 2.1 (after the projection
 back to the model's width, before the skip connection); He et al., "Towards a Unified View of Parameter-Efficient Transfer
@@ -24,9 +25,10 @@ feed-forward, A reads what that reads, which is behind the norm in models that n
 residual stream before that norm.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +36,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from highrank.model.placement import EXPERTS, WeightView, resolve
-from highrank.plugin import UserError, WholeModelMethod, kaiming_uniform_, register_method
+from highrank.plugin import UserError, WholeModelMethod, kaiming_uniform_, nearest_divisors, register_method
 
-FORMS = {"houlsby": ("o", "down"), "parallel": ("up", "down")}
+FORMS = {"houlsby": ("o", "down"), "feedforward": ("down",), "parallel": ("up", "down")}
 """The parts of a block by which an adapter finds its place: at the output of each; or from the input of up to that of down."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -48,8 +50,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig:
+    method: ClassVar[str] = "bottleneck"
+
     form: str = "houlsby"
-    """Where adapters are: houlsby (after attention and feed-forward) or parallel (beside the feed-forward)."""
+    """Where adapters are: houlsby (after attention and feed-forward), feedforward (after it) or parallel (beside it)."""
     reduction: int = 16
     """The model's width over that of the bottleneck."""
     activation: str = "gelu"
@@ -59,15 +63,15 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise UserError(f"bottleneck: form must be one of {', '.join(FORMS)}, got form={self.form}")
+            raise UserError(f"{self.method}: form must be one of {', '.join(FORMS)}, got form={self.form}")
         if self.reduction < 1:
-            raise UserError(f"bottleneck: reduction must be >= 1, got reduction={self.reduction}")
+            raise UserError(f"{self.method}: reduction must be >= 1, got reduction={self.reduction}")
         if self.activation not in ACTIVATIONS:
             raise UserError(
-                f"bottleneck: activation must be one of {', '.join(ACTIVATIONS)}, got activation={self.activation}"
+                f"{self.method}: activation must be one of {', '.join(ACTIVATIONS)}, got activation={self.activation}"
             )
         if self.s == 0:
-            raise UserError("bottleneck: s must not be 0, got s=0; with U = 0 nothing would train")
+            raise UserError(f"{self.method}: s must not be 0, got s=0; nothing would train")
 
 
 class Network(nn.Module):
@@ -84,20 +88,34 @@ class Network(nn.Module):
         D, c, U, e = (p.to(h.dtype) for p in (self.D, self.c, self.cfg.s * self.U, self.cfg.s * self.e))
         return F.linear(ACTIVATIONS[self.cfg.activation](F.linear(h, D, c)), U, e)
 
+    def start(self) -> None:
+        kaiming_uniform_(self.D)
+        for parameter in (self.c, self.U, self.e):
+            nn.init.zeros_(parameter)
+
+    @classmethod
+    def num_trainable(cls, d_in: int, d_out: int, cfg: BottleneckConfig) -> int:
+        return (d_in + d_out + 1) * (d_out // cfg.reduction) + d_out
+
 
 @register_method(config=BottleneckConfig)
 class BottleneckAdapters(WholeModelMethod):
+    network: ClassVar[Any] = Network
     default_lr = 1e-3
-    examples = (
+    examples: ClassVar[Any] = (
         {"reduction": 4},
         {"reduction": 2, "form": "parallel", "activation": "relu", "s": 4.0},
         {"reduction": 16, "activation": "tanh"},
+        {"reduction": 8, "form": "feedforward"},
     )
 
     def __init__(self, model: Any, cfg: BottleneckConfig):
         super().__init__(model, cfg)
         self.networks = nn.ModuleDict(
-            {_key(last): Network(_input(first, cfg), last.out_features, cfg) for first, last in _places(model, cfg)}
+            {
+                _key(last): self.network(_input(first, cfg), last.out_features, cfg)
+                for first, last in _places(model, cfg)
+            }
         )
         self._read: dict[str, Tensor] = {}
         """What the feed-forwards that are being computed were given."""
@@ -105,9 +123,7 @@ class BottleneckAdapters(WholeModelMethod):
     def reset_parameters(self, model: Any, tokenizer: Any) -> None:
         networks: Any = self.networks.values()
         for network in networks:
-            kaiming_uniform_(network.D)
-            for parameter in (network.c, network.U, network.e):
-                nn.init.zeros_(parameter)
+            network.start()
 
     def hooks(self, model: Any) -> list[RemovableHandle]:
         handles = []
@@ -126,22 +142,29 @@ class BottleneckAdapters(WholeModelMethod):
 
     def _adding(self, key: str) -> Callable[..., Tensor]:
         def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            added: Tensor = self.networks[key](self._read.pop(key, y))
-            return y + added.to(y.dtype)
+            return y + self.output(key, self._read.pop(key, y)).to(y.dtype)
 
         return add
 
+    def output(self, key: str, h: Tensor) -> Tensor:
+        """Returns A(h) of one of the networks."""
+        output: Tensor = self.networks[key](h)
+        return output
+
     @classmethod
     def validate(cls, model: Any, cfg: BottleneckConfig) -> None:
-        for _, last in _places(model, cfg):
-            d = last.out_features
-            if d % cfg.reduction:
-                fit = [r for r in range(1, d + 1) if d % r == 0]
-                near = [r for r in fit if r < cfg.reduction][-1:] + [r for r in fit if r > cfg.reduction][:1]
-                raise UserError(
-                    f"bottleneck: reduction must divide the model's width {d}, got reduction={cfg.reduction}; the nearest "
-                    f"that do: {', '.join(map(str, near))}"
-                )
+        d = math.gcd(*(d_out for _, d_out in widths(model, cfg)))
+        if d % cfg.reduction:
+            near = nearest_divisors(cfg.reduction, d, takes=lambda r: cls.takes(d // r, cfg))
+            raise UserError(
+                f"{cfg.method}: reduction must divide the model's width {d}, got reduction={cfg.reduction}; "
+                + (f"the nearest that do: {near}" if near else "none does")
+            )
+
+    @classmethod
+    def takes(cls, m: int, cfg: Any) -> bool:
+        """Whether a network's width m suits the other fields."""
+        return True
 
     @classmethod
     def sites(cls, model: Any, cfg: BottleneckConfig) -> dict[str, int]:
@@ -151,12 +174,17 @@ class BottleneckAdapters(WholeModelMethod):
         return {
             f"after {what}": sum(last.part == part for _, last in places)
             for part, what in (("o", "attention"), ("down", "feed-forwards"))
+            if part in FORMS[cfg.form]
         }
 
     @classmethod
     def num_trainable(cls, model: Any, cfg: BottleneckConfig) -> int:
-        shapes = [(_input(first, cfg), last.out_features) for first, last in _places(model, cfg)]
-        return sum((k + n + 1) * (n // cfg.reduction) + n for k, n in shapes)
+        return sum(cls.network.num_trainable(d_in, d_out, cfg) for d_in, d_out in widths(model, cfg))
+
+
+def widths(model: Any, cfg: BottleneckConfig) -> list[tuple[int, int]]:
+    """Returns for each adapter how many numbers it reads and how many it adds to."""
+    return [(_input(first, cfg), last.out_features) for first, last in _places(model, cfg)]
 
 
 def _places(model: Any, cfg: BottleneckConfig) -> Iterator[tuple[WeightView, WeightView]]:
@@ -167,14 +195,14 @@ def _places(model: Any, cfg: BottleneckConfig) -> Iterator[tuple[WeightView, Wei
     """
     parts, kind = FORMS[cfg.form], model.config.model_type
     if _resolved(model, [EXPERTS]):
-        raise UserError(f"bottleneck: a feed-forward must be one of its own, got the experts of model_type={kind}")
+        raise UserError(f"{cfg.method}: a feed-forward must be one of its own, got the experts of model_type={kind}")
     views = _resolved(model, parts)
     if not views:
         raise UserError(
-            f"bottleneck: blocks need known layers {' and '.join(parts)}, got none in model_type={kind}; use a method that "
+            f"{cfg.method}: blocks need known layers {' and '.join(parts)}, got none in model_type={kind}; use a method that "
             "acts on weights, with architecture={blocks: ..., q: ...}"
         )
-    if cfg.form == "houlsby":
+    if cfg.form != "parallel":
         yield from ((view, view) for view in views)
         return
     first = {view.layer: view for view in views if view.part == "up"}

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.fft import irfft, rfft
 
 from highrank.model.kernels import updated_linear
-from highrank.plugin import Method, PeftForm, Site, UserError, nearest_divisors, register_method
+from highrank.plugin import DoesNotFit, Method, PeftForm, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,8 @@ class C3A(Method):
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: C3AConfig) -> None:
         if in_features % cfg.block_size or out_features % cfg.block_size:
-            near = nearest_divisors(cfg.block_size, in_features, out_features)
-            raise UserError(
-                f"c3a: block_size must divide in_features and out_features, got block_size={cfg.block_size} for a weight of "
-                f"shape ({out_features}, {in_features}); the nearest that do: {near}"
-            )
+            shape = (out_features, in_features)
+            raise DoesNotFit(cls, cfg, "block_size", "must divide in_features and out_features", shape, divides=shape)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: C3AConfig) -> int:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.plugin import Method, Site, UserError, nearest_divisors, register_method
+from highrank.plugin import DoesNotFit, Method, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,8 @@ class DiaBlo(Method):
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: DiaBloConfig) -> None:
         if in_features % cfg.N or out_features % cfg.N:
-            raise UserError(
-                f"diablo: N must divide in_features and out_features, got N={cfg.N} for a weight of shape ({out_features}, "
-                f"{in_features}); the nearest that do: {nearest_divisors(cfg.N, in_features, out_features)}"
-            )
+            shape = (out_features, in_features)
+            raise DoesNotFit(cls, cfg, "N", "must divide in_features and out_features", shape, divides=shape)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: DiaBloConfig) -> int:

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.fft import ifft, ifft2
 
 from highrank.model.kernels import rebuilt_linear
-from highrank.plugin import Method, PeftForm, Site, UserError, register_method
+from highrank.plugin import DoesNotFit, Method, PeftForm, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,8 @@ class FourierFT(Method):
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: FourierFTConfig) -> None:
         if cfg.n_frequency > in_features * out_features:
-            raise UserError(
-                f"fourierft: n_frequency must be <= out * in, got n_frequency={cfg.n_frequency} for a weight of shape "
-                f"({out_features}, {in_features}); at most {in_features * out_features}"
-            )
+            shape = (out_features, in_features)
+            raise DoesNotFit(cls, cfg, "n_frequency", "must be <= out * in", shape, most=in_features * out_features)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: FourierFTConfig) -> int:

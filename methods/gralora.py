@@ -29,7 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, nearest_divisors, register_method
+from highrank.plugin import (
+    DoesNotFit,
+    Method,
+    PeftForm,
+    Site,
+    UserError,
+    kaiming_uniform_,
+    nearest_divisors,
+    register_method,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +126,8 @@ class GraLoRA(Method):
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: GraLoRAConfig) -> None:
         if in_features % cfg.K or out_features % cfg.K:
-            raise UserError(
-                f"gralora: K must divide in_features and out_features, got K={cfg.K} for a weight of shape "
-                f"({out_features}, {in_features}); the nearest that do: "
-                f"{nearest_divisors(cfg.K, in_features, out_features, cfg.r)}"
-            )
+            shape = (out_features, in_features)
+            raise DoesNotFit(cls, cfg, "K", "must divide in_features and out_features", shape, divides=shape)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: GraLoRAConfig) -> int:

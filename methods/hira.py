@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from highrank.model.kernels import in_compute_dtype
-from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
+from highrank.plugin import DoesNotFit, Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
 
 CHOICES = ("w0", "random_uniform", "random_scaled", "w0_trunc", "w0_smooth", "ones")
 
@@ -141,11 +141,9 @@ class HiRA(Method):
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: HiRAConfig) -> None:
-        if cfg.R_rank is not None and cfg.R_rank > min(in_features, out_features):
-            raise UserError(
-                f"hira: R_rank must be <= min(out, in) of every adapted weight, got R_rank={cfg.R_rank} for a weight of "
-                f"shape ({out_features}, {in_features})"
-            )
+        shape = (out_features, in_features)
+        if cfg.R_rank is not None and cfg.R_rank > min(shape):
+            raise DoesNotFit(cls, cfg, "R_rank", "must be <= min(out, in)", shape, most=min(shape))
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: HiRAConfig) -> int:

@@ -35,7 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import low_rank_linear, moved_pair
-from highrank.plugin import Method, PeftForm, Site, UserError, kaiming_uniform_, later_field, register_method
+from highrank.plugin import (
+    DoesNotFit,
+    Method,
+    PeftForm,
+    Site,
+    UserError,
+    kaiming_uniform_,
+    later_field,
+    register_method,
+)
 
 SCALINGS = ("alpha_over_r", "rs")
 
@@ -178,12 +187,9 @@ class LoRA(Method):
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: LoRAConfig) -> None:
-        most = min(in_features, out_features)
-        if cfg.init in OF_W and cfg.r > most:
-            raise UserError(
-                f"lora: init={cfg.init} needs r <= min(out, in), got r={cfg.r} for a weight of shape ({out_features}, "
-                f"{in_features}); at most r={most}"
-            )
+        shape = (out_features, in_features)
+        if cfg.init in OF_W and cfg.r > min(shape):
+            raise DoesNotFit(cls, cfg, "r", f"must be <= min(out, in) for init={cfg.init}", shape, most=min(shape))
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: LoRAConfig) -> int:

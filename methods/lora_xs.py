@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.plugin import Method, Site, UserError, register_method
+from highrank.plugin import DoesNotFit, Method, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +86,9 @@ class LoRAXS(Method):
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: LoRAXSConfig) -> None:
-        most = min(in_features, out_features)
-        if cfg.r > most:
-            raise UserError(
-                f"lora_xs: r must be <= min(out, in), got r={cfg.r} for a weight of shape ({out_features}, "
-                f"{in_features}); at most r={most}"
-            )
+        shape = (out_features, in_features)
+        if cfg.r > min(shape):
+            raise DoesNotFit(cls, cfg, "r", "must be <= min(out, in)", shape, most=min(shape))
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: LoRAXSConfig) -> int:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from highrank.model.kernels import rebuilt_linear
-from highrank.plugin import Method, PeftForm, Site, UserError, nearest_divisors, register_method
+from highrank.plugin import DoesNotFit, Method, PeftForm, Site, UserError, register_method
 
 TYPES = ("plain", "mini", "bat")
 
@@ -122,20 +122,14 @@ class MiSS(Method):
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: MiSSConfig) -> None:
-        shape = f"for a weight of shape ({out_features}, {in_features})"
-        if cfg.r > in_features:
-            raise UserError(f"miss: r must be <= in_features, got r={cfg.r} {shape}; at most r={in_features}")
+        shape = (out_features, in_features)
         if cfg.type == "bat" and (in_features % cfg.r or out_features % cfg.r):
-            near = nearest_divisors(cfg.r, in_features, out_features)
-            raise UserError(
-                f"miss: r must divide in_features and out_features for type=bat, got r={cfg.r} {shape}; the nearest that "
-                f"do: {near}"
-            )
+            rule = "must divide in_features and out_features for type=bat"
+            raise DoesNotFit(cls, cfg, "r", rule, shape, divides=shape)
+        if cfg.r > in_features:
+            raise DoesNotFit(cls, cfg, "r", "must be <= in_features", shape, most=in_features)
         if out_features % cfg.mini_r:
-            near = nearest_divisors(cfg.mini_r, out_features)
-            raise UserError(
-                f"miss: mini_r must divide out_features, got mini_r={cfg.mini_r} {shape}; the nearest that do: {near}"
-            )
+            raise DoesNotFit(cls, cfg, "mini_r", "must divide out_features", shape, divides=(out_features,))
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: MiSSConfig) -> int:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from highrank.plugin import Method, PeftForm, Site, UserError, nearest_divisors, register_method
+from highrank.plugin import DoesNotFit, Method, PeftForm, Site, UserError, register_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +136,9 @@ class OFT(Method):
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: OFTConfig) -> None:
         name = "block_size" if cfg.block_size else "block_num"
-        value = getattr(cfg, name)
-        if in_features % value:
-            raise UserError(
-                f"oft: {name} must divide in_features, got {name}={value} for a weight of shape ({out_features}, "
-                f"{in_features}); the nearest that do: {nearest_divisors(value, in_features)}"
-            )
-        if cfg.b(in_features) < 2:
-            raise UserError(
-                f"oft: a block must have at least 2 inputs, got {name}={value} for a weight of shape ({out_features}, "
-                f"{in_features})"
-            )
+        if in_features % getattr(cfg, name) or cfg.b(in_features) < 2:
+            rule, shape = "must divide in_features into blocks of at least 2", (out_features, in_features)
+            raise DoesNotFit(cls, cfg, name, rule, shape, divides=(in_features,))
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: OFTConfig) -> int:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from highrank.model.kernels import rebuilt_linear
-from highrank.plugin import Method, PeftForm, Site, UserError, register_method
+from highrank.plugin import DoesNotFit, Method, PeftForm, Site, UserError, register_method
 
 MASKS = ("random", "wm")
 
@@ -108,12 +108,10 @@ class SHiRA(Method):
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: SHiRAConfig) -> None:
-        entries, most = in_features * out_features, in_features * out_features // (in_features + out_features)
-        if cls.num_trainable(in_features, out_features, cfg) > entries:
-            raise UserError(
-                f"shira: r (out + in) must be <= out * in, got r={cfg.r} for a weight of shape ({out_features}, "
-                f"{in_features}); at most r={most}"
-            )
+        most = in_features * out_features // (in_features + out_features)
+        if cfg.r > most:
+            rule, shape = "must be <= out * in / (out + in)", (out_features, in_features)
+            raise DoesNotFit(cls, cfg, "r", rule, shape, most=most)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: SHiRAConfig) -> int:

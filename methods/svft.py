@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from highrank.model.kernels import rebuilt_linear
-from highrank.plugin import Method, Site, UserError, register_method
+from highrank.plugin import DoesNotFit, Method, Site, UserError, register_method
 
 PATTERNS = ("plain", "banded", "random", "top_k")
 
@@ -129,11 +129,14 @@ class SVFT(Method):
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: SVFTConfig) -> None:
-        shape, q = f"for a weight of shape ({out_features}, {in_features})", min(in_features, out_features)
-        if cfg.d >= q:
-            raise UserError(f"svft: d must be < min(out, in), got d={cfg.d} {shape}; at most d={q - 1}")
+        shape = (out_features, in_features)
+        if cfg.d >= min(shape):
+            raise DoesNotFit(cls, cfg, "d", "must be < min(out, in)", shape, most=min(shape) - 1)
         if cfg.pattern == "top_k" and in_features != out_features:
-            raise UserError(f"svft: pattern=top_k needs a square weight, got pattern=top_k {shape}; use pattern=random")
+            raise UserError(
+                f"svft: pattern=top_k needs a square weight, got pattern=top_k for a weight of shape {shape}; use "
+                "pattern=random"
+            )
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: SVFTConfig) -> int:

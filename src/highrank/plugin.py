@@ -7,8 +7,9 @@ from highrank.base.registry import later_field, load, register_method, register_
 from highrank.data.chat import messages_of
 from highrank.data.sources import Source, as_text, find, text_of
 from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
-from highrank.model.method import Method, Site, kaiming_uniform_, nearest_divisors
+from highrank.model.method import Method, Site, kaiming_uniform_
 from highrank.model.peft_form import PeftForm
+from highrank.model.sizes import DoesNotFit, nearest_divisors
 from highrank.model.transformers_internals import (
     by_name,
     cache_name,
@@ -24,6 +25,7 @@ from highrank.model.whole_model import VirtualTokens, WholeModelMethod, is_start
 
 __all__ = [
     "DataConfig",
+    "DoesNotFit",
     "Example",
     "FileTask",
     "FullAdapters",

@@ -42,7 +42,7 @@ BAD = [
     ("method=boft block_size=7 model=tiny_llama", "block_size must divide in_features, got block_size=7"),
     (
         "method=boft butterfly_factor=4 model=tiny_llama",
-        "must divide in_features, got block_size=4, butterfly_factor=4",
+        "butterfly_factor must be such that 4 * 2^(butterfly_factor - 1) divides in_features, got butterfly_factor=4 for a weight of shape (8, 16); at most butterfly_factor=3",
     ),
     ("R=w0_trunc", "R=w0_trunc needs a rank, got R_rank=None; add R_rank=128"),
     ("R=w0_trunc R_rank=99 model=tiny_llama", "R_rank must be <= min(out, in)"),

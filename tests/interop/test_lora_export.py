@@ -216,6 +216,7 @@ NOT_HELD = {
     "bitfit": ("generate", r"has none \(BitFit.*bias.*highrank merge writes the changed model"),
     "prompt_tuning": ("generate", "has none .*in front of every sequence.*--format peft writes it for PEFT"),
     "bottleneck": ("generate", "has none .*keep the run, no other program computes it"),
+    "compacter": ("generate", "has none .*keep the run, no other program computes it"),
     "lora": (
         "classify",
         "a language model's ΔW alone is written, got task=its_task in RUN with a classifier's new head",

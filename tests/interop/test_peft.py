@@ -358,6 +358,12 @@ def test_what_peft_cannot_say_is_refused_before_weights_load(make_run, tmp_path,
     assert not (tmp_path / "peft").exists()
 
 
+def test_what_cannot_be_merged_either_is_not_sent_to_merge(make_run, tmp_path):
+    run, _ = make_run("model=tiny_llama", "method=compacter", "reduction=4")
+    with pytest.raises(UserError, match=r"no type for this method, got method=compacter; keep the run$"):
+        export_run(run, tmp_path / "peft")
+
+
 BAD_CONFIG = [
     ({"peft_type": "ADALORA"}, "peft_type=ADALORA"),
     ({"peft_type": "POLY"}, "peft_type=POLY; it is one of"),

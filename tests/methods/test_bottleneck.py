@@ -156,7 +156,7 @@ def test_bad_fields_are_named(fields, named):
         load("methods", "bottleneck").config(**fields)
 
 
-@pytest.mark.parametrize(("reduction", "near"), [(3, "2, 4"), (5, "4, 8"), (64, "16")])
+@pytest.mark.parametrize(("reduction", "near"), [(3, "2 or 4"), (5, "4 or 8"), (64, "16")])
 def test_a_reduction_that_does_not_divide_the_width_names_those_that_do(reduction, near):
     with pytest.raises(UserError, match=rf"^bottleneck: .*width 16, got reduction={reduction}; .*: {near}$"):
         adapted("llama", reduction=reduction)

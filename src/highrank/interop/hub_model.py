@@ -28,6 +28,7 @@ from highrank.data.encoding import Encoded, encode_question, give_tokens
 from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
 from highrank.model.backbones import DTYPES, Backbone
+from highrank.model.method import Method
 from highrank.model.quantised import dequantise_model
 from highrank.model.whole_model import no_merged_weight
 from highrank.train.saved import check_new, load_run, read_run, update_lost, written_whole
@@ -60,14 +61,16 @@ def merge_run(
     """
     out_folder = check_new("merge", out)
     run, kind = read_run(folder, words), read_run(folder).model.get("quantize")
-    if kind and not any(word.startswith("model.quantize=") for word in words):
-        raise UserError(
-            f"merge: a run on a quantised base says into which base it is merged, got model.quantize={kind}; add "
-            f"model.quantize=null for the unquantised weights, or model.quantize={kind} for the dequantised ones"
-        )
-    dtype = check_dtype("merge", dtype or run.model["dtype"])
     if not run.method.mergeable:
         raise no_merged_weight(run.method)
+    if kind and not any(word.startswith("model.quantize=") for word in words):
+        exact = issubclass(run.method, Method) and run.method.exact_base(run.method_cfg)
+        unquantised = "" if exact else "model.quantize=null for the unquantised weights, or "
+        raise UserError(
+            f"merge: a run on a quantised base says into which base it is merged, got model.quantize={kind}; add "
+            f"{unquantised}model.quantize={kind} for the dequantised ones"
+        )
+    dtype = check_dtype("merge", dtype or run.model["dtype"])
     _, backbone, adapters = load_run(folder, words)
     dequantise_model(backbone.model)
     model = backbone.model.float().eval()

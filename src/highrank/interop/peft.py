@@ -82,7 +82,8 @@ def base_facts(run: Run, source: WeightSource) -> dict[str, Any]:
 def check_expressible(run: Run, model: Any, views: Sequence[WeightView]) -> None:
     """Raises UserError unless PEFT has a type that computes what the run's adapter does; `model` may hold no weights."""
     form, name = run.method.peft, run.method.name
-    instead = "; `highrank merge RUN --out DIR` writes the adapted model instead"
+    merges = run.method.mergeable
+    instead = f"; {'`highrank merge RUN --out DIR` writes the adapted model instead' if merges else 'keep the run'}"
     if form is None:
         raise UserError(f"export: PEFT has no type for this method, got method={name}{instead}")
     if lacking := form.lacks(run.method_cfg):

@@ -307,7 +307,7 @@ class Adapters:
         if self.exact_base and not same_dtype:
             raise UserError(
                 f"adapter: {self.method.name} with these fields needs the exact base that it was trained on, got one in "
-                f"{self.base_dtype} for {card['base_dtype']}"
+                f"{self.base_dtype} for {card['base_dtype']}; load the base as it was in training"
             )
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         self.load_state_dict(tensors)

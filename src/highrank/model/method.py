@@ -154,14 +154,3 @@ def kaiming_uniform_(tensor: Tensor, fan_in: int | None = None) -> Tensor:
     bound = 1 / math.sqrt(fan_in or tensor.shape[-1])
     with torch.no_grad():
         return tensor.uniform_(-bound, bound)
-
-
-def nearest_divisors(wanted: int, *sizes: int) -> str:
-    """Returns, for a message, the common divisors of `sizes` next to `wanted` below and above it, e.g. "4 or 8"."""
-    whole = math.gcd(*sizes)
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
-    near = {
-        max((d for d in divisors if d <= wanted), default=1),
-        min((d for d in divisors if d >= wanted), default=whole),
-    }
-    return " or ".join(map(str, sorted(near)))

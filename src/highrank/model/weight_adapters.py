@@ -17,6 +17,7 @@ from highrank.model.experts import Experts
 from highrank.model.placement import EXPERTS, Rows, WeightView, resolve, row_index, weight_of, weight_reader
 from highrank.model.quantised import is_quantised
 from highrank.model.sharding import gathered, whole
+from highrank.model.sizes import check_shapes
 from highrank.model.torch_internals import version_of
 
 
@@ -143,8 +144,7 @@ class WeightAdapters(Adapters):
     def count(
         cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, num_base: int
     ) -> tuple[int, int]:
-        for view in sorted(views, key=lambda view: min(view.shape)):  # what is too large is told of the least weight
-            method.validate(view.in_features, view.out_features, cfg)
+        check_shapes(method, [view.shape for view in views], cfg)
         trainable = sum(method.num_trainable(view.in_features, view.out_features, cfg) for view in views)
         frozen = sum(method.num_frozen_extra(view.in_features, view.out_features, cfg) for view in views)
         return trainable, frozen + method.num_frozen_shared([view.shape for view in views], cfg)

@@ -1,6 +1,7 @@
 """HighRank as a library, on a transformers model that the caller has loaded: attach, load; imports `train` and below.
 
-What trains is the adapters' parameters alone; whatever loop, HF `Trainer` or LightningModule then trains the model.
+What trains is the adapters' parameters alone; whatever loop, HF or TRL trainer (`highrank[trl]`) or LightningModule then
+trains the model.
 """
 
 from collections.abc import Mapping, Sequence

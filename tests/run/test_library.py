@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 import highrank
 from highrank.base.errors import UserError
@@ -370,6 +370,11 @@ def peft_model():
     return peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
 
 
+def without_weights():
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config("llama")))
+
+
 BAD = {
     "method": (tiny, {"method": "hirra"}, "unknown name, got method=hirra; did you mean 'hira'"),
     "not a method": (tiny, {"method": 3}, "method is a name or a method's config object, got method=3"),
@@ -380,6 +385,13 @@ BAD = {
     "no such part": (lambda: tiny("gpt2"), {"placement": "gate"}, "gpt2 has no part gate"),
     "layers": (tiny, {"layers": "5"}, "the model has layers 0-1, got layers=5"),
     "no model": (lambda: torch.nn.Linear(2, 2), {}, "the model is a transformers model, got Linear"),
+    "a path": (lambda: "path/to/model", {}, "the model is a transformers model, got str; give what from_pretrained"),
+    "compiled": (
+        lambda: torch.compile(tiny(), backend="eager"),
+        {},
+        "adapters go on before torch.compile, got a compiled model",
+    ),
+    "no weights": (without_weights, {}, "must hold its weights, got none at model.embed_tokens.weight"),
     "PEFT's": (peft_model, {}, r"must not be wrapped by PEFT, got PeftModel at its top; .*model\.unload\(\)"),
     "what PEFT wraps": (
         lambda: peft_model().base_model.model,
@@ -394,11 +406,12 @@ BAD = {
 def test_bad_input_is_said_in_one_line_and_changes_nothing(case):
     make, arguments, message = BAD[case]
     model = make()
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     with pytest.raises(UserError, match=message) as error:
         highrank.attach(model, **arguments)
     assert "\n" not in str(error.value)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert {name: parameter.requires_grad for name, parameter in parameters.items()} == before
 
 
 @pytest.mark.parametrize("first", ["hira", "prefix"])

@@ -18,7 +18,7 @@ reference:  ## the API reference of the docstrings, in build/reference
 TORCH = 2.13.0
 constraints:  ## pins of the newest versions that the ranges allow, for all extras; commit them once the suite has passed
 	rm -rf build/constraints && python3 -m venv build/constraints
-	build/constraints/bin/pip install --quiet torch==$(TORCH) -e ".[test,bench,dialogue,eval,quant,ray,slurm,wandb,mlflow]"
+	build/constraints/bin/pip install --quiet torch==$(TORCH) -e ".[test,bench,dialogue,eval,quant,ray,slurm,wandb,mlflow,trl]"
 	{ echo "# What the test suite last passed with; made by: make constraints"; \
 	  build/constraints/bin/pip freeze --exclude-editable | grep -v '^#' | sed 's/+cpu$$//'; } > constraints.txt
 	rm -rf build/constraints

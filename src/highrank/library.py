@@ -1,6 +1,7 @@
 """HighRank as a library, on a transformers model that the caller has loaded: attach, load; imports `train` and below.
 
-What trains is the adapters' parameters alone; whatever loop, HF `Trainer` or LightningModule then trains the model.
+What trains is the adapters' parameters alone; whatever loop, HF or TRL trainer (`highrank[trl]`) or LightningModule then
+trains the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ def attach(
     With the same seed the adapters start as a run's do. A classifier's head trains too, as in a run.
 
     Raises:
-        UserError: for a model that has adapters already or is no transformers model; an unknown method, field or
+        UserError: for a model that has adapters already, is no transformers model or has no weights; an unknown method, field or
             placement, with the nearest names; fields that do not fit one of the weights.
     """
     cls, cfg = _method(method, fields)
@@ -118,10 +119,14 @@ def _method(method: Any, fields: Mapping[str, Any], trained: bool = False) -> tu
 
 
 def _check_free(model: Any) -> None:
-    """Raises UserError unless this is a transformers model without adapters, ours or PEFT's."""
+    """Raises UserError unless this is a transformers model with its weights and without adapters, ours or PEFT's."""
     if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "can_generate")):
         raise UserError(
             f"attach: the model is a transformers model, got {type(model).__name__}; give what from_pretrained returns"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise UserError(
+            "attach: adapters go on before torch.compile, got a compiled model; give attach what torch.compile was given"
         )
     for name, module in model.named_modules():
         if type(module).__module__.split(".")[0] == "peft":
@@ -133,6 +138,12 @@ def _check_free(model: Any) -> None:
             raise UserError(
                 f"attach: the model has adapters already, got some at {name}; take them off with adapters.unload(), or "
                 "merge them first to keep their effect"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"attach: the model must hold its weights, got none at {name}, which is on the meta device; load it with "
+                "from_pretrained"
             )
 
 

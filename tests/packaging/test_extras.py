@@ -9,6 +9,7 @@ a GPU, a Ray cluster of several machines.
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,13 @@ raw = io.BytesIO()
 lines = iter(["one plus two is three", " ".join("abcdefghijklmnopqrstuvwxyz")])
 SentencePieceTrainer.train(sentence_iterator=lines, model_writer=raw, vocab_size=40, model_type="bpe", minloglevel=2)
 (Path(sys.argv[1]) / "tokenizer.model").write_bytes(raw.getvalue())
+"""
+TINY_MODEL = """
+import sys
+from highrank.model.backbones import load_backbone
+tiny = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None)
+tiny.model.save_pretrained(sys.argv[1])
+tiny.tokenizer.save_pretrained(sys.argv[1])
 """
 HPARAMS = """
 import sys
@@ -126,7 +134,7 @@ def swept(folder):
 
 def test_base_holds_no_extra(base):
     code = "import sys; from importlib.util import find_spec; print([n for n in sys.argv[1:] if find_spec(n)])"
-    modules = ["peft", "nltk", "lm_eval", "ray", "submitit", "torchao", "bitsandbytes", "wandb", "mlflow"]
+    modules = ["peft", "nltk", "lm_eval", "ray", "submitit", "torchao", "bitsandbytes", "wandb", "mlflow", "trl"]
     assert base.run("-c", code, *modules).stdout.strip() == "[]"
 
 
@@ -267,6 +275,16 @@ def test_loggers(layer, name, left):
     environment.highrank("run", *TINY, "method=lora", f"logger={name}", "run_dir=run")
     assert environment.results("run")["logged"]["to"] == name
     assert list((environment.folder / "run").glob(left))
+
+
+def test_trl(layer):
+    """What the page on the library does with TRL, on a tiny model."""
+    environment = layer("trl")
+    environment.run("-c", TINY_MODEL, "path/to/model")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
+    environment.run("-c", "\n".join([blocks[0], *(block for block in blocks if "from trl import" in block)]))
+    for name in ("sft", "dpo"):
+        assert (environment.folder / name / "checkpoint-2").is_dir()
 
 
 def test_bench(layer):

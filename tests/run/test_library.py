@@ -1,17 +1,21 @@
-"""HighRank as a library: two steps in a plain loop, in HF Trainer and in another's LightningModule are those of a run."""
+"""HighRank as a library: two steps in a plain loop, in HF Trainer, TRL and another's LightningModule are those of a run."""
 
 import copy
+import math
 import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import lightning
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 import highrank
 from highrank.base.errors import UserError
@@ -28,10 +32,12 @@ from highrank.train.devices import quiet
 pytestmark = pytest.mark.integration
 
 RATE, DECAY = 0.02, 0.1
+BETA, EPS = 1.0, 1e-4  # of DPO; below this eps AdamW turns the rounding of small gradients into whole steps
 WORDS = [
     *("model=tiny_llama", "task.n_train=8", "task.n_test=2", "batch_size=4", "max_steps=2", "eval_test=false"),
     *(f"lr={RATE}", f"weight_decay={DECAY}", "schedule=constant", "warmup_ratio=0"),
 ]
+TRL_SAYS = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 METHODS = {"hira": {"r": 2}, "hyperadapt": {}, "lora": {"r": 2, "lr_ratio": 4.0}, "prefix": {"num_virtual_tokens": 2}}
 
 
@@ -57,8 +63,8 @@ def attached(case):
     return model.train(), highrank.attach(model, name, **fields)
 
 
-def optimizer(adapters):
-    return torch.optim.AdamW(adapters.parameter_groups(lr=RATE, weight_decay=DECAY))
+def optimizer(adapters, eps=1e-8):
+    return torch.optim.AdamW(adapters.parameter_groups(lr=RATE, weight_decay=DECAY), eps=eps)
 
 
 def assert_trained_alike(case, model, adapters):
@@ -72,6 +78,13 @@ def assert_trained_alike(case, model, adapters):
     with torch.no_grad():
         for batch in batches:
             torch.testing.assert_close(model.eval()(**batch).loss, own(**batch).loss, rtol=0, atol=1e-5)
+
+
+def assert_only_adapters_moved(model, adapters, before):
+    """Compares every parameter with what it was: all that trains has moved, the base has not by a bit."""
+    trained = {id(parameter) for _, parameter in adapters.named_parameters()}
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]) != (id(parameter) in trained), key
 
 
 def test_a_plain_loop(case):
@@ -146,6 +159,121 @@ def test_the_lightning_module_of_another(case, tmp_path):
     saved = next(tmp_path.rglob("*.ckpt"))
     again.load_state_dict(torch.load(saved, weights_only=True)["state_dict"])
     assert_trained_alike(case, again.model, again.adapters)
+
+
+def trl_settings(folder, name, **others):
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": name != "prefix",  # TRL's default, of which a prefix says that it cannot
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **others,
+    }
+
+
+def assert_losses(trainer, expected):
+    found = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["hira", "hyperadapt", "prefix"], indirect=True)
+@TRL_SAYS
+def test_trl_sft_trainer(case, tmp_path):
+    trl = pytest.importorskip("trl")
+    name, _, folder, batches = case
+    model, adapters = attached(case)
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    rows = [
+        {key: row[batch["attention_mask"][i].bool()].tolist() for key, row in (("input_ids", ids), ("labels", labels))}
+        for batch in batches
+        for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True))
+    ]
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(**trl_settings(tmp_path, name)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_backbone({"name": "tiny_llama", "dtype": "float32"}, None).tokenizer,
+        optimizers=(optimizer(adapters), None),
+    )
+    trainer.train()
+    assert_losses(trainer, [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")])
+    assert_only_adapters_moved(model, adapters, before)
+    assert_trained_alike(case, model, adapters)
+
+
+def log_probability(model, batch):
+    """Returns log p(completion | prompt) of every row of a batch of TRL's."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    tokens = batch["input_ids"][:, 1:, None]
+    each = logits.log_softmax(-1).gather(-1, tokens).squeeze(-1)
+    return (each * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def dpo_loss(model, adapters, batch):
+    """The loss of the DPO paper, written down; its reference is the model with the adapters off."""
+    with torch.no_grad(), adapters.disabled():
+        reference = log_probability(model, batch)
+    chosen, rejected = (log_probability(model, batch) - reference).chunk(2)
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def started(name, **fields):
+    """Returns a model with adapters that differ from the base from the start, so that the reference matters."""
+    model = tiny().train()
+    adapters = highrank.attach(model, name, **fields)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, parameter in adapters.named_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
+    return model, adapters
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("hira", "adapters off"), ("hyperadapt", "adapters off"), ("prefix", "adapters off"), ("hira", "a copy")],
+)
+@TRL_SAYS
+def test_trl_dpo_trainer(name, reference, tmp_path):
+    trl = pytest.importorskip("trl")
+    model, adapters = started(name, **METHODS[name])
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    pairs = [{"prompt": f"{i} plus 2 is ", "chosen": f"{i + 2}.", "rejected": f"not {i}."} for i in range(8)]
+    off = reference == "adapters off"
+    with adapters.disabled() if off else nullcontext():
+        trainer = trl.DPOTrainer(
+            model,
+            None if off else tiny(),
+            trl.DPOConfig(**trl_settings(tmp_path, name, beta=BETA, precompute_ref_log_probs=off)),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=load_backbone({"name": "tiny_llama", "dtype": "float32"}, None).tokenizer,
+            optimizers=(optimizer(adapters, EPS), None),
+        )
+    batches = list(trainer.get_train_dataloader())
+    trainer.train()
+    assert_only_adapters_moved(model, adapters, before)
+
+    plain, others = started(name, **METHODS[name])
+    steps, losses = optimizer(others, EPS), []
+    for batch in batches:
+        loss = dpo_loss(plain, others, batch)
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_([p for _, p in others.named_parameters()], 1.0)
+        steps.step()
+        steps.zero_grad()
+    assert abs(losses[0] - math.log(2)) > 1e-3  # what it would be if the reference were the adapters at the start
+    assert_losses(trainer, losses)
+    for key, tensor in others.state_dict().items():
+        torch.testing.assert_close(adapters.state_dict()[key], tensor, rtol=0, atol=1e-5)
 
 
 def test_a_saved_adapter_comes_back_on_a_model(case, tmp_path):
@@ -242,6 +370,11 @@ def peft_model():
     return peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
 
 
+def without_weights():
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config("llama")))
+
+
 BAD = {
     "method": (tiny, {"method": "hirra"}, "unknown name, got method=hirra; did you mean 'hira'"),
     "not a method": (tiny, {"method": 3}, "method is a name or a method's config object, got method=3"),
@@ -252,6 +385,13 @@ BAD = {
     "no such part": (lambda: tiny("gpt2"), {"placement": "gate"}, "gpt2 has no part gate"),
     "layers": (tiny, {"layers": "5"}, "the model has layers 0-1, got layers=5"),
     "no model": (lambda: torch.nn.Linear(2, 2), {}, "the model is a transformers model, got Linear"),
+    "a path": (lambda: "path/to/model", {}, "the model is a transformers model, got str; give what from_pretrained"),
+    "compiled": (
+        lambda: torch.compile(tiny(), backend="eager"),
+        {},
+        "adapters go on before torch.compile, got a compiled model",
+    ),
+    "no weights": (without_weights, {}, "must hold its weights, got none at model.embed_tokens.weight"),
     "PEFT's": (peft_model, {}, r"must not be wrapped by PEFT, got PeftModel at its top; .*model\.unload\(\)"),
     "what PEFT wraps": (
         lambda: peft_model().base_model.model,
@@ -266,11 +406,12 @@ BAD = {
 def test_bad_input_is_said_in_one_line_and_changes_nothing(case):
     make, arguments, message = BAD[case]
     model = make()
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     with pytest.raises(UserError, match=message) as error:
         highrank.attach(model, **arguments)
     assert "\n" not in str(error.value)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert {name: parameter.requires_grad for name, parameter in parameters.items()} == before
 
 
 @pytest.mark.parametrize("first", ["hira", "prefix"])

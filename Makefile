@@ -1,4 +1,4 @@
-.PHONY: check test real reference constraints compat
+.PHONY: check test real site constraints compat
 
 check:  ## format, lint, types, fast tests: what a commit needs
 	ruff format --check .
@@ -12,8 +12,8 @@ test:  ## everything but the minutes-long runs on real models
 real:  ## the main command and its control on the real default model
 	pytest -m real_model
 
-reference:  ## the API reference of the docstrings, in build/reference
-	python docs/reference.py build/reference
+site:  ## the documentation with a page per method and the API reference, in build/site
+	python docs/website.py build/site
 
 TORCH = 2.13.0
 constraints:  ## pins of the newest versions that the ranges allow, for all extras; commit them once the suite has passed

@@ -7,12 +7,15 @@ with the test that shows it.
 import ast
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from highrank.base.errors import UserError
 from highrank.base.registry import load
+from highrank.base.source import Source
 from highrank.config.words import compose_run
+from highrank.find.catalogue import method_facts, parts
 from highrank.model.backbones import empty_model, model_config
 from highrank.train.plan import count
 
@@ -131,6 +134,45 @@ def drawn() -> str:
     """Returns the special cases as a Mermaid flowchart."""
     lines = [f'    {inner} -- "{when}" --> {outer}' for inner, outer, when, _ in CASES]
     return "```mermaid\nflowchart LR\n" + "\n".join(lines) + "\n```\n"
+
+
+def own_page(name: str) -> str:
+    """Returns a method's own page, in Markdown: what `highrank methods NAME` prints, and what it holds and is held by."""
+    source = Source(f"highrank.methods.{name}")
+    fields = source.fields(source.config)
+    heading, _, rest = source.doc.partition("\n")
+    before, after = parts(rest)
+    out = [f"# {heading.rstrip('.')}\n", before, "\n## Fields\n\n"]
+    rows = [
+        (f"`{f.name}`", f"`{f.type}`", f"`{f.default}`" if f.default else "to be given", f.meaning, "; ".join(f.rules))
+        for f in fields
+    ]
+    out.append(table(["field", "type", "default", "meaning", "values"], rows) if rows else "It has none.\n")
+    inner = [
+        f"- [`{one}`]({one}.py) is a special case of it: {when} (`{test}`).\n"
+        for one, it, when, test in CASES
+        if it == name
+    ]
+    outer = [
+        f"- It is a special case of [`{it}`]({it}.py): {when} (`{test}`).\n"
+        for one, it, when, test in CASES
+        if one == name
+    ]
+    if inner or outer:
+        out += ["\n## Special cases\n\n", *outer, *inner]
+    facts = [
+        (fact, f"`{value}`" if value.startswith("highrank ") else value) for fact, value in method_facts(name, fields)
+    ]
+    out += ["\n## With these defaults\n\n", table(["", ""], facts)]
+    cited = re.sub(r"arXiv\s+(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", after)
+    out += ["\n## Where it is from\n\n", cited, f"\nThe code: `highrank.methods.{name}`.\n"]
+    return "".join(out)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns rows as a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def page() -> str:

@@ -1,12 +1,14 @@
 """docs/methods.md: every method is on it, and every special case that it draws is a test."""
 
 import ast
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
 from highrank.base.registry import available, load
+from highrank.cli import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +49,28 @@ def test_a_method_states_its_formula_count_rank_and_source(script, name):
     assert "Trainable: " in text
     assert script["rank"](text)
     assert "\nSource: " in text
+
+
+@pytest.mark.parametrize("name", ["hira", "sum", "p_tuning"])
+def test_a_methods_own_page_says_what_the_command_says(script, name, capsys):
+    assert main(["methods", name]) == 0
+    page, said = script["own_page"](name), capsys.readouterr().out
+    plain = " ".join(re.sub(r"\[(arXiv [\d.]+)\]\(https[^)]*\)", r"\1", page).split())
+    assert script["said"](name).partition(".")[0] in page
+    for paragraph in script["said"](name).split("\n\n")[1:]:
+        assert " ".join(paragraph.split()) in plain
+    for line in said.splitlines():
+        if "\t" in line and not line.startswith("field\t"):
+            field, *_, rules = line.split("\t")
+            assert f"| `{field}` |" in page
+            assert rules.replace("|", "\\|") in page
+    for fact in ("trains", "learning rate", "can be merged", "in PEFT", "example"):
+        value = re.search(rf"^{fact}: (.*)$", said, re.MULTILINE)[1]
+        assert value in page
+
+
+def test_a_methods_own_page_names_its_special_cases(script):
+    page = script["own_page"]("hira")
+    assert "- It is a special case of [`boha`](boha.py): one block" in page
+    assert "- [`hyperadapt`](hyperadapt.py) is a special case of it: r = 2" in page
+    assert "[arXiv 2509.18629](https://arxiv.org/abs/2509.18629)" in script["own_page"]("hyperadapt")

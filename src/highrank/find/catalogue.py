@@ -33,11 +33,11 @@ def methods(words: list[str]) -> int:
         return 0
     source = _source("methods", name)
     fields = source.fields(source.config)
-    before, after = _parts(source.doc)
+    before, after = parts(source.doc)
     say(before)
     _show_fields(fields, "")
     say(f"\n{after}")
-    show_facts(_method_facts(name, fields))
+    show_facts(method_facts(name, fields))
     return 0
 
 
@@ -173,7 +173,7 @@ def _formula(doc: str) -> str:
     return re.split(r",? {3,}", first)[0].rstrip(",")
 
 
-def _parts(doc: str) -> tuple[str, str]:
+def parts(doc: str) -> tuple[str, str]:
     """Returns what a method's file says of the method, and what it says of papers and other code."""
     before, source, after = doc.partition("\nSource:")
     return before.rstrip() + "\n", f"{source}{after}".lstrip("\n") + "\n"
@@ -218,7 +218,8 @@ def example(name: str, fields: Sequence[Field]) -> list[str]:
     return [f"method={name}", *needed, *typed]
 
 
-def _method_facts(name: str, fields: Sequence[Field]) -> Iterator[tuple[str, str]]:
+def method_facts(name: str, fields: Sequence[Field]) -> Iterator[tuple[str, str]]:
+    """Yields what is known of a method with its default fields: what trains on the default model, its rate, an example."""
     from highrank.config.words import compose_run
     from highrank.model.backbones import empty_model, model_config
     from highrank.train.build import adapted_views

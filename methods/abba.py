@@ -56,7 +56,7 @@ class ABBAConfig:
 
 @register_method(config=ABBAConfig)
 class ABBA(Method):
-    default_lr = 1e-3
+    default_lr = 3.2e-3
     examples = ({"r1": 1, "r2": 2}, {"r1": 4, "r2": 3, "s": 0.5}, {"r1": 1, "r2": 1, "s": 2.0})
 
     def __init__(self, in_features: int, out_features: int, cfg: ABBAConfig, shared: nn.Module | None = None):

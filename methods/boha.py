@@ -48,7 +48,7 @@ class BoHAConfig:
 
 @register_method(config=BoHAConfig)
 class BoHA(Method):
-    default_lr = 5e-3
+    default_lr = 1.6e-2
     examples = ({"r": 2, "b": 2}, {"r": 8, "b": 4}, {"r": 2, "b": 1})
 
     def __init__(self, in_features: int, out_features: int, cfg: BoHAConfig, shared: nn.Module | None = None):

@@ -101,7 +101,7 @@ class Network(nn.Module):
 @register_method(config=BottleneckConfig)
 class BottleneckAdapters(WholeModelMethod):
     network: ClassVar[Any] = Network
-    default_lr = 1e-3
+    default_lr = 3.2e-3
     examples: ClassVar[Any] = (
         {"reduction": 4},
         {"reduction": 2, "form": "parallel", "activation": "relu", "s": 4.0},

@@ -62,6 +62,7 @@ class DeLoRAConfig:
 
 @register_method(config=DeLoRAConfig)
 class DeLoRA(Method):
+    default_lr = 3.2e-4
     no_decay = ("lambda_",)
     examples = ({"r": 2}, {"r": 3, "start": "zeros", "boundary": 2.0})
     peft = PeftForm(

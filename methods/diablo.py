@@ -42,7 +42,7 @@ class DiaBloConfig:
 
 @register_method(config=DiaBloConfig)
 class DiaBlo(Method):
-    default_lr = 5e-4
+    default_lr = 5e-3
     examples = ({"N": 4}, {"N": 1}, {"N": 8})
 
     def __init__(self, in_features: int, out_features: int, cfg: DiaBloConfig, shared: nn.Module | None = None):

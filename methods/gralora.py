@@ -73,7 +73,7 @@ class GraLoRAConfig:
 
 @register_method(config=GraLoRAConfig)
 class GraLoRA(Method):
-    default_lr = 2e-4
+    default_lr = 2e-3
     examples = ({"r": 2, "K": 2}, {"r": 4, "K": 4, "alpha": 3.0}, {"r": 4, "K": 2, "hybrid_r": 2}, {"r": 2, "K": 1})
     peft = PeftForm(
         type="GRALORA",

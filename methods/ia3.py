@@ -58,7 +58,7 @@ def _side(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[s
 
 @register_method(config=IA3Config)
 class IA3(Method):
-    default_lr = 3e-3
+    default_lr = 9.5e-3
     no_decay = ("l",)
     examples = ({"side": "out"}, {"side": "in"})
     peft = PeftForm(

@@ -37,6 +37,7 @@ class LayerNormConfig:
 
 @register_method(config=LayerNormConfig)
 class LayerNormTuning(WholeModelMethod):
+    default_lr = 3.2e-3
     mergeable = True
     peft = PeftForm(type="LN_TUNING", tensors={"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"})
 

@@ -51,7 +51,7 @@ class LoHaConfig:
 
 @register_method(config=LoHaConfig)
 class LoHa(Method):
-    default_lr = 1e-3
+    default_lr = 1e-2
     examples = ({"r": 1}, {"r": 3, "alpha": 2.0}, {"r": 2})
     peft = PeftForm(
         type="LOHA",

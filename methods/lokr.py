@@ -81,7 +81,7 @@ class LoKrConfig:
 
 @register_method(config=LoKrConfig)
 class LoKr(Method):
-    default_lr = 3e-3
+    default_lr = 9.5e-3
     examples = (
         {"r": 1},
         {"r": 2, "alpha": 3.0},

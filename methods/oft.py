@@ -67,7 +67,7 @@ class OFTConfig:
 
 @register_method(config=OFTConfig)
 class OFT(Method):
-    default_lr = 8e-4
+    default_lr = 2.5e-4
     examples = (
         {"block_size": 4},
         {"block_size": 8, "terms": 6},

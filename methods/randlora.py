@@ -78,6 +78,7 @@ class Bases(nn.Module):
 
 @register_method(config=RandLoRAConfig)
 class RandLoRA(Method):
+    default_lr = 3.2e-4
     examples = ({"r": 4}, {"r": 5, "alpha": 20.0}, {"r": 20})
     peft = PeftForm(
         type="RANDLORA",

@@ -56,7 +56,7 @@ class SHiRAConfig:
 
 @register_method(config=SHiRAConfig)
 class SHiRA(Method):
-    default_lr = 5e-4
+    default_lr = 1.6e-3
     examples = ({"r": 2}, {"r": 2, "mask": "wm"}, {"r": 1, "mask_seed": 7})
     peft = PeftForm(
         type="SHIRA",

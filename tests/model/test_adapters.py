@@ -11,7 +11,7 @@ from highrank.model.adapters import attach, fingerprint
 from highrank.model.backbones import head_modules, load_backbone
 from highrank.model.method import Method
 from highrank.model.placement import resolve, weight_of
-from highrank.model.tiny import ENCODERS, TINY
+from highrank.model.tiny import DECODERS, ENCODERS
 
 SMALL = {
     "hilora": [{"r1": 2, "r2": 2}],
@@ -223,7 +223,7 @@ def test_merge_twice_and_unmerge_of_nothing_are_errors():
         pass
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
 def test_unload_gives_a_plain_model_with_merged_weights(tmp_path, name):
     adapters = adapted(name, "hira", {"r": 2})
     expected = logits(adapters.model)

@@ -13,7 +13,7 @@ from highrank.data.encoding import IGNORED
 from highrank.model.adapters import attach
 from highrank.model.backbones import load_backbone
 from highrank.model.placement import resolve
-from highrank.model.tiny import ENCODERS, TINY, tiny_config
+from highrank.model.tiny import DECODERS, tiny_config
 from highrank.train.loss import TokenCrossEntropy, language_model_loss
 from highrank.train.module import FineTuner
 from highrank.train.objectives import OBJECTIVES
@@ -30,7 +30,7 @@ SCALED = {
     "model_type": "granite",
     "logits_scaling": 3.0,
 }
-MODELS = [tiny_config(name) for name in TINY if name not in ENCODERS] + [SOFT_CAPPED, SCALED]
+MODELS = [tiny_config(name) for name in DECODERS] + [SOFT_CAPPED, SCALED]
 
 
 def batch():

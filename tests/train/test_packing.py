@@ -17,7 +17,7 @@ from highrank.config.run_config import config_hash
 from highrank.config.words import compose_run
 from highrank.data.batches import TrainingData, collate, collate_packed
 from highrank.data.encoding import IGNORED, Encoded
-from highrank.model.tiny import TINY
+from highrank.model.tiny import DECODERS
 from highrank.train.build import build_model
 from highrank.train.effect import check_packing
 from highrank.train.loss import language_model_loss
@@ -132,9 +132,6 @@ class WithoutPositions(torch.nn.Module):
 def test_so_is_one_that_takes_no_positions():
     with pytest.raises(UserError, match=r"unexpected keyword argument 'position_ids'"):
         check_packing(SimpleNamespace(model=WithoutPositions()), texts()[:3])
-
-
-DECODERS = [name for name in TINY if name not in ("bert", "roberta", "distilbert")]
 
 
 @pytest.mark.parametrize("name", DECODERS)

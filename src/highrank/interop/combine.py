@@ -185,7 +185,7 @@ def combine_runs(
         return out_folder
     fidelity = {**facts, **lora.fidelity("combine", compare(y, again, y0), accept), "texts": len(texts)}
     card = _card(recipe, runs, "peft", {"rank": rank, "fidelity": listed(fidelity)})
-    lora.write("combine", out_folder, base_facts(first, backbone.source), fidelity, card)
+    lora.write("combine", out_folder, base_facts(first, backbone), fidelity, card)
     return out_folder
 
 

@@ -28,6 +28,7 @@ from highrank.data.encoding import Encoded, encode_question, give_tokens
 from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
 from highrank.model.backbones import DTYPES, Backbone
+from highrank.model.encoder_decoder import everywhere
 from highrank.model.method import Method
 from highrank.model.quantised import dequantise_model
 from highrank.model.whole_model import no_merged_weight
@@ -157,7 +158,7 @@ def logits(model: Any, texts: Sequence[Encoded]) -> list[Tensor]:
     tensors = []
     for text in texts:
         batch = {k: v.to(model.device) for k, v in collate([text], 0).items() if k != "labels"}
-        tensors.append(model(**batch).logits.float().cpu().flatten(0, -2))
+        tensors.append(model(**everywhere(model, batch)).logits.float().cpu().flatten(0, -2))
     return tensors
 
 

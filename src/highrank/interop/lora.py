@@ -74,7 +74,7 @@ def export_lora(
     lora.write(
         "export",
         out_folder,
-        base_facts(run, backbone.source),
+        base_facts(run, backbone),
         fidelity | {"texts": len(texts)},
         model_card(run, Path(folder), "peft", {"rank": rank, "fidelity": listed(fidelity)}),
     )

@@ -33,11 +33,11 @@ from highrank.config.run_config import Run
 from highrank.config.words import compose_run, spelled
 from highrank.interop.card import model_card
 from highrank.model.adapters import Adapters
-from highrank.model.backbones import empty_model, head_modules, model_config
+from highrank.model.backbones import Backbone, empty_model, head_modules, model_config
 from highrank.model.peft_form import PeftForm
 from highrank.model.placement import EXPERTS, WeightView, is_transposed, resolve, row_index, weight_of
+from highrank.model.transformers_internals import is_encoder_decoder
 from highrank.model.weight_adapters import WeightAdapters
-from highrank.model.weights import WeightSource
 from highrank.model.whole_model import WholeModelAdapters
 from highrank.train.build import adapted_views, build_model
 from highrank.train.plan import count
@@ -61,7 +61,7 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
     check_expressible(run, meta, adapted_views(run, meta))
     _, backbone, adapters = load_run(folder, words)
     config, tensors = to_peft(adapters)
-    config |= base_facts(run, backbone.source)
+    config |= base_facts(run, backbone)
     with written_whole("export", out_folder) as ready:
         write_atomic(ready / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         write_atomic(ready / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
@@ -69,14 +69,22 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
     return out_folder
 
 
-def base_facts(run: Run, source: WeightSource) -> dict[str, Any]:
+def base_facts(run: Run, backbone: Backbone) -> dict[str, Any]:
     """Returns what adapter_config.json tells of the base model and what it does."""
+    source = backbone.source
     return {
-        "task_type": "CAUSAL_LM" if run.make_task().kind == "generate" else "SEQ_CLS",
+        "task_type": task_type(backbone.model.config, run.make_task().kind),
         "base_model_name_or_path": source.location if source.kind in ("path", "random") else run.model["hub"],
         "revision": run.model["revision"],
         "inference_mode": True,
     }
+
+
+def task_type(config: Any, kind: str) -> str:
+    """Returns PEFT's name of what a model does in a kind of task."""
+    if kind != "generate":
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder(config) else "CAUSAL_LM"
 
 
 def check_expressible(run: Run, model: Any, views: Sequence[WeightView]) -> None:

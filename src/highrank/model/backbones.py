@@ -14,7 +14,7 @@ from highrank.model import quantised
 from highrank.model.language import check_causal
 from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
 from highrank.model.torch_internals import has_bf16_tiles
-from highrank.model.transformers_internals import decoder_of, text_config, tied_weights
+from highrank.model.transformers_internals import is_encoder_decoder, stacks_of, text_config, tied_weights
 from highrank.model.weights import WeightSource, find_source, reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,19 +86,22 @@ def _read_config(folder: Path | str) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _auto_class(kind: str) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def _auto_class(config: Any, kind: str) -> Any:
+    """Returns the class of a model for a kind of task: as a decoder where it can be one, else as encoder and decoder in one."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
-    return AutoModelForCausalLM if kind == "generate" else AutoModelForSequenceClassification
+    if kind != "generate":
+        return transformers.AutoModelForSequenceClassification
+    in_one = is_encoder_decoder(config) and config.model_type not in DECODERS
+    return transformers.AutoModelForSeq2SeqLM if in_one else transformers.AutoModelForCausalLM
 
 
 def _for_task(config: Any, kind: str, num_labels: int) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
-
-    if getattr(config, "is_encoder_decoder", False) and (kind != "generate" or config.model_type not in DECODERS):
+    if is_encoder_decoder(config) and kind != "generate":
         raise UserError(
             f"model: an encoder and a decoder in one model are not supported for a {kind} task, got {config.model_type}; "
-            "give a decoder such as model=smollm2_135m, or for classes an encoder such as model=minilm_l6"
+            "they write texts: give a text-generating task, or an encoder such as model=minilm_l6"
         )
     if kind == "generate":
         if config.model_type in ENCODERS:
@@ -119,7 +122,7 @@ def empty_model(config: Any, kind: str = "generate", num_labels: int = 2) -> Any
         reading(f"model: the config must describe a model for a {kind} task, got model_type={model_type}"),
         torch.device("meta"),
     ):
-        return _auto_class(kind).from_config(_for_task(config, kind, num_labels))
+        return _auto_class(config, kind).from_config(_for_task(config, kind, num_labels))
 
 
 def load_backbone(
@@ -141,13 +144,13 @@ def load_backbone(
         if source.kind == "random":
             torch.manual_seed(0)
             config = _for_task(model_config(spec, path), kind, num_labels)
-            model = _auto_class(kind).from_config(config).to(dtype)
+            model = _auto_class(config, kind).from_config(config).to(dtype)
             tokenizer = tiny_tokenizer(config.model_type in ENCODERS)
         else:
             torch.manual_seed(seed)
             config = _for_task(_read_config(source.location), kind, num_labels)
             with _reading_part("model", source.location):
-                model, loading_info = _auto_class(kind).from_pretrained(
+                model, loading_info = _auto_class(config, kind).from_pretrained(
                     source.location,
                     config=config,
                     dtype=dtype,
@@ -252,10 +255,12 @@ def shuffle_weights(model: nn.Module) -> None:
 
 def modules_on_text(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yields the modules outside the head, but those that a language model does not run on text: a part that sees, attention
-    to an encoder."""
-    heads, unused = head_modules(model), {*model.base_model.modules()} - {*decoder_of(model).modules()}
+    to an encoder that is not there."""
+    used = {module for stack in stacks_of(model) for module in stack.modules()}
+    heads, unused = head_modules(model), {*model.base_model.modules()} - used
+    crosses = is_encoder_decoder(model.config)
     for name, module in model.named_modules():
-        if module not in unused and "encoder_attn" not in name and name.split(".")[0] not in heads:
+        if module not in unused and (crosses or "encoder_attn" not in name) and name.split(".")[0] not in heads:
             yield name, module
 
 

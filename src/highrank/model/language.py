@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from highrank.base.errors import UserError
-from highrank.model.transformers_internals import setting, text_config
+from highrank.model.encoder_decoder import source
+from highrank.model.transformers_internals import is_encoder_decoder, setting, text_config
 from highrank.model.weights import reading
 
 EXACT: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1e-5}
@@ -49,7 +50,7 @@ def check_causal(model: Any) -> None:
     ids = some_tokens(model, 6)
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
-    before, after = _logits(model, ids)[:, :-1], _logits(model, changed)[:, :-1]
+    before, after = (_logits(model, text, prompt=ids)[:, :-1] for text in (ids, changed))
     moved = _difference(after, before)
     if not moved <= EXACT.get(model.dtype, ROUNDED):
         raise UserError(
@@ -61,8 +62,11 @@ def check_causal(model: Any) -> None:
 
 @torch.no_grad()
 def padding_moves(model: Any) -> bool:
-    """Whether the same tokens give other logits with padding in front of them, computed at once or written in turn."""
+    """Whether the same tokens give other logits with padding in front of them, computed at once or written in turn; an
+    encoder's prompts are padded behind."""
     ids = some_tokens(model, 6)
+    if is_encoder_decoder(model.config):
+        return _padding_moves_encoder(model, ids)
     padded = torch.cat([torch.full_like(ids, model.config.pad_token_id), ids], dim=1)
     alone, behind = _logits(model, ids)[:, -1], _logits(model, padded, padding=ids.shape[1])[:, -1]
     allowed = PADDED.get(model.dtype, PADDED_ROUNDED)
@@ -95,13 +99,30 @@ def some_tokens(model: Any, n: int) -> Tensor:
     return ids[None].to(next(model.parameters()).device)
 
 
-def _logits(model: Any, ids: Tensor, padding: int = 0) -> Tensor:
+def _padding_moves_encoder(model: Any, ids: Tensor) -> bool:
+    """The same of an encoder, where padding stands behind a prompt: beside a longer one."""
+    end = torch.ones_like(ids)
+    alone = model(**source(model, ids, end.bool()), decoder_input_ids=ids).logits.float()
+    rows = torch.cat([torch.cat([ids, ids], dim=1), torch.cat([ids, end], dim=1)])
+    kept = torch.cat([torch.cat([end, end], dim=1), torch.cat([end, 0 * end], dim=1)]).bool()
+    beside = model(**source(model, rows, kept), decoder_input_ids=ids.expand(2, -1)).logits.float()
+    return not _difference(beside[1:], alone) <= PADDED.get(model.dtype, PADDED_ROUNDED)
+
+
+def _logits(model: Any, ids: Tensor, padding: int = 0, prompt: Tensor | None = None) -> Tensor:
+    """Returns the logits at each of some tokens, the first `padding` of them masked; `prompt` is what an encoder reads, if the
+    model has one beside its decoder."""
     mask = torch.ones_like(ids)
     mask[:, :padding] = 0
+    given: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+    if is_encoder_decoder(model.config):
+        given = {"input_ids": prompt, "decoder_input_ids": ids}
     with reading(f"model: a language model gives logits for a few tokens, got model_type={model.config.model_type}"):
-        logits: Tensor = model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False
-        ).logits
+        logits: Tensor = model(**given, use_cache=False).logits
     return logits.float()
 
 

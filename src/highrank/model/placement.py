@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from highrank.base.errors import UserError, suggest
 from highrank.model.experts import Expert, matrices
 from highrank.model.quantised import QuantisedWeight, is_quantised
-from highrank.model.transformers_internals import decoder_of, is_experts, setting, text_config
+from highrank.model.transformers_internals import is_encoder_decoder, is_experts, setting, stacks_of, text_config
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -53,26 +53,28 @@ PATHS: dict[str, tuple[str, ...]] = {
     "q": (
         *("self_attn.q_proj", "self_attn.q_b_proj", "attn.q_proj", "attn.attention.q_proj", "attention.self.query"),
         *("attention.self.query_proj", "attention.query", "attention.q_lin", "attention.attn.q", "mixer.q_proj"),
-        "temporal_block.q_proj",
+        *("temporal_block.q_proj", "attention.q_proj", "layer.0.SelfAttention.q"),
     ),
     "k": (
         *("self_attn.k_proj", "attn.k_proj", "attn.attention.k_proj", "attention.self.key"),
         *("attention.self.key_proj", "attention.key", "attention.k_lin", "attention.attn.k", "mixer.k_proj"),
-        "temporal_block.k_proj",
+        *("temporal_block.k_proj", "attention.k_proj", "layer.0.SelfAttention.k"),
     ),
     "v": (
         *("self_attn.v_proj", "attn.v_proj", "attn.attention.v_proj", "attention.self.value"),
         *("attention.self.value_proj", "attention.value", "attention.v_lin", "attention.attn.v", "mixer.v_proj"),
-        "temporal_block.v_proj",
+        *("temporal_block.v_proj", "attention.v_proj", "layer.0.SelfAttention.v"),
     ),
     "o": (
         *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.out_proj", "attn.c_proj", "attn.Wo"),
         *("attn.attention.out_proj", "attention.output.dense", "attention.dense", "self_attention.dense"),
         *("attention.out_lin", "attention.attn.o", "mixer.o_proj", "temporal_block.o_proj"),
+        *("attention.o_proj", "layer.0.SelfAttention.o"),
     ),
     "gate": (
         *("mlp.gate_proj", "feed_forward.gate_proj", "feed_forward.w1", "mlp_block.gate_proj"),
         *("mlp.shared_experts.gate_proj", "mlp.shared_expert.gate_proj", "feed_forward.shared_expert.gate_proj"),
+        *("layer.1.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_0"),
     ),
     "up": (
         *("mlp.up_proj", "feed_forward.up_proj", "feed_forward.w3", "ffn.up_proj", "mlp.fc1", "fc1", "mlp.fc_in"),
@@ -86,6 +88,8 @@ PATHS: dict[str, tuple[str, ...]] = {
             "mlp_block.up_proj",
         ),
         *("mlp.shared_experts.up_proj", "mlp.shared_expert.up_proj", "feed_forward.shared_expert.up_proj"),
+        *("layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wi_1"),
+        *("layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wi_1"),
     ),
     "down": (
         *(
@@ -100,6 +104,7 @@ PATHS: dict[str, tuple[str, ...]] = {
         *("mlp.c_proj", "mlp.Wo", "mlp.dense_4h_to_h", "output.dense", "ffn.lin2", "ffn_output", "mixer.down_proj"),
         *("mlp_block.down_proj", "shared_mlp.output_linear"),
         *("mlp.shared_experts.down_proj", "mlp.shared_expert.down_proj", "feed_forward.shared_expert.down_proj"),
+        *("layer.1.DenseReluDense.wo", "layer.2.DenseReluDense.wo"),
     ),
 }
 """Where the blocks of transformers' models keep a part: the first of these paths at which a block has a linear layer.
@@ -107,6 +112,11 @@ PATHS: dict[str, tuple[str, ...]] = {
 Behind a low-rank bottleneck (DeepSeek) q is the second of the two matrices. Of a block with experts, up, gate and down are
 those of the shared expert, which every token takes.
 """
+CROSS: dict[str, tuple[str, ...]] = {
+    part: (f"layer.1.EncDecAttention.{part}", f"encoder_attn.{name}")
+    for part, name in {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}.items()
+}
+"""Where the blocks of a decoder that attends to an encoder keep the parts of that attention, beside their own."""
 
 Layout = Callable[[Any, int], Mapping[str, Rows]]
 """From a config and a fused module's number of rows to each part's rows."""
@@ -370,25 +380,32 @@ def notes(config: Any, views: Sequence[WeightView]) -> list[str]:
 
 Block = tuple[str, nn.Module]
 """A block's path and module."""
-Members = dict[str, Member]
-"""Of one block: each of its parts, and where it is."""
+Members = dict[str, tuple[Member, ...]]
+"""Of one block: each of its parts, and where it is: at one place, but with attention to an encoder at two."""
 
 
 def _known(model: nn.Module, config: Any) -> tuple[dict[int, Block], dict[int, Members]]:
-    """Returns the blocks of a model by layer, and where each keeps its parts, all found by name."""
-    body = decoder_of(model)
+    """Returns the blocks of a model by layer, and where each keeps its parts, all found by name; of an encoder and a decoder
+    in one the encoder's layers come first."""
+    found = [pair for stack in stacks_of(model) for pair in _blocks_in(model, stack, config)]
+    return {i: block for i, (block, _) in enumerate(found)}, {i: members for i, (_, members) in enumerate(found)}
+
+
+def _blocks_in(model: nn.Module, body: nn.Module, config: Any) -> list[tuple[Block, Members]]:
+    """Returns the blocks inside one part of a model in their order, each with where it keeps its parts."""
     prefix = next(name for name, module in model.named_modules() if module is body)
     lists: dict[str, dict[str, nn.Module]] = {}
     for name, module in body.named_modules(prefix=prefix):
         if name.rpartition(".")[2].isdigit():
             lists.setdefault(re.sub(r"\.\d+(?=\.|$)", ".#", name), {})[name] = module
+    full_config: Any = model.config
+    crosses = is_encoder_decoder(full_config)
     candidates = {}
     for pattern, modules in lists.items():
-        members = [_members_of(module, config) for module in modules.values()]
+        members = [_members_of(module, config, crosses) for module in modules.values()]
         if any("q" in each and "o" in each for each in members):
             candidates[pattern] = list(zip(modules.items(), members, strict=True))
     if not candidates:
-        full_config: Any = model.config
         raise UserError(
             f"architecture: no built-in map fits its names, got model_type={full_config.model_type}; give one with "
             "architecture={blocks: model.layers, q: self_attn.q_proj, ...}"
@@ -402,26 +419,27 @@ def _known(model: nn.Module, config: Any) -> tuple[dict[int, Block], dict[int, M
             f"{_first(candidates[second])}; say which with architecture={{blocks: ..., q: ...}}"
         )
     (each,) = candidates.values()
-    return {i: block for i, (block, _) in enumerate(each)}, {i: members for i, (_, members) in enumerate(each)}
+    return each
 
 
 def _first(blocks: Sequence[tuple[Block, Members]]) -> str:
     return blocks[0][0][0]
 
 
-def _members_of(block: nn.Module, config: Any) -> Members:
-    """Returns where a block keeps its parts, by the known names."""
+def _members_of(block: nn.Module, config: Any, crosses: bool) -> Members:
+    """Returns where a block keeps its parts, by the known names; `crosses` says whether it may attend to an encoder."""
     linear = {name: module for name, module in block.named_modules() if is_linear(module)}
     members: Members = {}
     for part, paths in PATHS.items():
-        if path := next((path for path in paths if path in linear), None):
-            members[part] = path, None
+        found = [next((path for path in some if path in linear), None) for some in (paths, CROSS.get(part, ()))]
+        if there := [path for path in found[: 1 + crosses] if path is not None]:
+            members[part] = tuple((path, None) for path in there)
     for path, layout in _layouts(config).items():
         if path in linear:
-            members |= {part: (path, rows) for part, rows in layout(config, len(weight_of(linear[path]))).items()}
+            members |= {part: ((path, rows),) for part, rows in layout(config, len(weight_of(linear[path]))).items()}
     for name, module in block.named_modules():
         if is_experts(module):
-            members[EXPERTS] = name, None
+            members[EXPERTS] = ((name, None),)
     return members
 
 
@@ -460,7 +478,7 @@ def _mapped(model: nn.Module, config: Any, custom: Mapping[str, str]) -> tuple[d
             )
         _check_heads(config, part, path, rows, next(modules[path] for modules in names.values() if path in modules))
     return blocks, {
-        layer: {part: member for part, member in parsed.items() if member[0] in modules}
+        layer: {part: (member,) for part, member in parsed.items() if member[0] in modules}
         for layer, modules in names.items()
     }
 
@@ -522,10 +540,11 @@ def _is_split(parts: Sequence[str], members: Mapping[int, Members], fused: str) 
         raise UserError(f"fused: the policy is auto, fused or split, got fused={fused}")
     lacking: dict[str, list[str]] = {}
     for block_members in members.values():
-        touched = {block_members[part][0] for part in parts if part in block_members}
-        for part, (path, _) in block_members.items():
-            if path in touched and part not in parts and part not in lacking.setdefault(path, []):
-                lacking[path].append(part)
+        touched = {path for part in parts for path, _ in block_members.get(part, ())}
+        for part, places in block_members.items():
+            for path, _ in places:
+                if path in touched and part not in parts and part not in lacking.setdefault(path, []):
+                    lacking[path].append(part)
     incomplete = {path: others for path, others in lacking.items() if others}
     if fused == "fused" and incomplete:
         raise UserError(
@@ -540,8 +559,7 @@ def _groups(parts: Sequence[str], members: Members) -> dict[str, dict[str, Rows 
     """Returns the rows of each part that a module of a block holds, by the module's path."""
     by_path: dict[str, dict[str, Rows | None]] = {}
     for part in parts:
-        if part in members:
-            path, rows = members[part]
+        for path, rows in members.get(part, ()):
             by_path.setdefault(path, {})[part] = rows
     return by_path
 

@@ -10,12 +10,14 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 8},
     "phi3": {"pad_token_id": 0},
     "gpt2": {},
+    "t5": {"decoder_start_token_id": 0},
     "bert": {},
     "roberta": {"max_position_embeddings": 1026},
     "distilbert": {},
 }
 """Random models of a few thousand parameters, `model=tiny_<name>`, for tests and mechanics."""
 
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2")
 ENCODERS = ("bert", "roberta", "distilbert")
 
 
@@ -23,6 +25,8 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     """Returns config fields of a random two-layer model, hidden 16, vocabulary of 260 byte tokens."""
     if model_type == "gpt2":
         sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 1024}
+    elif model_type == "t5":
+        sizes = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 32, "n_positions": 1024}
     elif model_type == "distilbert":
         sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 1024}
     else:

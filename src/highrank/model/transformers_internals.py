@@ -94,6 +94,18 @@ def bodies_of(model: Any) -> list[Any]:
     return [body for body in dict.fromkeys((model.base_model, decoder_of(model))) if body is not model]
 
 
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a config is that of an encoder and a decoder in one model, of which the one reads what the other answers."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def stacks_of(model: Any) -> list[Any]:
+    """Returns the modules below the head that hold the blocks: a decoder or an encoder, or first the one and then the other."""
+    if is_encoder_decoder(model.config):
+        return [model.get_encoder(), model.get_decoder()]
+    return [decoder_of(model)]
+
+
 def block_names(model: Any) -> set[str]:
     """Returns the names of the classes that a model wants on one device each: its blocks."""
     return set(getattr(model, "_no_split_modules", None) or ())

@@ -1,5 +1,6 @@
 """Methods that change weights: one adapter per weight view, in a wrapper around the layer that holds it."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ class WeightAdapters(Adapters):
             W = weight_of(model.get_submodule(view.path), view.rows)
 
             def neighbours(view: WeightView = view) -> list[Tensor]:
-                near = (_weight_in_layer(model, view, view.layer + offset) for offset in (-1, 0, 1))
+                near = (_weight_in_layer(model, view, offset) for offset in (-1, 0, 1))
                 return [weight for weight in near if weight is not None]
 
             adapter = method(view.in_features, view.out_features, cfg, self.shared)
@@ -379,9 +380,9 @@ class FullAdapters(WeightAdapters):
             kept.copy_(trained)
 
 
-def _weight_in_layer(model: nn.Module, view: WeightView, layer: int) -> Tensor | None:
-    """Returns the same part's W in another layer, or None beyond either end of the model."""
-    path = view.path.replace(f".{view.layer}.", f".{layer}.", 1)
+def _weight_in_layer(model: nn.Module, view: WeightView, offset: int) -> Tensor | None:
+    """Returns the same part's W so many layers on, or None beyond either end of the stack of blocks."""
+    path = re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(int(number[0]) + offset), view.path, count=1)
     try:
         return weight_of(model.get_submodule(path), view.rows)
     except AttributeError:

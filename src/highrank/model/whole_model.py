@@ -20,7 +20,7 @@ from highrank.model.language import some_tokens, write
 from highrank.model.peft_form import PeftForm
 from highrank.model.placement import WeightView
 from highrank.model.sharding import whole
-from highrank.model.transformers_internals import bodies_of, by_name, cache_of
+from highrank.model.transformers_internals import bodies_of, by_name, cache_of, is_encoder_decoder
 from highrank.model.weights import reading
 
 
@@ -268,6 +268,11 @@ class VirtualTokens(WholeModelMethod):
             raise UserError(
                 f"{cls.name}: virtual tokens need a causal language model, got {type(model).__name__}; "
                 "try model=smollm2_135m and a text-generating task"
+            )
+        if is_encoder_decoder(model.config):
+            raise UserError(
+                f"{cls.name}: virtual tokens stand in front of the text that a decoder goes on with, got an encoder and a "
+                f"decoder in one, {model.config.model_type}: use a method that changes weights, such as lora, or a decoder"
             )
 
     @classmethod

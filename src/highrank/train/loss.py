@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from highrank.data.encoding import IGNORED
+from highrank.model.encoder_decoder import parted
+from highrank.model.transformers_internals import is_encoder_decoder
 
 
 def language_model_loss(
@@ -19,12 +21,10 @@ def language_model_loss(
 
     Position t predicts labels[:, t + 1]; labels equal to IGNORED carry no loss. The softmax is taken in fp32. Given
     position_ids that begin again within a row, the examples there are computed each by itself: without a mask,
-    transformers builds one from them, in every layer the one of its kind.
+    transformers builds one from them, in every layer the one of its kind. Of an encoder and a decoder in one, the decoder
+    predicts every labelled token of a row, the encoder reads the others.
     """
-    where = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
-    targets, mask = _targets(labels)
-    with head_sees_only(model, mask):
-        logits = model(input_ids=input_ids, use_cache=False, **where).logits
+    logits, targets, mask = _supervised(model, input_ids, attention_mask, labels, position_ids)
     return TokenCrossEntropy.apply(logits, targets[mask]), int(mask.sum())
 
 
@@ -32,18 +32,24 @@ def language_model_loss(
 def example_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[float]:
     """Returns, per row, the sum of the cross-entropy in nats over its supervised tokens: what `language_model_loss` is the
     mean of."""
-    targets, mask = _targets(labels)
-    with head_sees_only(model, mask):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits, targets, mask = _supervised(model, input_ids, attention_mask, labels)
     parts = zip(logits.split(TokenCrossEntropy.ROWS), targets[mask].split(TokenCrossEntropy.ROWS), strict=True)
     losses = [F.cross_entropy(part.to(_wide(part.dtype)), wanted, reduction="none") for part, wanted in parts]
     return [float(row.sum()) for row in torch.cat(losses).cpu().double().split(mask.sum(1).tolist())]
 
 
-def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what each position predicts, (B, T), and where that is supervised."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return targets, targets != IGNORED
+def _supervised(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the logits (N, V) of the supervised positions, what each position predicts, and where that is supervised."""
+    if is_encoder_decoder(model.config):
+        given, targets = parted(model, input_ids, attention_mask, labels, IGNORED)
+    else:
+        where = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
+        given, targets = {"input_ids": input_ids, **where}, F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    mask = targets != IGNORED
+    with head_sees_only(model, mask):
+        return model(**given, use_cache=False).logits, targets, mask
 
 
 @contextmanager

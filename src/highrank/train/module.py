@@ -21,7 +21,7 @@ from highrank.model.adapters import Adapters
 from highrank.model.language import padding_moves
 from highrank.model.sharding import is_sharded
 from highrank.model.torch_internals import leave_out_of_ddp
-from highrank.model.transformers_internals import decoder_of
+from highrank.model.transformers_internals import stacks_of
 from highrank.train.fsdp import shard
 from highrank.train.loss import example_losses
 from highrank.train.memory import DoesNotFit, halving, out_of_memory
@@ -72,8 +72,8 @@ class FineTuner(lightning.LightningModule):
         if core.checkpoint_activations:
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # which that turned on: frozen blocks below would be in the graph
-        body = decoder_of(self.model)
-        self._compiled = torch.compile(body.forward, dynamic=True) if core.compile else None
+        bodies = stacks_of(self.model) if core.compile else []
+        self._compiled = [(body, torch.compile(body.forward, dynamic=True)) for body in bodies]
 
     @contextmanager
     def asked(self, task: Task, protocol: Protocol) -> Iterator[None]:
@@ -98,13 +98,13 @@ class FineTuner(lightning.LightningModule):
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Within it the model below its head runs compiled, if the run asks for it; generation never does."""
-        body = decoder_of(self.model)
-        if self._compiled is not None:
-            body.forward = self._compiled
+        for body, compiled in self._compiled:
+            body.forward = compiled
         try:
             yield
         finally:
-            body.__dict__.pop("forward", None)
+            for body, _ in self._compiled:
+                body.__dict__.pop("forward", None)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Returns the batch's mean loss and over how many targets it is taken.

@@ -11,8 +11,9 @@ from transformers import GenerationConfig
 from highrank.data.encoding import IGNORED
 from highrank.data.protocol import Protocol
 from highrank.data.task import Task
-from highrank.model.transformers_internals import cache_name, cache_of
-from highrank.train.loss import head_sees_only
+from highrank.model.encoder_decoder import source, start_token
+from highrank.model.transformers_internals import cache_name, cache_of, is_encoder_decoder
+from highrank.train.loss import example_losses, head_sees_only
 
 
 def decoding(task: Task, p: Protocol | None) -> dict[str, Any]:
@@ -39,14 +40,19 @@ def generate(
     with torch.random.fork_rng(enabled=arguments["do_sample"]):
         if arguments["do_sample"]:
             torch.manual_seed(seed)
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        start, before = start_token(model), batch["input_ids"].shape[1]
+        if start is not None:
+            given, before = source(model, batch["input_ids"], batch["attention_mask"].bool()), 1
         # In place of the checkpoint's own defaults (penalties, sampling), which would mix into the protocol's.
         model.generation_config = GenerationConfig(
             eos_token_id=batch["stop"].tolist() if "stop" in batch else tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=start,
             **arguments,
         )
-        tokens = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = model.generate(**given)
+    return tokenizer.batch_decode(tokens[:, before:], skip_special_tokens=True)
 
 
 def of_one_length(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -70,8 +76,10 @@ def of_one_length(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def rank_options(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
     """Returns (place, {option: sum of the target tokens' log-probabilities in nats}) per row.
 
-    The prompt is computed once per row; its keys and values then serve every option.
+    The prompt is computed once per row; its keys and values then serve every option, but of an encoder and a decoder in one.
     """
+    if is_encoder_decoder(model.config):
+        return _rank_answers(model, batch)
     owner, labels, mask = batch["owner"], batch["tail_labels"], batch["attention_mask"]
     prompt = model(
         input_ids=batch["input_ids"],
@@ -113,6 +121,18 @@ def _rank_whole(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
     ).logits[:, start - 1 : -1]
     losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return _by_option(batch, -losses.sum(1))
+
+
+def _rank_answers(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
+    """As `rank_options`, of an encoder and a decoder in one: what of an option is no target is read with its prompt."""
+    owner, prompts = batch["owner"], batch["input_ids"]
+    nats = example_losses(
+        model,
+        torch.cat([prompts[owner], batch["tail_ids"]], dim=1),
+        torch.cat([batch["attention_mask"][owner], batch["tail_mask"]], dim=1),
+        torch.cat([torch.full_like(prompts[owner], IGNORED), batch["tail_labels"]], dim=1),
+    )
+    return _by_option(batch, -torch.tensor(nats))
 
 
 def _by_option(batch: dict[str, Tensor], scores: Tensor) -> list[tuple[int, Any]]:

@@ -14,7 +14,7 @@ from highrank.model.backbones import DTYPES, empty_model, head_modules, model_co
 from highrank.model.language import context_length
 from highrank.model.placement import WeightView, notes
 from highrank.model.quantised import BITS, linears
-from highrank.model.transformers_internals import text_config
+from highrank.model.transformers_internals import is_encoder_decoder, text_config
 from highrank.model.whole_model import VirtualTokens
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
@@ -115,9 +115,12 @@ def make_plan(run: Run, task: Task) -> Plan:
             f"run: packing is for language models without virtual tokens, which stand before each example, got {what}; "
             "leave out packing=true"
         )
+    _check_reader(run, model)
     positions = _positions(run, task, model)
     with reading(task):
         num_train, tokens_each, tokens = _training_size(task, run)
+        if is_encoder_decoder(model.config) and task.has_data and getattr(task.train()[0], "messages", ()):
+            raise _goes_on("a conversation", model)
         if task.has_data or not core.dry_run:
             task.test()  # what is wrong with a test set is said before weights load
     _check_others(run, task, model)
@@ -146,6 +149,27 @@ def make_plan(run: Run, task: Task) -> Plan:
         start=start,
         notes=tuple(notes(config, views)),
         warnings=tuple(_warnings(run, start, num_train, steps, sum(n > positions for n in tokens), positions, cuts)),
+    )
+
+
+def _check_reader(run: Run, model: Any) -> None:
+    """Raises UserError for what an encoder and a decoder in one cannot do: go on with a text, of which they answer a part."""
+    if not is_encoder_decoder(model.config):
+        return
+    core, protocol = run.core, run.protocol
+    goes_on = {
+        "packing=true": core.packing,
+        f"general_text={core.general_text}": core.general_text is not None,
+        f"protocol={protocol.name}, which has mask_prompt=false,": not protocol.mask_prompt,
+    }
+    if refused := [given for given, is_given in goes_on.items() if is_given]:
+        raise _goes_on(refused[0], model)
+
+
+def _goes_on(what: str, model: Any) -> UserError:
+    return UserError(
+        f"run: {what} is for a decoder that goes on with its text, got {model.config.model_type}, whose encoder "
+        "reads the prompt and whose decoder answers; leave it out, or take a decoder such as model=smollm2_135m"
     )
 
 

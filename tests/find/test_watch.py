@@ -33,7 +33,7 @@ def log(run, steps):
 
 
 def rows(watched):
-    return [dict(zip(COLUMNS, map(str, row), strict=True)) for row in watched.look()]
+    return [dict(zip(COLUMNS, map(str, row), strict=True)) for row in watched.look().rows]
 
 
 def test_a_run_in_training_tells_step_loss_and_time_left(training):

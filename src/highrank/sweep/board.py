@@ -49,11 +49,14 @@ class Board:
     ):
         """`cells` are all by their folders, `jobs` those to execute, each of so many `steps`; `stopped` is filled when a
         signal has come."""
-        self.what, self.cells, self.steps, self.launcher, self.times = what, cells, steps, launcher, times
-        self.stopped = stopped
+        self.what, self.steps, self.launcher, self.stopped = what, steps, launcher, stopped
+        self.kinds = {path: kind_of(cell.run) for path, cell in cells.items()}
+        self.nears = {path: near_of(cell.run) for path, cell in cells.items()}
+        self.elsewhere = {p: expected(times, cells[p].run, number, launcher.threads) for p, number in steps.items()}
+        """What runs like them took that are not of this sweep, or of an earlier try of it."""
         self.names = {path: name_of(path, cell.axes | _rate(cell)) for path, cell in cells.items()}
         self.runs, self.own, self.near = Runs(), Times(), Times()
-        self.drawn_live = console.is_terminal and not console.is_dumb_terminal
+        self.drawn_live = console.is_interactive
         self.drawn, self.lock = Table(), threading.Lock()
         """The last table, and what guards the state below from the thread that draws it."""
         self.number = len(jobs)
@@ -108,8 +111,8 @@ class Board:
 
     def take(self, path: Path, results: Mapping[str, Any], lasted: float = 0) -> None:
         """Measures by a finished run how long the others will take."""
-        self.own.add(results, kind_of(self.cells[path].run), lasted)
-        self.near.add(results, near_of(self.cells[path].run), lasted)
+        self.own.add(results, self.kinds[path], lasted)
+        self.near.add(results, self.nears[path], lasted)
 
     def left(self) -> str:
         """Returns in words how long the other runs will take; nothing where that is not measured."""
@@ -136,11 +139,11 @@ class Board:
 
     def _expected(self, path: Path) -> tuple[Expected, bool] | None:
         """Returns how long a run will take, and whether that was measured on runs like it."""
-        run, steps = self.cells[path].run, self.steps[path]
-        like = self.own.expect(kind_of(run), steps) or expected(self.times, run, steps, self.launcher.threads)
+        steps = self.steps[path]
+        like = self.own.expect(self.kinds[path], steps) or self.elsewhere[path]
         if like:
             return like, True
-        near = self.near.expect(near_of(run), steps)
+        near = self.near.expect(self.nears[path], steps)
         return (near, False) if near else None
 
     def _before(self) -> dict[Path, str]:

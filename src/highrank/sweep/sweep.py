@@ -67,6 +67,12 @@ class Sweep:
         self.plans: dict[str, Plan] = {}
         """By arm: its seeds cost the same."""
 
+    @property
+    def folders(self) -> list[Path]:
+        """Where runs like its own may have finished: in the output folder, and in its own that may lie elsewhere."""
+        inside = self.folder.resolve().is_relative_to(self.output.resolve())
+        return [self.output] if inside else [self.output, self.folder]
+
     def plan(self) -> tuple[list[Cell], list[Plan]]:
         """Returns the cells that are not done yet, with their plans.
 
@@ -88,7 +94,7 @@ class Sweep:
     def execute(self) -> int:
         """Runs what is not done yet; returns 0, 1 if a run neither ended nor diverged, or 128 + the signal that stopped the sweep."""
         todo, plans = self.plan()
-        times = Times([self.output, self.folder])
+        times = Times(self.folders)
         show_grid(self, todo, plans, times)
         if self.dry_run:
             return 0
@@ -321,9 +327,9 @@ def told(sweep: Sweep, todo: Sequence[Cell], lengths: Sequence[Expected | None])
     """Returns how long the runs of a sweep will take together, as far as that has been measured."""
     by_kind = {kind_of(cell.run): length for cell, length in zip(todo, lengths, strict=True)}
     number = sum(length.runs for length in by_kind.values() if length)
-    measured = [length for length in lengths if length]
+    measured, places = [length for length in lengths if length], " and ".join(map(shown, sweep.folders))
     if not measured:
-        return f"no runs like these have finished in {shown(sweep.output)}; what is left is told as soon as one has"
+        return f"no runs like these have finished in {places}; what is left is told as soon as one has"
     ends = (
         makespan([], [getattr(length, part) for length in measured], sweep.launcher.jobs)
         for part in ("seconds", "least", "most")
@@ -332,7 +338,7 @@ def told(sweep: Sweep, todo: Sequence[Cell], lengths: Sequence[Expected | None])
     whole = f" for {len(measured)} of {len(lengths)} runs" if others else ""
     whole += ", beside the search" if sweep.search else ""
     lacking = f"; none like the other{'s' if others > 1 else ''} has finished there" if others else ""
-    return f"{about(*ends)}{whole}, {source(number, sweep.output)}{lacking}"
+    return f"{about(*ends)}{whole}, {source(number, places)}{lacking}"
 
 
 def show_rows(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> None:

@@ -31,6 +31,7 @@ from highrank.train.fitting import fit, tell
 from highrank.train.forgetting import forgetting
 from highrank.train.loggers import finish
 from highrank.train.module import FineTuner
+from highrank.train.pace import expected_here
 from highrank.train.plan import Plan, make_plan, optimizer_steps
 from highrank.train.results import RunDirectory, peak_memory
 from highrank.train.saved import begin
@@ -59,7 +60,7 @@ def execute(run: Run) -> tuple[Path, int]:
     elif earlier.get("status") == "diverged" and run.core.resume != "never":
         raise Diverged(f"{earlier['error']}; it did so before, and nothing was run again (resume=never does)")
     else:
-        shown.show_plan(plan)
+        shown.show_plan(run, plan, expected_here(run, plan.steps))
         stop, processes = StopOnSignal(), check_trainer(run)
         try:
             with stop.listening(), quiet(), processes, failures_written(run, directory):
@@ -256,7 +257,8 @@ def evaluate_after(job: Prepared, trainer: lightning.Trainer, batch_size: int) -
     times = directory.results["time"]
     directory.results["time"] = {**times, "total_s": sum(times.values())}
     if core.general_text is not None and job.adapters.model.can_generate():
-        lost = forgetting(job.adapters, job.tokenizer, core.general_text, core.eval_batch_size)
+        with directory.timing("forgetting_s"):
+            lost = forgetting(job.adapters, job.tokenizer, core.general_text, core.eval_batch_size)
         directory.write(forgetting=lost)
     if core.analyze and directory.writes:
         with directory.timing("analyze_s"):

@@ -1,5 +1,6 @@
 """`highrank watch`: steps, loss and time left from the files that a run writes; a sweep with all its cells."""
 
+import contextlib
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from highrank import run as main_flow
 from highrank.base.saved import read_results
 from highrank.cli import main
-from highrank.find import watch
+from highrank.find import reading, watch
 from highrank.find.watch import COLUMNS, Steps, Watched
 
 
@@ -25,15 +26,15 @@ def training(outputs):
     return run
 
 
-def log(run, steps):
+def log(run, steps, began=1000):
     with SummaryWriter(run) as writer:
         for step in steps:
-            writer.add_scalar("train/loss", 4 - step / 10, step, walltime=1000 + step / 2)
+            writer.add_scalar("train/loss", 4 - step / 10, step, walltime=began + step / 2)
             writer.add_scalar("epoch", 0, step)
 
 
 def rows(watched):
-    return [dict(zip(COLUMNS, map(str, row), strict=True)) for row in watched.look()]
+    return [dict(zip(COLUMNS, map(str, row), strict=True)) for row in watched.look().rows]
 
 
 def test_a_run_in_training_tells_step_loss_and_time_left(training):
@@ -55,6 +56,38 @@ def test_a_look_reads_on_where_the_last_one_ended(training):
     assert len(steps.times) == 14
     assert steps.left(14) == 0
     assert Steps(training.parent / "lora").left(10) is None
+
+
+def test_the_time_between_two_tries_is_no_steps(training):
+    log(training, range(10, 12), began=90_000)
+    steps = Steps(training)
+    steps.look()
+    assert (steps.done, steps.left(40)) == (12, 14.0)  # 28 steps of half a second
+
+
+def test_a_sweeps_runs_have_the_names_that_tell_them_apart(outputs, highrank, terminal):
+    sweep = outputs / "2026-01-01"
+    cells = [{"run": name, "axes": {"method": name, "lr": 0.1}} for name in ("hira", "lora")]
+    (sweep / "sweep.json").write_text(json.dumps({"cells": cells}))
+    assert [row["run"] for row in rows(Watched(sweep))] == ["method=hira lr=0.1", "method=lora lr=0.1"]
+
+
+def test_what_a_run_removes_while_it_is_weighed_weighs_nothing(training, monkeypatch):
+    gone = training / "gone.partial"
+    gone.touch()
+    real = reading.os.scandir
+
+    @contextlib.contextmanager
+    def scandir(folder):
+        with real(folder) as entries:
+            found = list(entries)
+        gone.unlink(missing_ok=True)
+        yield found
+
+    before = reading.weigh(training)
+    monkeypatch.setattr(reading.os, "scandir", scandir)
+    assert reading.weigh(training) == before
+    assert reading.weigh(training / "not there") == (0, 0.0)
 
 
 def test_a_phase_ends_when_its_time_is_written(training):

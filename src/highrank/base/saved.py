@@ -49,13 +49,14 @@ def read_config(folder: Path, keys: Collection[str] | None = None) -> dict[str, 
     return config
 
 
-def sweep_cells(part: str, folder: Path) -> list[Path]:
-    """Returns the run directories that a sweep's folder names, there or not yet; `part` asks.
+def sweep_cells(part: str, folder: Path) -> dict[Path, dict[str, Any]]:
+    """Returns the run directories that a sweep's folder names, there or not yet, with their values on its axes; `part` asks.
 
     Raises:
         UserError: if sweep.json is missing or damaged.
     """
     try:
-        return [folder / cell["run"] for cell in json.loads((folder / "sweep.json").read_text())["cells"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        cells = json.loads((folder / "sweep.json").read_text())["cells"]
+        return {folder / cell["run"]: dict(cell.get("axes", {})) for cell in cells}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{part}: sweep.json is damaged, got {described(error)} in {folder}") from error

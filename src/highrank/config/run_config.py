@@ -1,7 +1,7 @@
 """The core keys, their hash, and one checked run with its plugins."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from highrank.base import registry
@@ -173,7 +173,7 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return by_key
 
 
-def config_hash(values: Mapping[str, Any]) -> str:
+def config_hash(values: Mapping[str, Any], left_out: Collection[str] = SAME_RUN) -> str:
     """Returns the sha256 over every key of a resolved config that can change the result; a younger one where given."""
     config = as_given(values)
     plugins: dict[str, Any] = {
@@ -182,7 +182,7 @@ def config_hash(values: Mapping[str, Any]) -> str:
         if group in config
     }
     items = {**config, **plugins}.items()
-    return digest({key: value for key, value in items if key not in SAME_RUN and value != LATER.get(key, ...)})
+    return digest({key: value for key, value in items if key not in left_out and value != LATER.get(key, ...)})
 
 
 def with_later(config: Mapping[str, Any]) -> dict[str, Any]:

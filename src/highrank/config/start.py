@@ -62,7 +62,7 @@ def content(folder: Path) -> str | None:
 
 
 def _of_sweep(folder: Path, method: Any, method_cfg: Any, seed: int) -> Path:
-    cells = sweep_cells("start_from", folder)
+    cells = list(sweep_cells("start_from", folder))
     fitting = [cell for cell in cells if _is_of(cell, method, method_cfg, seed)]
     if len(fitting) != 1:
         raise UserError(

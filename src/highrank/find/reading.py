@@ -4,6 +4,7 @@ import functools
 import os
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,15 @@ def _instead(folder: Path) -> str:
 def weigh(folder: Path) -> tuple[int, float]:
     """Returns the bytes of a folder's files, and when the last of them was written."""
     size, newest = 0, 0.0
-    with os.scandir(folder) as entries:
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
+            inner, written = 0, 0.0
             if entry.is_dir(follow_symlinks=False):
                 inner, written = weigh(Path(entry.path))
             else:
-                stat = entry.stat(follow_symlinks=False)
-                inner, written = stat.st_size, stat.st_mtime
+                with suppress(FileNotFoundError):  # of a run at work, which renames and removes
+                    stat = entry.stat(follow_symlinks=False)
+                    inner, written = stat.st_size, stat.st_mtime
             size, newest = size + inner, max(newest, written)
     return size, newest
 

@@ -1,12 +1,16 @@
-"""`highrank watch RUN|SWEEP`: how far it is, live, from the files that it writes."""
+"""Where runs are, live, from the files that they write: `highrank watch RUN|SWEEP`, and a sweep's own table."""
 
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.live import Live
+from rich.table import Table
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
@@ -29,6 +33,8 @@ PHASES = (
 )
 """A running run's phases: each is over when its time has been written down."""
 COLUMNS = ["run", "status", "step", "loss", "left", "score", "last written"]
+EDGES = 6
+"""Lines of a terminal that a table needs beside its rows, and the prompt's."""
 
 
 def command(words: list[str]) -> int:
@@ -41,17 +47,24 @@ def command(words: list[str]) -> int:
         parser.error(f"--every takes seconds > 0, got --every {options.every:g}")
     watched = Watched(options.folder)
     if options.once or not console.is_terminal:
-        rows = watched.look()
-        show(COLUMNS, rows, watched.title)
+        show(COLUMNS, watched.look().rows, watched.title)
         return 0
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            rows = watched.look()
-            live.update(drawn(COLUMNS, rows, watched.title), refresh=True)
+            look = watched.look()
+            live.update(look.table(watched.title), refresh=True)
             if watched.over:
                 break
             time.sleep(options.every)
     return 0
+
+
+class Step(NamedTuple):
+    """The end of a training step, as logged into one of a run's files."""
+
+    done: int
+    ended: float
+    file: Path
 
 
 class Steps:
@@ -61,7 +74,7 @@ class Steps:
         self.folder = folder
         self.loaders: dict[Path, Any] = {}
         self.done, self.loss = 0, float("nan")
-        self.times: deque[tuple[int, float]] = deque(maxlen=STEPS)
+        self.times: deque[Step] = deque(maxlen=STEPS)
 
     def look(self) -> None:
         for file in sorted(self.folder.glob("events.out.tfevents.*")):
@@ -74,14 +87,101 @@ class Steps:
                 for value in event.summary.value:
                     if value.tag == "train/loss":
                         self.done, self.loss = event.step + 1, value.simple_value
-                        self.times.append((self.done, event.wall_time))
+                        self.times.append(Step(self.done, event.wall_time, file))
 
     def left(self, planned: int) -> float | None:
-        """Returns the seconds that the other steps will take, at the pace of the last ones."""
-        if len(self.times) < 2 or self.times[-1][0] <= self.times[0][0]:
+        """Returns the seconds that the other steps will take, at the pace of the last ones; the time between two tries of
+        a run, each of which has a file, is no step's."""
+        pairs = [
+            (last, next) for last, next in pairwise(self.times) if last.file == next.file and next.done > last.done
+        ]
+        if not pairs:
             return None
-        (first, began), (last, ended) = self.times[0], self.times[-1]
-        return (ended - began) / (last - first) * max(planned - last, 0)
+        pace = sum(next.ended - last.ended for last, next in pairs) / sum(next.done - last.done for last, next in pairs)
+        return pace * max(planned - self.done, 0)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Runs as they were at one moment."""
+
+    rows: list[tuple[Any, ...]]
+    """A row of COLUMNS for each."""
+    statuses: list[str]
+
+    @property
+    def counts(self) -> str:
+        """How many runs there are in each status: 3 done, 1 running."""
+        return ", ".join(f"{number} {status}" for status, number in Counter(self.statuses).items())
+
+    def table(self, title: str) -> Table:
+        """Returns the rows as a table that fits the terminal: where it is too low, with those that wait and are done left
+        out, the farthest first."""
+        room = max(console.height - EDGES, 1)
+        rows, left_out = self.rows, ""
+        if len(rows) > room:
+            first = self.statuses.index("waiting") if "waiting" in self.statuses else len(rows)
+
+            def rank(index: int) -> tuple[int, int]:
+                status = self.statuses[index]
+                return (status != "running") + (status in ("waiting", "done")), abs(index - first)
+
+            kept = sorted(sorted(range(len(rows)), key=rank)[: room - 1])
+            others = Counter(status for index, status in enumerate(self.statuses) if index not in kept)
+            left_out = "and " + ", ".join(f"{number} {status}" for status, number in others.items())
+            rows = [rows[index] for index in kept]
+        table = drawn(COLUMNS, rows, title)
+        table.caption, table.caption_justify = left_out or None, "left"
+        return table
+
+
+class Runs:
+    """The runs in some folders; each look reads what has been written since the last one."""
+
+    def __init__(self) -> None:
+        self.steps: dict[Path, Steps] = {}
+        self.found: dict[Path, tuple[int, Found]] = {}
+        """What was read of a run, and when its results.json was written."""
+
+    def look(self, names: Mapping[Path, str], before: Mapping[Path, str] | None = None) -> Look:
+        """Returns how far the run in each folder is, by its name; `before` says of those whose files are of an earlier try
+        what this one does."""
+        rows, statuses = [], []
+        for path, name in names.items():
+            told = (before or {}).get(path) or ("" if (path / "results.json").is_file() else "waiting")
+            run = None if told else self._read(path)
+            rows.append(self._row(path, run, name, len(names) == 1) if run else (name, told, "", "", "", "", ""))
+            statuses.append(run.status if run else "waiting" if told == "waiting" else "running")
+        return Look(rows, statuses)
+
+    def _read(self, path: Path) -> Found:
+        written = (path / "results.json").stat().st_mtime_ns
+        known, run = self.found.get(path, (0, None))
+        if run is None or known != written or not run.config:
+            self.found[path] = written, read(path)
+        return self.found[path][1]
+
+    def _row(self, path: Path, run: Found, name: str, alone: bool) -> tuple[Any, ...]:
+        steps = self.steps.setdefault(path, Steps(path))
+        if alone or run.status != "done" or steps.done:
+            steps.look()
+        planned = run.results.get("steps_planned") or run.config.get("max_steps")
+        left = steps.left(planned) if planned and run.status == "running" else None
+        _, written = weigh(path)
+        return (
+            name,
+            _phase(run) if run.status == "running" else status_text(run.status),
+            f"{made} of {planned or '?'}" if (made := steps.done or run.results.get("steps")) else "",
+            f"{steps.loss:.4f}" if steps.done else "",
+            duration(left) if left else "",
+            score_text(run.score),
+            f"{since(written)} ago",
+        )
+
+
+def name_of(path: Path, axes: Mapping[str, Any]) -> str:
+    """Returns what tells a sweep's run from the others for a person, or its folder where nobody looks."""
+    return " ".join(f"{key}={value}" for key, value in axes.items()) if axes and console.is_terminal else path.name
 
 
 class Watched:
@@ -96,48 +196,25 @@ class Watched:
         self.sweep = any((folder / name).exists() for name in ("sweep.json", "sweep.lock"))
         if not self.sweep:
             one_run("watch", folder)
-        self.steps: dict[Path, Steps] = {}
+        self.runs = Runs()
         self.title = ""
         self.over = False
-        self._cells()
+        self._names()
 
-    def look(self) -> list[tuple[Any, ...]]:
-        """Returns a row for each run as it is now, and notes the title and whether all is over."""
-        cells = self._cells()
-        found = [read(path) if (path / "results.json").is_file() else None for path in cells]
-        statuses = ["waiting" if run is None else run.status for run in found]
-        counts = Counter(statuses)
-        self.over = not {"waiting", "running"} & counts.keys()
-        what = f"{len(cells)} runs: " if self.sweep else ""
-        what += ", ".join(f"{number} {status}" for status, number in counts.items()) if self.sweep else statuses[0]
+    def look(self) -> Look:
+        """Returns the runs as they are now, and notes the title and whether all is over."""
+        look = self.runs.look(self._names())
+        self.over = not {"waiting", "running"} & set(look.statuses)
+        what = f"{len(look.rows)} runs: {look.counts}" if self.sweep else look.statuses[0]
         self.title = f"{shown(self.folder)}: {what}"
-        return [self._row(path, run) for path, run in zip(cells, found, strict=True)]
+        return look
 
-    def _cells(self) -> list[Path]:
+    def _names(self) -> dict[Path, str]:
         if not self.sweep:
-            return [self.folder]
+            return {self.folder: shown(self.folder)}
         if not (self.folder / "sweep.json").is_file():  # as long as learning rates are searched
-            return [*run_folders(self.folder), *run_folders(self.folder / "search")]
-        return sweep_cells("watch", self.folder)
-
-    def _row(self, path: Path, run: Found | None) -> tuple[Any, ...]:
-        name = path.name if self.sweep else shown(path)
-        if run is None:
-            return name, "waiting", "", "", "", "", ""
-        steps = self.steps.setdefault(path, Steps(path))
-        steps.look()
-        planned = run.results.get("steps_planned") or run.config.get("max_steps")
-        left = steps.left(planned) if planned and run.status == "running" else None
-        _, written = weigh(path)
-        return (
-            name,
-            _phase(run) if run.status == "running" else status_text(run.status),
-            f"{steps.done} of {planned or '?'}" if steps.done else "",
-            f"{steps.loss:.4f}" if steps.done else "",
-            duration(left) if left else "",
-            score_text(run.score),
-            f"{since(written)} ago",
-        )
+            return {path: path.name for part in (self.folder, self.folder / "search") for path in run_folders(part)}
+        return {path: name_of(path, axes) for path, axes in sweep_cells("watch", self.folder).items()}
 
 
 def _phase(run: Found) -> str:

@@ -50,6 +50,11 @@ def run_job(job: Job) -> int:
 class Launcher(Protocol):
     """Executes jobs, each in a fresh process."""
 
+    jobs: int
+    """How many at once."""
+    threads: int | None
+    """Of each; None where other machines decide."""
+
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         """Yields each job when it ended, with a note on how."""
         ...
@@ -64,6 +69,8 @@ class Local:
 
     def __init__(self, jobs: int):
         self.jobs = jobs
+        own = "OMP_NUM_THREADS" in os.environ
+        self.threads: int | None = torch.get_num_threads() if own else max(1, (os.cpu_count() or 1) // jobs)
         self.running: dict[Any, tuple[Job, Any]] = {}
         self.stopped = False
 
@@ -71,11 +78,10 @@ class Local:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["highrank.run"])
         waiting = list(jobs)
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
         while self.running or (waiting and not self.stopped):
             while waiting and len(self.running) < self.jobs and not self.stopped:
                 job = waiting.pop(0)
-                process = context.Process(target=_in_process, args=(job, threads))
+                process = context.Process(target=_in_process, args=(job, self.threads))
                 process.start()
                 self.running[process.sentinel] = (job, process)
             for sentinel in wait(list(self.running), timeout=1):
@@ -114,6 +120,7 @@ class Ray:
         except ModuleNotFoundError as error:
             raise UserError('sweep: Ray is an extra, got launcher=ray; pip install "highrank[ray]"') from error
         self.ray, self.jobs, self.stopped = ray, jobs, False
+        self.threads: int | None = None
         self.pending: dict[Any, Job] = {}
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
@@ -148,6 +155,7 @@ class Slurm:
         except ModuleNotFoundError as error:
             raise UserError('sweep: Slurm is an extra, got launcher=slurm; pip install "highrank[slurm]"') from error
         self.submitit, self.jobs, self.cluster = submitit, jobs, cluster
+        self.threads: int | None = None
         self.pending: dict[Any, Job] = {}
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:

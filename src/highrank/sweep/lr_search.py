@@ -105,7 +105,8 @@ def trial(cell: Cell, seed: int) -> Cell:
     if cell.run.protocol.num_validation == 0:
         held_out = max(1, min(MOST_HELD_OUT, make_plan(cell.run, cell.run.make_task()).num_train // 10))
         words.append(f"protocol.num_validation={held_out}")
-    return cell.with_words(*words)
+    axes = {key: seed if key == "seed" else value for key, value in cell.axes.items()}
+    return dataclasses.replace(cell.with_words(*words), axes=axes)
 
 
 def record(cell: Cell, trials: Sequence[tuple[float, Cell]], folder: Path) -> dict[str, Any]:

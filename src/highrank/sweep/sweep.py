@@ -19,16 +19,19 @@ from types import FrameType
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from highrank.base.console import console, say
+from highrank.base.console import console, duration, say
 from highrank.base.errors import UserError
-from highrank.base.files import digest, write_atomic
+from highrank.base.files import digest, shown, write_atomic
 from highrank.config.words import given_text, key_of, scaled
 from highrank.report import dashboard
 from highrank.sweep import lr_search
+from highrank.sweep.board import Board, makespan
 from highrank.sweep.grid import Cell, Grid, expand, preset_of, refuse
 from highrank.sweep.launch import Job, launcher
-from highrank.train.plan import Plan, make_plan
+from highrank.train.pace import Expected, Times, about, expected, kind_of, source
+from highrank.train.plan import Plan, make_plan, optimizer_steps
 from highrank.train.results import read_results
 
 SWEEP_KEYS = ("sweep_dir", "lr_search", "launcher", "jobs")
@@ -59,7 +62,16 @@ class Sweep:
         self.name = preset.replace("/", "-") if preset else "sweep"
         key = digest([sorted(cell.run.hash for cell in self.grid.cells), options.get("lr_search")])
         sweep_dir, output = (given_text(f"{name}={options.get(name, 'null')}") for name in ("sweep_dir", "output"))
-        self.folder = Path(sweep_dir or Path(output or "outputs") / f"{self.name}_{key[:8]}")
+        self.output = Path(output or "outputs")
+        self.folder = Path(sweep_dir or self.output / f"{self.name}_{key[:8]}")
+        self.plans: dict[str, Plan] = {}
+        """By arm: its seeds cost the same."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where runs like its own may have finished: in the output folder, and in its own that may lie elsewhere."""
+        inside = self.folder.resolve().is_relative_to(self.output.resolve())
+        return [self.output] if inside else [self.output, self.folder]
 
     def plan(self) -> tuple[list[Cell], list[Plan]]:
         """Returns the cells that are not done yet, with their plans.
@@ -68,7 +80,7 @@ class Sweep:
             UserError: naming every cell that cannot run.
         """
         todo = [cell for cell in self.grid.cells if not self._done(cell)]
-        plans: dict[str, Plan] = {}  # by arm: its seeds cost the same
+        plans = self.plans = {}
         problems = []
         for cell in todo:
             try:
@@ -82,7 +94,8 @@ class Sweep:
     def execute(self) -> int:
         """Runs what is not done yet; returns 0, 1 if a run neither ended nor diverged, or 128 + the signal that stopped the sweep."""
         todo, plans = self.plan()
-        show_grid(self, todo, plans)
+        times = Times(self.folders)
+        show_grid(self, todo, plans, times)
         if self.dry_run:
             return 0
         self._check_folder()
@@ -92,7 +105,9 @@ class Sweep:
             cells: list[Cell | None] = list(asked)
             if self.search:
                 trials = self.folder / "search"
-                search = self.search.run(asked, trials, lambda trial_cells: self._run(trial_cells, trials))
+                search = self.search.run(
+                    asked, trials, lambda trial_cells: self._run(trial_cells, trials, "trials of rates", times, stopped)
+                )
                 cells = search.cells
                 for arm in search.arms:
                     if arm["at_edge"]:
@@ -106,7 +121,7 @@ class Sweep:
             ]
             if not stopped:
                 self._write(known, search)
-                self._run([cell for cell, _ in known], self.folder)
+                self._run([cell for cell, _ in known], self.folder, "runs", times, stopped)
             rows = [(cell, _read(self.folder / cell.folder)) for cell, _ in known]
             write_atomic(self.folder / "table.csv", table(self.grid, rows).encode())
             if (self.folder / "sweep.json").is_file():  # not before the learning-rate search is over
@@ -115,8 +130,9 @@ class Sweep:
         unfinished = len(self.grid.cells) - sum(results.get("status") in SETTLED for _, results in rows)
         return 128 + stopped[0] if stopped else int(unfinished > 0)
 
-    def _run(self, cells: Sequence[Cell], folder: Path) -> None:
+    def _run(self, cells: Sequence[Cell], folder: Path, what: str, times: Times, stopped: Sequence[int]) -> None:
         """Runs the cells that are not done; a run that fails is recorded and the rest goes on."""
+        found = {folder / cell.folder: _read(folder / cell.folder) for cell in cells}
         jobs = [
             Job(
                 cell.settled_words,
@@ -126,20 +142,27 @@ class Sweep:
                 self.main,
             )
             for cell in cells
-            if _read(folder / cell.folder).get("status") not in SETTLED
+            if found[folder / cell.folder].get("status") not in SETTLED
         ]
-        for number, (job, note) in enumerate(self.launcher.run(jobs), 1):
-            results = _read(Path(job.run_dir))
-            if results.get("status") not in (*SETTLED, "failed", "oom", "interrupted"):
-                results = {**results, "status": "failed", "error": note, "config_hash": job.config_hash}
-                Path(job.run_dir).mkdir(parents=True, exist_ok=True)
-                write_atomic(Path(job.run_dir) / "results.json", json.dumps(results, indent=1).encode())
-            reason = (
-                f": {results.get('error')}; see {job.log}" if results["status"] in ("failed", "oom", "diverged") else ""
-            )
-            console.print(
-                f"{number}/{len(jobs)} {Path(job.run_dir).name}: {results['status']}{reason}", highlight=False
-            )
+        by_folder = {folder / cell.folder: cell for cell in cells}
+        steps = {Path(job.run_dir): self._steps(by_folder[Path(job.run_dir)]) for job in jobs}
+        board = Board(what, by_folder, steps, jobs, self.launcher, times, stopped)
+        for path, results in found.items():
+            board.take(path, results)
+        with board.shown():
+            for job, note in self.launcher.run(jobs):
+                results = _read(Path(job.run_dir))
+                if results.get("status") not in (*SETTLED, "failed", "oom", "interrupted"):
+                    results = {**results, "status": "failed", "error": note, "config_hash": job.config_hash}
+                    Path(job.run_dir).mkdir(parents=True, exist_ok=True)
+                    write_atomic(Path(job.run_dir) / "results.json", json.dumps(results, indent=1).encode())
+                board.ended(job, results)
+
+    def _steps(self, cell: Cell) -> int:
+        """Returns how many steps a cell makes, or a trial of its arm, which holds other examples out."""
+        plan = self.plans[digest(cell.arm)]
+        asked = next(each for each in self.grid.cells if each.arm == cell.arm).run.protocol.num_validation
+        return optimizer_steps(cell.run, plan.num_train + asked - cell.run.protocol.num_validation)
 
     def _done(self, cell: Cell) -> bool:
         return _read(self.folder / cell.folder).get("status") in SETTLED
@@ -270,45 +293,66 @@ def table(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
     return out.getvalue()
 
 
-def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan]) -> None:
-    """Prints the cells to run with their counts and cost."""
+def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan], times: Times) -> None:
+    """Prints the cells to run with their counts and cost, and how long they will take, where that has been measured."""
     grid = sweep.grid
-    shown = Table(
-        *grid.axes, "trainable", "percent", "steps", "tokens", "memory", title=sweep.name, title_justify="left"
-    )
-    for cell, plan in zip(todo, plans, strict=True):
-        shown.add_row(
-            *(str(cell.axes.get(key, "")) for key in grid.axes),
+    threads = sweep.launcher.threads
+    lengths = [expected(times, cell.run, plan.steps, threads) for cell, plan in zip(todo, plans, strict=True)]
+    columns = [*grid.axes, "trainable", "percent", "steps", "tokens", "memory", *(["time"] if any(lengths) else [])]
+    table = Table(*columns, title=sweep.name, title_justify="left")
+    for cell, plan, length in zip(todo, plans, lengths, strict=True):
+        table.add_row(
+            *(Text(str(cell.axes.get(key, ""))) for key in grid.axes),
             f"{plan.params.trainable:,}",
             f"{plan.params.percent:.4f}",
             f"{plan.steps:,}",
             f"{plan.tokens:,}",
             f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB",
+            *([duration(length.seconds) if length else ""] if any(lengths) else []),
         )
-    console.print(shown)
+    console.print(table)
     for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
         say(f"warning: {warning}")
     trials = sweep.search.trials * len({digest(cell.arm) for cell in grid.cells}) if sweep.search else 0
     tokens = sum(plan.tokens for plan in plans)
     searched = f", and at most {trials} runs to search the learning rate" if trials else ""
-    console.print(
-        f"{len(grid.cells)} runs, {len(grid.cells) - len(todo)} done before{searched}; about {tokens:,} training tokens",
-        highlight=False,
+    say(
+        f"{len(grid.cells)} runs, {len(grid.cells) - len(todo)} done before{searched}; about {tokens:,} training tokens"
     )
+    if todo:
+        say(f"time: {told(sweep, todo, lengths)}")
+
+
+def told(sweep: Sweep, todo: Sequence[Cell], lengths: Sequence[Expected | None]) -> str:
+    """Returns how long the runs of a sweep will take together, as far as that has been measured."""
+    by_kind = {kind_of(cell.run): length for cell, length in zip(todo, lengths, strict=True)}
+    number = sum(length.runs for length in by_kind.values() if length)
+    measured, places = [length for length in lengths if length], " and ".join(map(shown, sweep.folders))
+    if not measured:
+        return f"no runs like these have finished in {places}; what is left is told as soon as one has"
+    ends = (
+        makespan([], [getattr(length, part) for length in measured], sweep.launcher.jobs)
+        for part in ("seconds", "least", "most")
+    )
+    others = len(lengths) - len(measured)
+    whole = f" for {len(measured)} of {len(lengths)} runs" if others else ""
+    whole += ", beside the search" if sweep.search else ""
+    lacking = f"; none like the other{'s' if others > 1 else ''} has finished there" if others else ""
+    return f"{about(*ends)}{whole}, {source(number, places)}{lacking}"
 
 
 def show_rows(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
     """Prints the sweep's final table: per cell its axes, status, learning rate, main metric and time."""
-    shown = Table(*grid.axes, "status", "lr", "metric", "time")
+    table = Table(*grid.axes, "status", "lr", "metric", "time")
     for cell, results in rows:
         values = metrics(results)
         final = {key: value for key, value in values.items() if "/" not in key or len(values) == 1}
         seconds = results.get("time", {}).get("total_s")
-        shown.add_row(
-            *(str(cell.axes.get(key, "")) for key in grid.axes),
+        table.add_row(
+            *(Text(str(cell.axes.get(key, ""))) for key in grid.axes),
             results.get("status", "missing"),
             f"{cell.run.core.lr:g}",
             ", ".join(f"{key} {value:.4f}" if key == "loss" else f"{key} {value:.2f}" for key, value in final.items()),
             f"{seconds:.0f} s" if seconds else "",
         )
-    console.print(shown)
+    console.print(table)

@@ -7,9 +7,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from highrank.base.console import console, duration, say
-
-SETTLED = 10
-"""Steps after which the time that is left can be told."""
+from highrank.train.pace import SETTLED
 
 
 def progress() -> list[Callback]:

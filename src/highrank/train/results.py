@@ -25,6 +25,7 @@ from highrank.base.files import write_atomic
 from highrank.base.saved import read_results
 from highrank.config.run_config import SAME_RUN, Run, as_given
 from highrank.train.devices import share_of
+from highrank.train.pace import pace_of
 
 
 class RunDirectory:
@@ -125,6 +126,8 @@ class RunDirectory:
             git=git_state(),
             versions=versions(),
             seed=self.run.core.seed,
+            threads=torch.get_num_threads(),
+            pace=pace_of(self.run, torch.get_num_threads()),
             protocol={
                 "name": self.run.protocol.name,
                 "hash": self.run.protocol.hash,

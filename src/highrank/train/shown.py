@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from highrank.base.console import console, say
 from highrank.base.files import shown, write_atomic
 from highrank.config.run_config import Run
 from highrank.data.answers import COUNTS, SECONDARY
+from highrank.train.pace import SETTLED, Expected, expected_here, source
 from highrank.train.plan import Plan, make_plan
 from highrank.train.results import RunDirectory
 
 
-def show_plan(plan: Plan) -> None:
-    """Prints what will be adapted and trained."""
+def show_plan(run: Run, plan: Plan, seconds: Expected | None) -> None:
+    """Prints what will be adapted and trained, and how long it will take, where that has been measured."""
     params = plan.params
     table = Table("", "", show_header=False, title=f"{plan.method} on {plan.model}", title_justify="left")
     table.add_row("dtype", plan.dtype)
@@ -34,6 +36,10 @@ def show_plan(plan: Plan) -> None:
     table.add_row("training", f"{plan.num_train:,} examples, {plan.steps:,} steps, about {plan.tokens:,} tokens")
     memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory_bytes.items())
     table.add_row("memory, estimated", f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB ({memory})")
+    if seconds is not None:
+        table.add_row("time, measured", f"{seconds}, {source(seconds.runs, run.core.output)}")
+    elif run.core.dry_run:
+        table.add_row("time", f"no run like it has finished in {run.core.output}; training tells after {SETTLED} steps")
     console.print(table)
     for warning in plan.warnings:
         say(f"warning: {warning}")
@@ -55,9 +61,11 @@ def dry_run(run: Run) -> Path:
     """
     plan, directory = make_plan(run, run.make_task()), RunDirectory(run)
     directory.read()  # refuses a folder that holds another run
-    show_plan(plan)
+    seconds = expected_here(run, plan.steps)
+    show_plan(run, plan, seconds)
     directory.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory.path / "plan.json", json.dumps(plan.as_dict(), indent=1).encode())
+    content = {**plan.as_dict(), "time_s": asdict(seconds) if seconds else None}
+    write_atomic(directory.path / "plan.json", json.dumps(content, indent=1).encode())
     return directory.path
 
 

@@ -29,7 +29,11 @@ def main(folders: list[Path]) -> None:
     _write("rates.csv", ("method", "lr", "held_out_loss"), [(*key, loss) for key, loss in sorted(trials.items())])
     of_runs = [(method, best[method][0], *run) for method in sorted(runs) for run in runs[method]]
     _write("runs.csv", ("method", "lr", "seed", "test_loss", "accuracy", "trainable"), of_runs)
-    print("| method | trainable | rates tried: held-out loss | best | test loss, three seeds | mean |\n| --- " + "| --- " * 5 + "|")
+    print(
+        "| method | trainable | rates tried: held-out loss | best | test loss, three seeds | mean |\n| --- "
+        + "| --- " * 5
+        + "|"
+    )
     for method in sorted(runs):
         losses = [run[1] for run in runs[method]]
         tried = ", ".join(f"{lr:g}: {loss:.3f}" for (name, lr), loss in sorted(trials.items()) if name == method)

@@ -17,7 +17,7 @@ from highrank.train.memory import DoesNotFit, halving
 from highrank.train.module import FineTuner
 from highrank.train.results import RunDirectory
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("every_base_evaluated")]
+pytestmark = pytest.mark.integration
 
 WORDS = ["model=tiny_llama", "method=lora", "r=2", "task.n_train=24", "task.n_test=7", "batch_size=8", "epochs=2"]
 ERRORS = {

@@ -16,7 +16,7 @@ from highrank.train.checkpoint import read
 from highrank.train.module import FineTuner
 from highrank.train.stopping import StopOnSignal
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("every_base_evaluated")]
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "experiments" / "reliability"

@@ -18,12 +18,6 @@ if os.environ.get("PYTHONPATH", "").split(os.pathsep)[0] != str(OFFLINE):  # a w
     runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 
-@pytest.fixture(autouse=True)
-def every_base_evaluated(monkeypatch):
-    """No run in this process finds what another has kept of the untouched base: there is nowhere to keep it."""
-    monkeypatch.setattr("highrank.train.untouched.cache_dir", lambda: Path(os.devnull))
-
-
 @pytest.fixture
 def run_cli(tmp_path, capsys):
     """Returns a function that runs `run.py` words in this process: (exit status, stdout, stderr)."""

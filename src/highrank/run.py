@@ -38,7 +38,6 @@ from highrank.train.saved import begin
 from highrank.train.selection import KeepBest
 from highrank.train.stopping import Interrupted, StopOnSignal, requeue
 from highrank.train.trainer import check_trainer, make_trainer
-from highrank.train.untouched import Untouched
 
 
 def execute(run: Run) -> tuple[Path, int]:
@@ -178,42 +177,37 @@ def prepare(
 
 
 def evaluate_before(job: Prepared, trainer: lightning.Trainer, batch_size: int) -> int:
-    """Evaluates the untouched base, or with start_as=adapter what the run goes on from; returns the batch size that fitted.
+    """Evaluates the untrained model; returns the batch size that fitted.
 
     Training draws the same random numbers whether or not this is done.
     """
-    run, directory = job.run, job.directory
-    base = Untouched(run, directory.results["model"])
+    directory = job.directory
     with directory.timing("eval_before_s"), isolate_rng():
-        how = evaluate if run.core.start_as == "adapter" else base.evaluate
-        metrics, others, batch_size = evaluate_all(job, trainer, batch_size, how, ".before")
-    also = {name: {"before": found} for name, found in others.items()}
-    directory.write(
-        metrics={"before": metrics},
-        **({"also": also} if also else {}),
-        **({"untouched": base.known} if base.known else {}),
-    )
-    return batch_size
+        metrics, fitting = evaluate(
+            trainer,
+            job.module,
+            job.tests,
+            batch_size,
+            lambda name, rows: directory.write_predictions(f"{name}.before", rows),
+        )
+        also = {name: {"before": found} for name, found in evaluate_others(job, trainer, fitting, ".before").items()}
+    directory.write(metrics={"before": metrics}, **({"also": also} if also else {}))
+    return fitting
 
 
-def evaluate_all(
-    job: Prepared, trainer: lightning.Trainer, batch_size: int, how: Any = evaluate, ending: str = ""
-) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Evaluates the model on its own task and on those of eval_also, as `how` does it.
-
-    Returns the metrics, the others' by name, and the batch size that fitted. Predictions go to <set><ending>, the others'
-    to <task>.<set><ending>.
-    """
-
-    def save(of: str) -> Any:
-        return lambda name, rows: job.directory.write_predictions(f"{of}{name}{ending}", rows)
-
-    metrics, batch_size = how(trainer, job.module, job.tests, batch_size, save(""))
-    others = {}
+def evaluate_others(job: Prepared, trainer: lightning.Trainer, batch_size: int, ending: str = "") -> dict[str, Any]:
+    """Evaluates the model on the tasks of eval_also; returns their metrics by name, predictions in <task>.<set><ending>."""
+    found = {}
     for name, tests in job.others.items():
         with job.module.asked(tests.task, tests.protocol):
-            others[name], batch_size = how(trainer, job.module, tests, batch_size, save(f"{name}."))
-    return metrics, others, batch_size
+            found[name], batch_size = evaluate(
+                trainer,
+                job.module,
+                tests,
+                batch_size,
+                lambda of, rows, name=name: job.directory.write_predictions(f"{name}.{of}{ending}", rows),  # type: ignore[misc]  # a default value binds the loop's
+            )
+    return found
 
 
 def train(job: Prepared, trainer: lightning.Trainer) -> lightning.Trainer:
@@ -246,9 +240,9 @@ def evaluate_after(job: Prepared, trainer: lightning.Trainer, batch_size: int) -
     """Evaluates the trained model: its test sets, what it forgot, and what changed in its weights, where asked for."""
     directory, core = job.directory, job.run.core
     with directory.timing("eval_final_s"):
-        metrics, others, _ = evaluate_all(job, trainer, batch_size)
+        metrics, fitting = evaluate(trainer, job.module, job.tests, batch_size, directory.write_predictions)
         before = directory.results.get("also", {})
-        for name, found in others.items():
+        for name, found in evaluate_others(job, trainer, fitting).items():
             task = job.others[name].task
             read = {"data": task.sources()} if task.has_data else {}
             before = {**before, name: {**before.get(name, {}), "final": found, **read}}

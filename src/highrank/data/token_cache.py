@@ -1,7 +1,11 @@
-"""Encoded training examples on disk, as safetensors writes them, under a hash of everything they depend on."""
+"""Encoded training examples on disk, under a hash of everything they depend on, with a checksum of their own.
+
+A file is what safetensors writes, followed by the sha256 of that.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -9,13 +13,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from highrank.base.cache import cached, keep
-from highrank.base.files import cache_dir, digest
+from highrank.base.console import console
+from highrank.base.files import cache_dir, digest, write_atomic
 from highrank.data.encoding import IGNORED, Encoded
 from highrank.data.protocol import Protocol
 
 MIN_EXAMPLES = 5_000
 """Below this, encoding takes less than a second or two and is not worth a file."""
+DIGEST_BYTES = hashlib.sha256().digest_size
 CUTS = ("", "cut", "answer_lost", "marker_lost")
 
 
@@ -30,11 +35,18 @@ def cached_encoding(
     if len(records) < MIN_EXAMPLES:
         return encode()
     file = cache_dir() / "tokens" / f"{_key(records, protocol, tokenizer)}.tokens"
-    content = cached(file, "encoding again")
-    if content is not None:
-        return _unpack(load(content))
+    if file.is_file():
+        content = file.read_bytes()
+        packed, checksum = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        if hashlib.sha256(packed).digest() == checksum:
+            return _unpack(load(packed))
+
+        console.print(f"the token cache {file} is damaged; encoding again", markup=False, highlight=False)
     rows = encode()
-    keep(file, save(_pack(rows)))
+    packed = save(_pack(rows))
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, packed + hashlib.sha256(packed).digest())
     return rows
 
 

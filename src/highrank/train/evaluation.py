@@ -1,7 +1,6 @@
 """Evaluation: a model's outputs for every record, its loss on the gold answers, and their scores."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,63 +89,28 @@ def _by_place(
     return outputs, batch_size
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What a model makes of one test set."""
-
-    answers: list[Any]
-    """Per record."""
-    losses: list[dict[str, Any]] | None
-    """Of each gold answer, where the task writes texts."""
-    batch_size: int
-    """Records at a time that memory sufficed for."""
-
-
-def outputs_of(
-    trainer: lightning.Trainer, module: FineTuner, data: EvalData, batch_size: int
-) -> Iterator[tuple[str, Outputs]]:
-    """Yields what the model makes of each test set."""
-    module.eval()
-    for name, records in data.task.test().items():
-        answers, batch_size = predict(trainer, module, data, name, records, batch_size)
-        losses = None
-        if data.task.kind == "generate":
-            losses = gold_losses(trainer, module, data, name, records, answers, batch_size)
-        yield name, Outputs(answers, losses, batch_size)
-
-
-def scored(
-    data: EvalData, outputs: Iterable[tuple[str, Outputs]], save: Callable[..., None]
-) -> tuple[dict[str, Any], int]:
-    """Scores each test set as its outputs come and saves its predictions.
-
-    Returns metrics per set and their macro averages, and the batch size that fitted into memory.
-    """
-    by_set, batch_size = {}, 0
-    for name, found in outputs:
-        rows, by_set[name] = evaluate_rows(data, name, data.task.test()[name], found.answers, found.losses)
-        save(name, rows)
-        batch_size = found.batch_size
-    return {"sets": by_set, **macro_averages(data.task, by_set)}, batch_size
-
-
 def evaluate(
     trainer: lightning.Trainer, module: FineTuner, data: EvalData, batch_size: int, save: Callable[..., None]
 ) -> tuple[dict[str, Any], int]:
-    """Evaluates every test set and saves the predictions; returns as `scored`.
+    """Evaluates every test set and saves the predictions.
+
+    Returns metrics per set and their macro averages, and the batch size that fitted into memory.
 
     Raises:
         UserError: if decoding with the cache is not what the method computes without it.
     """
     module.eval()
-    check_adapters(module, data)
-    return scored(data, outputs_of(trainer, module, data, batch_size), save)
-
-
-def check_adapters(module: FineTuner, data: EvalData) -> None:
-    """Raises UserError if decoding a prompt with the cache is not what the method computes without it."""
-    first = next(iter(data.task.test().values()))[0]
+    by_set, test_sets = {}, data.task.test()
+    first = next(iter(test_sets.values()))[0]
     check_decoding(module.adapters, data.question(first).input_ids)
+    for name, records in test_sets.items():
+        outputs, batch_size = predict(trainer, module, data, name, records, batch_size)
+        losses = None
+        if data.task.kind == "generate":
+            losses = gold_losses(trainer, module, data, name, records, outputs, batch_size)
+        rows, by_set[name] = evaluate_rows(data, name, records, outputs, losses)
+        save(name, rows)
+    return {"sets": by_set, **macro_averages(data.task, by_set)}, batch_size
 
 
 def validate(trainer: lightning.Trainer, module: FineTuner, data: TrainingData) -> dict[str, float]:

@@ -97,7 +97,7 @@ class RunDirectory:
             return {}
         kept: dict[str, Any] = {
             key: earlier[key]
-            for key in ("model", "data", "metrics", "also", "untouched", "resumed", "parts", "logged")
+            for key in ("model", "data", "metrics", "also", "resumed", "parts", "logged")
             if key in earlier
         }
         if "eval_before_s" in earlier.get("time", {}):

@@ -167,11 +167,3 @@ def test_the_card_of_a_finished_run_has_data_and_scores(make_run, tmp_path):
     assert "| wordmath | after training | n 3, accuracy 12.35 |" in card
     assert "1,234 of 99,999 (1.2000 %)" in card
     assert "W' = W + (alpha / r) B A" in card
-
-
-def test_trained_numbers_that_mean_something_beside_one_base_are_not_sent_to_another(make_run, tmp_path):
-    run, _ = make_run("model=tiny_llama", "model.quantize=int8", "method=lora_xs", "r=2")
-    with pytest.raises(UserError, match=r"got model.quantize=int8; add model.quantize=int8 for the dequantised ones$"):
-        merge_run(run, tmp_path / "out")
-    with pytest.raises(UserError, match=r"needs the exact base .*; load the base as it was in training$"):
-        merge_run(run, tmp_path / "out", words=["model.quantize=null"])

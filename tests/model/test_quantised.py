@@ -186,6 +186,21 @@ def test_merging_says_into_which_base(run_cli, tmp_path, capsys, kind):
 
 
 @kinds
+def test_trained_numbers_that_mean_something_beside_one_base_are_not_sent_to_another(run_cli, tmp_path, kind):
+    from highrank.interop.hub_model import merge_run
+
+    words = ["model=tiny_llama", "method=lora_xs", f"model.quantize={kind}", "r=2", "max_steps=2", "batch_size=2"]
+    status, out, err = run_cli(*words, "task.n_train=4", "task.n_test=2", "eval_before=false")
+    assert status == 0, err
+    run = out.strip().splitlines()[-1]
+    match = rf"got model.quantize={kind}; add model.quantize={kind} for the dequantised ones$"
+    with pytest.raises(UserError, match=match):
+        merge_run(run, tmp_path / "out")
+    with pytest.raises(UserError, match=r"needs the exact base .*; load the base as it was in training$"):
+        merge_run(run, tmp_path / "out", words=["model.quantize=null"])
+
+
+@kinds
 def test_an_exported_adapter_says_on_which_base_it_was_trained(run_cli, tmp_path, kind):
     from highrank.cli import main
 

@@ -302,12 +302,17 @@ def tiny(name: str) -> Any:
 
 
 def built(name: str) -> Any:
-    """Returns a tiny model whose matrices are random and large enough for every part to tell."""
+    """Returns a tiny model in which every part tells."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
     auto = AutoModelForCausalLM if TYPES[name].kind == "generate" else AutoModelForSequenceClassification
-    model = auto.from_config(tiny(name)).eval()
+    return telling(auto.from_config(tiny(name)))
+
+
+def telling(model: Any) -> Any:
+    """Returns a tiny model with matrices that are random and large enough for every part to tell, as one is evaluated."""
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -322,12 +327,17 @@ def adapted(name: str, method: str = "lora", model: Any = None, **fields: Any) -
     cls = load("methods", method)
     views = resolve(model, "all", fused="split") if cls.family.placed else []
     adapters = attach(model, views, cls, cls.config(**fields), tokenizer=tiny_tokenizer())
+    move(adapters)
+    model.eval()
+    return adapters
+
+
+def move(adapters: Adapters) -> None:
+    """Moves every adapter away from its start."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in adapters.named_parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.eval()
-    return adapters
 
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [50, 60, 70, 80], [100, 90]]

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from model_types import move, telling
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
 
 import highrank
@@ -14,7 +15,7 @@ from highrank.cli import main
 from highrank.data.batches import pad
 from highrank.data.encoding import IGNORED
 from highrank.model.adapters import attach
-from highrank.model.backbones import empty_model, load_backbone, modules_on_text, prepare_tokenizer
+from highrank.model.backbones import empty_model, load_backbone, modules_on_text
 from highrank.model.encoder_decoder import everywhere, parted, start_token
 from highrank.model.language import check_causal, padding_moves
 from highrank.model.placement import resolve
@@ -42,13 +43,7 @@ END = 2
 
 def built(name="t5"):
     torch.manual_seed(0)
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**CONFIGS[name])).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-    prepare_tokenizer(tiny_tokenizer(), model)
-    return model
+    return telling(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**CONFIGS[name])))
 
 
 def adapted(method, model=None, fields=None, moved=True):
@@ -57,10 +52,7 @@ def adapted(method, model=None, fields=None, moved=True):
     fields = cls.examples[0] if fields is None else fields
     adapters = attach(model, views, cls, cls.config(**fields), tokenizer=tiny_tokenizer())
     if moved:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for _, parameter in adapters.named_parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        move(adapters)
     model.eval()
     return adapters
 

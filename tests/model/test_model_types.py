@@ -1,10 +1,8 @@
 """Every model type that needs no map, against every check of experiments/robustness/model_types.py."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import model_types as robustness
 import pytest
 import torch
 from torch import nn
@@ -20,10 +18,6 @@ from highrank.model.placement import notes, resolve, weight_of
 from highrank.model.tiny import tiny_tokenizer
 from highrank.train.outputs import of_one_length
 
-FILE = Path(__file__).parents[2] / "experiments" / "robustness" / "model_types.py"
-spec = importlib.util.spec_from_file_location("model_types", FILE)
-robustness = sys.modules["model_types"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(robustness)
 CASES = [(name, check) for name in robustness.TYPES for check in robustness.checks_of(name)]
 
 

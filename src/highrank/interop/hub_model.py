@@ -29,7 +29,6 @@ from highrank.data.task import Example, LabelledText, reading
 from highrank.interop.card import model_card
 from highrank.model.backbones import DTYPES, Backbone
 from highrank.model.encoder_decoder import everywhere
-from highrank.model.method import Method
 from highrank.model.quantised import dequantise_model
 from highrank.model.whole_model import no_merged_weight
 from highrank.train.saved import check_new, load_run, read_run, update_lost, written_whole
@@ -65,7 +64,7 @@ def merge_run(
     if not run.method.mergeable:
         raise no_merged_weight(run.method)
     if kind and not any(word.startswith("model.quantize=") for word in words):
-        exact = issubclass(run.method, Method) and run.method.exact_base(run.method_cfg)
+        exact = run.method.exact_base(run.method_cfg)
         unquantised = "" if exact else "model.quantize=null for the unquantised weights, or "
         raise UserError(
             f"merge: a run on a quantised base says into which base it is merged, got model.quantize={kind}; add "

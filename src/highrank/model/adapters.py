@@ -81,7 +81,7 @@ class Adapters:
     @property
     def exact_base(self) -> bool:
         """Whether the adapter acts on the base in the dtype that it was trained on alone."""
-        return False
+        return bool(self.method.exact_base(self.cfg))
 
     def trains(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter outside adapters and heads trains too."""

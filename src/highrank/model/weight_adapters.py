@@ -154,10 +154,6 @@ class WeightAdapters(Adapters):
     def matched(cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any) -> dict[str, int]:
         return dict(Counter(view.part for view in views))
 
-    @property
-    def exact_base(self) -> bool:
-        return bool(self.method.exact_base(self.cfg))
-
     def put_on(self, tokenizer: Any) -> None:
         model, views, method, cfg = self.model, self.views, self.method, self.cfg
         for path in dict.fromkeys(view.path.rsplit(".", 2)[0] for view in views if view.part == EXPERTS):

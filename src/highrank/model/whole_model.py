@@ -196,6 +196,11 @@ class WholeModelMethod(nn.Module):
         """Raises UserError if `cfg` does not fit the model, which may be on the meta device."""
 
     @classmethod
+    def exact_base(cls, cfg: Any) -> bool:
+        """Whether trained numbers mean something beside this very base alone, no rounding of it."""
+        return False
+
+    @classmethod
     def sites(cls, model: Any, cfg: Any) -> dict[str, int]:
         """Returns what is adapted, for the plan: a name and how many."""
         raise NotImplementedError

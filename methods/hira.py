@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from highrank.model.kernels import in_compute_dtype
+from highrank.model.kernels import hadamard, in_compute_dtype
 from highrank.plugin import DoesNotFit, Method, PeftForm, Site, UserError, kaiming_uniform_, register_method
 
 CHOICES = ("w0", "random_uniform", "random_scaled", "w0_trunc", "w0_smooth", "ones")
@@ -186,7 +186,7 @@ class HadamardLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             dy = dy.reshape(-1, W.shape[0])
             if ctx.needs_input_grad[0]:
-                dx = (dy @ _merged(W, A @ B).to(dy.dtype)).reshape(x.shape)
+                dx = (dy @ hadamard(W, A, B, True, dy.dtype)).reshape(x.shape)
             if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
                 G = (dy.T @ x.reshape(-1, W.shape[1])).to(A.dtype).mul_(W)
                 dA, dB = G @ B.T, A.T @ G
@@ -197,14 +197,10 @@ class HadamardLinear(torch.autograd.Function):
 
 def _operand(W: Tensor, R: Tensor | float, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns W' for an input of 32 or 64 bits. In 16 bits W' would round the update away: returns ΔW alone."""
-    if dtype.itemsize == 2:
-        return (A @ B).mul_(R).to(dtype)
-    return _merged(W, A @ B) if R is W else (A @ B).mul_(R).add_(W)
-
-
-def _merged(W: Tensor, AB: Tensor) -> Tensor:
-    """Returns W ⊙ (1 + AB) in AB's place and dtype, in one pass over memory."""
-    return torch.addcmul(W, W, AB, out=AB) if W.dtype == AB.dtype else AB.mul_(W).add_(W)
+    if R is W:
+        return hadamard(W, A, B, dtype.itemsize > 2, dtype)
+    update = (A @ B).mul_(R)
+    return update.to(dtype) if dtype.itemsize == 2 else update.add_(W)
 
 
 def _linear(x: Tensor, W: Tensor, operand: Tensor, bias: Tensor | None) -> Tensor:

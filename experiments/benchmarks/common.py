@@ -69,6 +69,7 @@ def cases(keys: str | None = None, r: int = 16, vera_r: int = 256, b: int = 4, f
         Case(
             "boft4", f"BOFT b={b} factor {factor}", "boft", {"block_size": b, "butterfly_factor": factor}, (2.00, 1.70)
         ),
+        Case("mora", f"MoRA r={r}", "mora", {"r": r}),
         Case("ia3", "(IA)³", "ia3"),
         Case("boha", f"BoHA r={r}", "boha", {"r": r}),
         Case("abba", f"ABBA r1=r2={r // 2}", "abba", {"r1": r // 2, "r2": r // 2}),
@@ -267,7 +268,7 @@ def saved_bytes(step: Step) -> tuple[int, float]:
             storage = part.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # an output that its own node holds would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = step.forward()

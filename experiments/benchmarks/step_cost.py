@@ -131,7 +131,7 @@ LISTINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "loha": abba,
     "lokr": lokr,
     "oft": oft,
-    **dict.fromkeys(("svft", "miss", "randlora", "delora", "fourierft"), defined),
+    **dict.fromkeys(("mora", "svft", "miss", "randlora", "delora", "fourierft"), defined),
 }
 
 
@@ -191,8 +191,8 @@ def measure(base: Any, batch: dict[str, Tensor], case: Case, args: Any) -> dict[
                 raise
             gaps[name] = "out of memory"
             del sides[name], step
-            gc.collect()
-            torch.cuda.empty_cache()
+        gc.collect()  # here, where nothing holds the error's frames
+        torch.cuda.empty_cache()
     tolerance = 1e-3 if args.dtype == "float32" else 3e-2  # in nats, over sums of other order and rounding
     for name in sides:
         if name != FROZEN and abs(losses[name] - losses.get("ours", losses[name])) > tolerance:
@@ -245,10 +245,11 @@ def main(words: Sequence[str] | None = None) -> None:
             rows.append([case.label, side, ratio(at["time"]), f"{at['saved']:.3f}", f"{at['peak']:.3f}", speed, goal])
         results[case.key]["goals"] = case.goals and dict(zip(("time", "saved"), case.goals, strict=True))
         note(f"{case.label}: {ratio(found['ours'].get('time'))}")
+        write_json(args, "step_cost", env, results)  # after each, so that what is measured stays if a later one fails
         if args.device.startswith("cuda"):
             gc.collect()
+            torch.cuda.empty_cache()
     show_table(["method", "side", "step (quartiles)", "saved", "peak memory", "tokens/s", "goals: step, saved"], rows)
-    write_json(args, "step_cost", env, results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ SHAPE = ["--hidden=32", "--inter=64", "--heads=2", "--kv-heads=1", "--vocab=64",
 TINY = [*SHAPE, "--sequence=8", "--device=cpu", "--warmups=0"]
 REAL = ["model=tiny_llama", "task.n_train=8", "task.n_test=4", "batch_size=2", "--device=cpu"]
 METHODS = ["hyperadapt", "lora", "dora", "hira", "hilora", "vera", "boft1", "boft4"]
-LATER = "ia3,boha,abba,loha,lokr,gralora,shira,miss,bat,svft,randlora,oft,delora,lora_xs,pissa,sum"
+LATER = "mora,ia3,boha,abba,loha,lokr,gralora,shira,miss,bat,svft,randlora,oft,delora,lora_xs,pissa,sum"
 """The others that fit the tiny shape."""
 
 # Lightning, the Trainer and PEFT warn of workers, extensions and their own deprecations
@@ -83,7 +83,7 @@ def test_step_cost_of_the_other_methods(bench):
         for side in ("PEFT", "listing"):
             if "gap" not in found[side]:
                 assert found[side]["loss"] == pytest.approx(found["ours"]["loss"], abs=1e-4), (key, side)
-    no_type = {"boha", "abba", "svft", "lora_xs", "sum"}
+    no_type = {"mora", "boha", "abba", "svft", "lora_xs", "sum"}
     assert {key for key, found in results.items() if "PEFT has no" in found["PEFT"].get("gap", "")} == no_type
 
 
@@ -91,6 +91,12 @@ def test_step_cost_without_peft(bench, without_peft):
     out, results = bench("step_cost", *TINY, "--rounds=1", "--methods=hira", "--r=2")
     assert "PEFT is not installed" in out
     positive(results["hira"]["ours"]["time"])
+
+
+def test_hadamard(bench):
+    _, results = bench("hadamard", "--rounds=1", "--shapes=32x16,16x32", "--ranks=4", "--device=cpu")
+    assert list(results) == ["32x16, r=4", "16x32, r=4"]
+    assert all(set(found) == {"plain"} for found in results.values())  # the kernel's side needs a GPU
 
 
 def test_scaling(bench):

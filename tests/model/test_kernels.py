@@ -201,3 +201,30 @@ def test_small_updates_of_hyperadapt_reach_a_16_bit_output(size, least, mode):
         found = (adapter(x, W).double() - F.linear(x, W).double()).detach()
     exact = x.double() @ adapter.delta_weight(W).double().detach().T
     assert float((found * exact).sum() / exact.square().sum()) >= least
+
+
+@pytest.mark.parametrize(("n", "k", "r"), [(24, 16, 2), (37, 50, 5), (70, 130, 33), (128, 64, 128)])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_one", [True, False])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_hadamard(n, k, r, base, dtype, with_one, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rng = torch.Generator().manual_seed(0)
+    W, A, B = (torch.randn(*shape, generator=rng) for shape in ((n, k), (n, r), (r, k)))
+    W = W.to(base)
+    found = kernels.hadamard(W.to(device), A.to(device), B.to(device), with_one, dtype)
+    assert (found.dtype, found.shape, found.device.type) == (dtype, W.shape, device)
+    exact = W.double() * (A.double() @ B.double() + with_one)
+    error = 1e-6 * W.double().abs() * (A.double().abs() @ B.double().abs() + with_one)  # sums of r products in fp32
+    if dtype == torch.bfloat16:
+        error += 2**-8 * exact.abs()  # rounded once
+    assert bool(((found.cpu().double() - exact).abs() <= error).all())
+
+
+def test_hadamard_reads_a_transposed_weight():
+    W, A, B = rand(K, N).T.detach().float(), rand(N, R).detach().float(), rand(R, K).detach().float()
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        found = kernels.hadamard(W.to(device), A.to(device), B.to(device), False, torch.float32).cpu()
+        torch.testing.assert_close(found, W * (A @ B))

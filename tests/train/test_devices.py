@@ -24,6 +24,7 @@ from highrank.cli import main
 from highrank.data.batches import LengthBuckets
 from highrank.train import stopping
 from highrank.train.stopping import StopOnSignal
+from highrank.train.trainer import lightning_arguments
 
 pytestmark = pytest.mark.integration
 
@@ -297,6 +298,12 @@ def test_every_preset_composes(preset):
 
     trainer = compose_run(["model=tiny_llama", f"trainer={preset}"]).trainer
     assert {"accelerator", "devices", "precision"} <= set(trainer)
+
+
+def test_a_sharded_model_is_not_evaluated_in_inference_mode():
+    """What gathers shards over NCCL writes into tensors that inference mode forbids to write into; gloo is spared."""
+    assert lightning_arguments({"strategy": "fsdp", "devices": 1})["inference_mode"] is False
+    assert "inference_mode" not in lightning_arguments({"strategy": "ddp", "devices": 1})
 
 
 def test_steps_count_every_process(run_cli):

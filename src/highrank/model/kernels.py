@@ -1,16 +1,23 @@
 """Autograd functions that several methods share: the same numbers as the plain operations, in less time and memory."""
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from highrank.model.quantised import QuantisedWeight
+
+HAS_TRITON = bool(
+    torch.version.cuda and importlib.util.find_spec("triton")
+)  # the build: to ask for a device starts CUDA
+if HAS_TRITON:
+    from highrank.model import triton_kernels
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What the faster forms of the methods are written for, in inputs and weights."""
@@ -135,6 +142,31 @@ class RebuiltLinear(torch.autograd.Function):
 def _added(U: Tensor, W: Tensor) -> Tensor:
     """Returns W + U, in U's place where its dtype can hold the sum."""
     return U.add_(W) if U.dtype == torch.promote_types(U.dtype, W.dtype) else U + W
+
+
+def hadamard(W: Tensor, A: Tensor, B: Tensor, with_one: bool, dtype: torch.dtype) -> Tensor:
+    """Returns W ⊙ (A B), or with a one W ⊙ (1 + A B), (n, k), computed in A's dtype; W (n, k), A (n, r), B (r, k)."""
+    if _has_gpu_kernel(W, A):
+        return triton_kernels.hadamard(W, A, B, with_one, dtype)
+    AB = A @ B
+    if not with_one:
+        return AB.mul_(W).to(dtype)
+    merged = (
+        torch.addcmul(W, W, AB, out=AB) if W.dtype == AB.dtype else AB.mul_(W).add_(W)
+    )  # one pass over memory, or two
+    return merged.to(dtype)
+
+
+def _has_gpu_kernel(W: Tensor, A: Tensor) -> bool:
+    """Whether Triton is here and takes these: plain fp32 factors of a plain weight (none in shards, none quantised)."""
+    return (
+        HAS_TRITON
+        and W.is_cuda
+        and A.dtype == torch.float32
+        and W.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(type(t) in (Tensor, nn.Parameter) for t in (W, A))
+        and not torch.compiler.is_compiling()
+    )
 
 
 def hadamard_low_rank_linear(

@@ -27,9 +27,11 @@ from highrank.train.stopping import StopOnSignal
 
 
 def lightning_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the Trainer arguments as Lightning takes them: `strategy=fsdp` as an object."""
+    """Returns the Trainer arguments as Lightning takes them: `strategy=fsdp` as an object, and without its inference mode,
+    in which the gathering of shards over NCCL fails."""
     given = dict(trainer)
     if given.get("strategy") == "fsdp":
+        given["inference_mode"] = False
         given["strategy"] = Sharded(
             data_parallel_size=num_processes(trainer),
             tensor_parallel_size=1,

@@ -22,6 +22,7 @@ highrank: parameter-efficient fine-tuning methods, each in one file, compared fa
   highrank export RUN --format peft --out DIR       the adapter as Hugging Face PEFT loads it
   highrank export RUN --format lora --rank R --out DIR    its update as a LoRA, for vLLM, SGLang; --format merged: merge
   highrank combine RUN=0.7 RUN=0.3 --how ties --out DIR   a weighted sum of updates of one base, merged or as a LoRA
+  highrank push RUN --to USER/NAME     the adapter on the Hugging Face Hub, private; read back as hf:USER/NAME; --format merged
   highrank import DIR --out RUN        a run directory of a PEFT adapter
   highrank eval RUN... [task=...]      evaluate finished runs again, or on another task; --engine lm_eval --tasks a,b
   highrank report SWEEP                tables with intervals, figures, one page to send around
@@ -50,6 +51,7 @@ COMMANDS = {
     "merge": "highrank.interop.commands:merge",
     "export": "highrank.interop.commands:export",
     "combine": "highrank.interop.commands:combine",
+    "push": "highrank.interop.commands:push",
     "import": "highrank.interop.commands:import_",
     "eval": "highrank.interop.commands:evaluate",
     "analyze": "highrank.analysis.analyze:command",

@@ -13,6 +13,7 @@ from torch import nn
 from highrank.base import registry
 from highrank.base.errors import UserError
 from highrank.base.fields import dataclass_from
+from highrank.base.hub import fetched, on_hub
 from highrank.model import adapter_folder, adapters
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import head_modules
@@ -58,24 +59,27 @@ def attach(
 
 
 def load(run: Path | str, *words: str) -> Loaded:
-    """Returns model, tokenizer and adapters of a finished run.
+    """Returns model, tokenizer and adapters of a finished run, in a folder or pushed to the Hub: "hf:user/name@revision".
 
     `words` give anew what `highrank eval` takes, as there: `"path=<folder>"`, `"model.dtype=float32"`.
 
     Raises:
         UserError: for a folder that is no run, a run that has not finished, a damaged one, or another base.
     """
-    _, backbone, trained = load_run(run, words)
+    _, backbone, trained = load_run(fetched("load", run), words)
     return Loaded(backbone.model.eval(), backbone.tokenizer, trained)
 
 
 def load_adapter(model: Any, folder: Path | str) -> Adapters:
-    """Puts the adapters that `save` wrote into `folder` on a model, with their trained values; a run has one in `adapter/`.
+    """Puts the adapters that `save` wrote into `folder` on a model, with their trained values; a run has one in `adapter/`, a run
+    on the Hub is named by itself: "hf:user/name@revision".
 
     Raises:
         UserError: as `attach`; for a folder without an adapter or a damaged one; if the model is not the one that they were
             trained on. The model is then without adapters.
     """
+    if on_hub(folder):
+        folder = fetched("load_adapter", folder) / "adapter"
     card = adapter_folder.read_card(folder)
     cls, cfg = _method(card["method"], card["fields"], trained=True)
     _check_free(model)

@@ -14,6 +14,7 @@ from highrank.base import registry
 from highrank.base.errors import UserError, suggest
 from highrank.base.fields import dataclass_from
 from highrank.base.files import shown
+from highrank.base.hub import on_hub
 from highrank.config.run_config import CORE_KEYS, LOGGERS, OPTIMIZERS, SCHEDULES, Run, RunConfig
 from highrank.config.start import settle
 from highrank.config.trainer_keys import check_trainer_keys
@@ -218,7 +219,9 @@ def _absolute(cls: type, values: Mapping[str, Any], prefix: str, given: dict[str
     fields = dict(values)
     for field in dataclasses.fields(cls):
         path = fields.get(field.name)
-        if field.metadata.get("path") and isinstance(path, str) and path and not os.path.isabs(path):
+        if not field.metadata.get("path") or not isinstance(path, str) or not path or on_hub(path):
+            continue
+        if not os.path.isabs(path):
             fields[field.name], given[f"{prefix}{field.name}"] = os.path.abspath(path), path
     return fields
 

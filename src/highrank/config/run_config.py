@@ -35,7 +35,7 @@ class RunConfig:
     task: Any = None
     """What is learned and how it is scored."""
     model: Any = None
-    """The backbone: a name, `hf:<id>`, or any name together with `path`."""
+    """The backbone: a name, `hf:<id>` or `hf:<id>@<revision>`, or any name together with `path`."""
     protocol: Any = None
     """Prompt, masking, cut-off, decoding and answer rule."""
     trainer: Any = None
@@ -53,7 +53,7 @@ class RunConfig:
     architecture: Any = None
     """Paths of the parts in a model that is not built in: {blocks: model.layers, q: self_attn.q_proj, ...}."""
     start_from: str | None = path_field(None)
-    """A finished run to go on from: its directory, or a sweep's folder, of which the run of this method and seed is taken."""
+    """A finished run to go on from: its directory, hf:user/name@revision, or a sweep's folder, of which the run of this method and seed is taken."""
     start_as: str | None = None
     """adapter: its adapter is trained on; merged: its merged weights are the base; default: adapter of the same method, else merged."""
     start_hash: str | None = None

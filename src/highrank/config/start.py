@@ -6,6 +6,7 @@ from typing import Any
 from highrank.base.errors import UserError
 from highrank.base.fields import dataclass_from
 from highrank.base.files import digest, shown
+from highrank.base.hub import fetched, on_hub, pinned
 from highrank.base.saved import read_results, sweep_cells
 from highrank.config.run_config import RunConfig
 from highrank.model.adapter_folder import SEAL, read_card
@@ -14,13 +15,13 @@ STARTS = ("adapter", "merged")
 
 
 def settle(core: RunConfig, method: Any, method_cfg: Any, given: dict[str, str]) -> None:
-    """Fills in, of a run that starts from another, that run's directory, `start_as` and `start_hash`.
+    """Fills in, of a run that starts from another, that run's directory, or its commit on the Hub, `start_as` and `start_hash`.
 
-    What is not there stays open: a dry run may do without, and whoever needs it says what is missing.
+    A folder that is not there stays open: a dry run may do without, and whoever needs it says what is missing.
 
     Raises:
         UserError: for an unknown start_as, or without start_from; for a sweep without the one run that is meant; for a run
-            that does not hold what start_hash says.
+            that does not hold what start_hash says, or on the Hub and not to be had.
     """
     if core.start_from is None:
         for key in ("start_as", "start_hash"):
@@ -33,7 +34,9 @@ def settle(core: RunConfig, method: Any, method_cfg: Any, given: dict[str, str])
         raise UserError(f"run: start_as is {' or '.join(STARTS)}, got start_as={core.start_as}")
     if core.start_as and core.start_hash:  # of a saved run, whose source may have been moved
         return
-    folder = Path(core.start_from)
+    folder = fetched("start_from", core.start_from)
+    if on_hub(core.start_from):
+        core.start_from = pinned(core.start_from, folder)
     if (folder / "sweep.json").is_file():
         folder = _of_sweep(folder, method, method_cfg, core.seed)
         core.start_from = str(folder)

@@ -289,8 +289,9 @@ def _rewrite_group(word: str) -> list[str]:
         name, _, member = value.partition("/")
         return [f"task={name}", f"++task.member={member}"]
     if key == "model" and value.startswith("hf:"):
-        hub = value.removeprefix("hf:")
-        return ["model=hf", f"++model.name={spelled(hub.split('/')[-1])}", f"++model.hub={spelled(hub)}"]
+        hub, _, revision = value.removeprefix("hf:").partition("@")
+        pinned = [f"++model.revision={spelled(revision)}"] if revision else []
+        return ["model=hf", f"++model.name={spelled(hub.split('/')[-1])}", f"++model.hub={spelled(hub)}", *pinned]
     return [f"{key}={value}"]
 
 

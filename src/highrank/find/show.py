@@ -10,6 +10,7 @@ from rich.text import Text
 
 from highrank.base.console import console, duration, megabytes, say
 from highrank.base.files import shown
+from highrank.base.hub import fetched
 from highrank.base.options import Words
 from highrank.config.run_config import CORE_KEYS, GROUPS, UNHASHED
 from highrank.find.reading import QUIET_S, Found, number, one_run, since, weigh
@@ -26,11 +27,11 @@ def command(words: list[str]) -> int:
     parser.add_argument("--against", type=Path)
     parser.add_argument("run", type=Path)
     options = parser.parse_args(words)
-    run = one_run("show", options.run)
+    run = one_run("show", fetched("show", options.run))
     if options.against is None:
         show_run(run)
     else:
-        show_difference(run, one_run("show", options.against))
+        show_difference(run, one_run("show", fetched("show", options.against)))
     return 0
 
 

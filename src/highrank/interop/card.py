@@ -15,16 +15,24 @@ from highrank.train.saved import words_of
 
 WHAT = {
     "peft": "An adapter for the base model below, in the format of Hugging Face PEFT.",
+    "highrank": "An adapter for the base model below, as HighRank saves it.",
     "transformers": "The base model below with the adapter merged into its weights.",
 }
 
 
 def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | None = None) -> str:
-    """Returns a model card; `library` is peft or transformers, `extra` adds rows to the table of facts."""
+    """Returns a model card; `library` is one of `WHAT`, `extra` adds rows to the table of facts.
+
+    Its front names the base only where that has a name on the Hub, which refuses a card with another.
+    """
     results = read_results(folder)
     model, source = run.model, results["model"]
     base = model.get("hub") or source["name"]
-    front = {"library_name": library, "base_model": base, "tags": ["highrank", run.method.name]}
+    front = {
+        "library_name": library,
+        **({"base_model": model["hub"]} if model.get("hub") else {}),
+        "tags": ["highrank", run.method.name],
+    }
     params = results.get("params", {})
     facts = {
         "method": f"{run.method.name}: {formula(run.method)}",

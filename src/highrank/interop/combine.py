@@ -32,6 +32,7 @@ import yaml
 from torch import Tensor
 
 from highrank.base.errors import UserError, suggest
+from highrank.base.hub import fetched, on_hub
 from highrank.config.run_config import Run
 from highrank.interop.hub_model import (
     NUM_TEXTS,
@@ -126,7 +127,7 @@ def terms_and_words(given: Sequence[str]) -> tuple[list[tuple[str, float]], list
             weight = math.nan
         if not math.isfinite(weight):
             raise UserError(f"combine: a weight is a number, got {word}; give {folder}=0.5")
-        terms.append((folder, weight))
+        terms.append((str(fetched("combine", folder)) if on_hub(folder) else folder, weight))
     return terms, words
 
 

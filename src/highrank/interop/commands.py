@@ -1,10 +1,11 @@
-"""The commands `highrank merge`, `export`, `combine`, `import` and `eval`: words to options, results to stdout."""
+"""The commands `highrank merge`, `export`, `combine`, `push`, `import` and `eval`: words to options, results to stdout."""
 
 import json
 import os
 from typing import Any
 
 from highrank.base.console import result_alone
+from highrank.base.hub import fetched
 from highrank.base.options import Words
 
 RUN_WORDS = "[task=... protocol=... path=...]"
@@ -17,11 +18,11 @@ def merge(words: list[str]) -> int:
     parser.add_argument("--out", required=True)
     parser.add_argument("--dtype")
     parser.add_argument("--accept", "--force", action="store_true")
-    options, folder, rest = parser.one(words)
+    options, run, rest = parser.one(words)
     from highrank.interop.hub_model import merge_run
 
     with result_alone():
-        done = merge_run(folder, options.out, options.dtype, options.accept, rest)
+        done = merge_run(fetched("merge", run), options.out, options.dtype, options.accept, rest)
     print(done)
     return 0
 
@@ -32,11 +33,12 @@ def export(words: list[str]) -> int:
     parser.add_argument("--format", choices=["peft", *FORMATS], required=True)
     parser.add_argument("--out", required=True)
     _add_lossy(parser)
-    options, folder, rest = parser.one(words)
+    options, run, rest = parser.one(words)
     _check_lossy(parser, options)
     if options.format == "peft" and options.accept:
         parser.error("--accept belongs to --format lora or merged, which lose something, got --format peft")
     with result_alone():
+        folder = fetched("export", run)
         if options.format == "merged":
             from highrank.interop.hub_model import merge_run
 
@@ -89,6 +91,33 @@ def combine(words: list[str]) -> int:
     return 0
 
 
+def push(words: list[str]) -> int:
+    usage = "RUN --to USER/NAME [--format adapter|merged] [--public] [--revision BRANCH] [--message TEXT] [--dry-run]"
+    parser = Words("push", f"{usage} [merged: --dtype float32|bfloat16|float16] [--accept] {RUN_WORDS}")
+    parser.add_argument("--to", required=True)
+    parser.add_argument("--format", choices=("adapter", "merged"), default="adapter")
+    parser.add_argument("--public", action="store_true")
+    parser.add_argument("--revision")
+    parser.add_argument("--message")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--dtype")
+    parser.add_argument("--accept", action="store_true")
+    options, folder, rest = parser.one(words)
+    for option in ("dtype", "accept"):
+        if getattr(options, option) and options.format != "merged":
+            parser.error(f"--{option} belongs to --format merged, got --format {options.format}")
+    from highrank.interop.push import Destination, push_run
+
+    with result_alone():
+        to = Destination(options.to, options.public, options.revision, options.message)
+        if options.format == "merged":
+            done = push_run(folder, to, rest, options.dry_run, merged=True, dtype=options.dtype, accept=options.accept)
+        else:
+            done = push_run(folder, to, rest, options.dry_run)
+    print(done)
+    return 0
+
+
 def import_(words: list[str]) -> int:
     parser = Words("import", "DIR --out RUN [model=... task=... key=value ...]")
     parser.add_argument("--out", required=True)
@@ -115,7 +144,8 @@ def evaluate(words: list[str]) -> int:
         from highrank.interop.lm_eval import evaluate_runs as with_harness
 
         with result_alone():
-            results = with_harness(folders, options.tasks.split(","), options.limit, options.include, rest)
+            runs = [fetched("eval", folder) for folder in folders]
+            results = with_harness(runs, options.tasks.split(","), options.limit, options.include, rest)
     else:
         others = [f"--{name}" for name in ("tasks", "limit", "include") if getattr(options, name) is not None]
         if others:
@@ -123,6 +153,6 @@ def evaluate(words: list[str]) -> int:
         from highrank.interop.loaded import evaluate_runs
 
         with result_alone():
-            results = evaluate_runs(folders, rest)
+            results = evaluate_runs([fetched("eval", folder) for folder in folders], rest)
     print(json.dumps(next(iter(results.values())) if len(results) == 1 else results, indent=1))
     return 0

@@ -60,17 +60,7 @@ def merge_run(
             adapted one by more than `MOST_ERROR`.
     """
     out_folder = check_new("merge", out)
-    run, kind = read_run(folder, words), read_run(folder).model.get("quantize")
-    if not run.method.mergeable:
-        raise no_merged_weight(run.method)
-    if kind and not any(word.startswith("model.quantize=") for word in words):
-        exact = run.method.exact_base(run.method_cfg)
-        unquantised = "" if exact else "model.quantize=null for the unquantised weights, or "
-        raise UserError(
-            f"merge: a run on a quantised base says into which base it is merged, got model.quantize={kind}; add "
-            f"{unquantised}model.quantize={kind} for the dequantised ones"
-        )
-    dtype = check_dtype("merge", dtype or run.model["dtype"])
+    run, dtype = check_mergeable(folder, dtype, words)
     _, backbone, adapters = load_run(folder, words)
     dequantise_model(backbone.model)
     model = backbone.model.float().eval()
@@ -91,6 +81,25 @@ def merge_run(
         lambda facts: model_card(run, Path(folder), "transformers", facts),
     )
     return out_folder
+
+
+def check_mergeable(folder: Path | str, dtype: str | None, words: Sequence[str]) -> tuple[Run, str]:
+    """Returns a run that can be merged and the dtype of its model folder, before any weight is loaded.
+
+    Raises:
+        UserError: if the method has no merged weight, a quantised base leaves open into which base, or for an unknown dtype.
+    """
+    run, kind = read_run(folder, words), read_run(folder).model.get("quantize")
+    if not run.method.mergeable:
+        raise no_merged_weight(run.method)
+    if kind and not any(word.startswith("model.quantize=") for word in words):
+        exact = run.method.exact_base(run.method_cfg)
+        unquantised = "" if exact else "model.quantize=null for the unquantised weights, or "
+        raise UserError(
+            f"merge: a run on a quantised base says into which base it is merged, got model.quantize={kind}; add "
+            f"{unquantised}model.quantize={kind} for the dequantised ones"
+        )
+    return run, check_dtype("merge", dtype or run.model["dtype"])
 
 
 def check_dtype(part: str, dtype: str) -> str:

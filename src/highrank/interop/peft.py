@@ -54,19 +54,53 @@ def export_run(folder: Path | str, out: Path | str, words: Sequence[str] = ()) -
         UserError: if `out` exists and is not empty, or PEFT cannot express the adapter.
     """
     out_folder = check_new("export", out)
-    run = read_run(folder, words)
-    check_plain("export", run, folder)
-    task = run.make_task()
-    meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
-    check_expressible(run, meta, adapted_views(run, meta))
-    _, backbone, adapters = load_run(folder, words)
-    config, tensors = to_peft(adapters)
-    config |= base_facts(run, backbone)
+    run = check_run(folder, words)
+    config, tensors = adapter_of(folder, words)
     with written_whole("export", out_folder) as ready:
-        write_atomic(ready / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        write_atomic(ready / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
+        write_adapter(ready, config, tensors)
         write_atomic(ready / "README.md", model_card(run, Path(folder), "peft").encode())
     return out_folder
+
+
+def check_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
+    """Returns a run whose adapter PEFT can express, before any weight is loaded.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    run = read_run(folder, words)
+    check_plain("export", run, folder)
+    check_expressible(run, *_without_weights(run))
+    return run
+
+
+def beyond_peft(run: Run) -> str:
+    """Returns why PEFT cannot load the adapter of a run; "" if it can."""
+    try:
+        check_expressible(run, *_without_weights(run))
+    except UserError as error:
+        return str(error).removeprefix("export: ").partition("; ")[0]
+    return ""
+
+
+def _without_weights(run: Run) -> tuple[Any, list[WeightView]]:
+    """Returns the model of a run on the meta device, and the weights in it that are adapted."""
+    task = run.make_task()
+    meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)
+    return meta, adapted_views(run, meta)
+
+
+def adapter_of(folder: Path | str, words: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns adapter_config.json of a run and the tensors of its adapter_model.safetensors."""
+    run, backbone, adapters = load_run(folder, words)
+    config, tensors = to_peft(adapters)
+    return config | base_facts(run, backbone), tensors
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes what PEFT loads into a folder."""
+    write_atomic(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
 
 
 def base_facts(run: Run, backbone: Backbone) -> dict[str, Any]:

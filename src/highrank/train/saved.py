@@ -18,6 +18,7 @@ from yaml import YAMLError
 from highrank.base.console import say
 from highrank.base.errors import UserError, refused_by_disk, suggest
 from highrank.base.files import shown
+from highrank.base.hub import fetched
 from highrank.config.build import build
 from highrank.config.run_config import CORE_KEYS, UNHASHED, Run, as_given, config_hash
 from highrank.config.start import content
@@ -142,7 +143,7 @@ def source_of(run: Run) -> tuple[Path, Run]:
     Raises:
         UserError: if it is not there or has not finished; if it is not what it was.
     """
-    folder = Path(str(run.core.start_from))
+    folder = fetched("start_from", str(run.core.start_from))
     try:
         source = read_run(folder)
     except UserError as error:

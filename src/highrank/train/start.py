@@ -6,6 +6,7 @@ from typing import Any
 
 from highrank.base.errors import UserError
 from highrank.base.files import sha256, shown
+from highrank.base.hub import on_hub
 from highrank.config.run_config import Run
 from highrank.data.task import Task
 from highrank.model.adapter_folder import read_card
@@ -29,7 +30,7 @@ def check_start(run: Run, task: Task) -> dict[str, Any] | None:
     core = run.core
     if core.start_from is None:
         return None
-    if core.dry_run and not Path(core.start_from).exists():
+    if core.dry_run and not on_hub(core.start_from) and not Path(core.start_from).exists():
         return {"run": core.start_from, "as": core.start_as, "missing": True}
     folder, source = source_of(run)
     card = read_card(folder / "adapter")
@@ -50,7 +51,7 @@ def check_start(run: Run, task: Task) -> dict[str, Any] | None:
     else:
         _check_merged(run, source)
     return {
-        "run": str(folder),
+        "run": core.start_from if on_hub(core.start_from) else str(folder),
         "as": core.start_as,
         "method": source.method.name,
         "task": trained.name,

@@ -1,10 +1,11 @@
 """The Hugging Face Hub: whether it answers, before its client tries again and again, and what is read from it by hf:user/name."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from highrank.base.console import megabytes, say
@@ -80,16 +81,18 @@ def fetched(part: str, place: Path | str, files: Sequence[str] = RUN_FILES) -> P
     """
     if not on_hub(place):
         return Path(place)
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     repo, revision = repository(part, place)
+    if re.fullmatch(r"[0-9a-f]{40}", revision or "") and (cached := _cached(repo, revision, files)):
+        return cached
     with hub() as reason:
         try:
             if reason is None:
-                with suppress(errors.DryRunError):  # no answer: said below
-                    plan = snapshot_download(repo, revision=revision, allow_patterns=list(files), dry_run=True)
-                    if size := sum(file.file_size or 0 for file in plan if file.will_download):
-                        say(f"fetching {place} from the Hub: {megabytes(size)}")
+                found = HfApi().model_info(repo, revision=revision, files_metadata=True)
+                if not _cached(repo, found.sha, files):
+                    size = sum(file.size or 0 for file in found.siblings or [] if file.rfilename in files)
+                    say(f"fetching {place} from the Hub: {megabytes(size)}")
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
         except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means "not from here"
             raise UserError(f"{part}: {_unread(error, reason)}, got {place}") from error
@@ -99,6 +102,14 @@ def fetched(part: str, place: Path | str, files: Sequence[str] = RUN_FILES) -> P
             f"{', '.join(lacking)}"
         )
     return folder
+
+
+def _cached(repo: str, revision: str | None, files: Sequence[str]) -> Path | None:
+    """Returns the folder of a commit in the cache, if it has all of the files; the first is at its top."""
+    from huggingface_hub import try_to_load_from_cache
+
+    paths = [try_to_load_from_cache(repo, name, revision=revision) for name in files]
+    return Path(str(paths[0])).parent if all(isinstance(path, str) for path in paths) else None
 
 
 def _unread(error: Exception, reason: str | None) -> str:

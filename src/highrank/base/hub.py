@@ -4,7 +4,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,46 +70,47 @@ def repository(part: str, place: Path | str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def fetched(part: str, place: Path | str, files: Sequence[str] = RUN_FILES) -> Path:
+def fetched(part: str, place: Path | str) -> Path:
     """Returns the folder of a run: a folder itself; of hf:user/name@revision its copy in the cache, fetched as far as it lacks.
 
     What a branch holds is asked of the Hub or, where that does not answer, of the cache; a commit is read from the cache first.
 
     Raises:
         UserError: if there is no such repository or revision, the token may not read it, nobody answers and the cache lacks it, or
-            one of `files` is not in it.
+            it holds no run.
     """
     if not on_hub(place):
         return Path(place)
     from huggingface_hub import HfApi, snapshot_download
 
     repo, revision = repository(part, place)
-    if re.fullmatch(r"[0-9a-f]{40}", revision or "") and (cached := _cached(repo, revision, files)):
+    if re.fullmatch(r"[0-9a-f]{40}", revision or "") and (cached := _cached(repo, revision)):
         return cached
     with hub() as reason:
         try:
             if reason is None:
                 found = HfApi().model_info(repo, revision=revision, files_metadata=True)
-                if not _cached(repo, found.sha, files):
-                    size = sum(file.size or 0 for file in found.siblings or [] if file.rfilename in files)
+                if not _cached(repo, found.sha):
+                    size = sum(file.size or 0 for file in found.siblings or [] if file.rfilename in RUN_FILES)
                     say(f"fetching {place} from the Hub: {megabytes(size)}")
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(RUN_FILES)))
         except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means "not from here"
             raise UserError(f"{part}: {_unread(error, reason)}, got {place}") from error
-    if lacking := [name for name in files if not (folder / name).is_file()]:
+    if lacking := [name for name in RUN_FILES if not (folder / name).is_file()]:
         raise UserError(
-            f"{part}: the repository must hold {', '.join(files)}, as `highrank push` writes them, got {place} without "
+            f"{part}: the repository must hold {', '.join(RUN_FILES)}, as `highrank push` writes them, got {place} without "
             f"{', '.join(lacking)}"
         )
     return folder
 
 
-def _cached(repo: str, revision: str | None, files: Sequence[str]) -> Path | None:
-    """Returns the folder of a commit in the cache, if it has all of the files; the first is at its top."""
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Returns the folder of a commit in the cache, if it has a whole run."""
     from huggingface_hub import try_to_load_from_cache
 
-    paths = [try_to_load_from_cache(repo, name, revision=revision) for name in files]
-    return Path(str(paths[0])).parent if all(isinstance(path, str) for path in paths) else None
+    paths = {name: try_to_load_from_cache(repo, name, revision=revision) for name in RUN_FILES}
+    whole = all(isinstance(path, str) for path in paths.values())
+    return Path(str(paths["config.yaml"])).parent if whole else None
 
 
 def _unread(error: Exception, reason: str | None) -> str:

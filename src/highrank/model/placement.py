@@ -428,8 +428,13 @@ def _first(blocks: Sequence[tuple[Block, Members]]) -> str:
 
 def _members_of(block: nn.Module, config: Any, crosses: bool) -> Members:
     """Returns where a block keeps its parts, by the known names; `crosses` says whether it may attend to an encoder."""
-    linear = {name: module for name, module in block.named_modules() if is_linear(module)}
+    linear: dict[str, nn.Module] = {}
     members: Members = {}
+    for name, module in block.named_modules():
+        if is_linear(module):
+            linear[name] = module
+        elif is_experts(module):
+            members[EXPERTS] = ((name, None),)
     for part, paths in PATHS.items():
         found = [next((path for path in some if path in linear), None) for some in (paths, CROSS.get(part, ()))]
         if there := [path for path in found[: 1 + crosses] if path is not None]:
@@ -437,9 +442,6 @@ def _members_of(block: nn.Module, config: Any, crosses: bool) -> Members:
     for path, layout in _layouts(config).items():
         if path in linear:
             members |= {part: ((path, rows),) for part, rows in layout(config, len(weight_of(linear[path]))).items()}
-    for name, module in block.named_modules():
-        if is_experts(module):
-            members[EXPERTS] = ((name, None),)
     return members
 
 

@@ -70,21 +70,21 @@ class LayerNormTuning(WholeModelMethod):
 
     def _hooks(self, norm: nn.Module, name: str) -> tuple[RemovableHandle, RemovableHandle]:
         """Puts the trained vectors in the norm's place for each of its calls, so that it computes as it always does."""
-        own: dict[str, Any] = {}
+        parameters: dict[str, Any] = {}
         dtypes: list[torch.dtype] = []
 
         def enter(norm: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             tuned: Any = self.norms[name]  # looked up in each call: it may have been sharded
-            own.update(norm.named_parameters(recurse=False))
-            dtypes[:] = [torch.promote_types(args[0].dtype, next(iter(own.values())).dtype)]
+            parameters.update(norm.named_parameters(recurse=False))
+            dtypes[:] = [torch.promote_types(args[0].dtype, next(iter(parameters.values())).dtype)]
             for key, parameter in tuned.items():
                 setattr(norm, key, parameter)
             return (args[0].float(), *args[1:]) if args[0].dtype.itemsize < 4 else args
 
         def leave(norm: Any, args: tuple[Any, ...], y: Tensor | None) -> Tensor | None:
-            for key, parameter in own.items():
+            for key, parameter in parameters.items():
                 setattr(norm, key, parameter)
-            own.clear()
+            parameters.clear()
             return None if y is None else y.to(dtypes[0])  # None: the call has failed
 
         return norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave, always_call=True)
@@ -124,8 +124,8 @@ class LayerNormTuning(WholeModelMethod):
 def _norms(model: Any) -> Iterator[tuple[str, Any]]:
     """Yields the modules that are called norms and hold vectors."""
     for name, module in modules_on_text(model):
-        own = list(module.parameters(recurse=False)) if "Norm" in type(module).__name__ else []
-        if own and all(p.dim() == 1 for p in own):
+        parameters = list(module.parameters(recurse=False)) if "Norm" in type(module).__name__ else []
+        if parameters and all(p.dim() == 1 for p in parameters):
             yield name, module
 
 

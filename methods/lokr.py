@@ -112,9 +112,9 @@ class LoKr(Method):
 
     def factors(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns s w1, and w2 as the matrices whose product it is."""
-        own = dict(self.named_parameters())
-        w1 = own["w1"] if "w1" in own else own["w1_a"] @ own["w1_b"]
-        return self.cfg.scaling * w1, (own["w2"],) if "w2" in own else (own["w2_a"], own["w2_b"])
+        named = dict(self.named_parameters())
+        w1 = named["w1"] if "w1" in named else named["w1_a"] @ named["w1_b"]
+        return self.cfg.scaling * w1, (named["w2"],) if "w2" in named else (named["w2_a"], named["w2_b"])
 
     def effective_weight(self, W: Tensor) -> Tensor:
         w1, w2 = self.factors()

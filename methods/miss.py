@@ -116,9 +116,9 @@ class MiSS(Method):
     def _summed(self, x: Tensor) -> Tensor:
         """Returns the sum over the tiles of x̃, (..., r)."""
         x, r = F.dropout(x, self.cfg.dropout, self.training), self.cfg.r
-        whole = self.in_features - self.in_features % r
-        total = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
-        return total if whole == self.in_features else total + F.pad(x[..., whole:], (0, r + whole - self.in_features))
+        tiled = self.in_features - self.in_features % r
+        total = x[..., :tiled].unflatten(-1, (-1, r)).sum(-2)
+        return total if tiled == self.in_features else total + F.pad(x[..., tiled:], (0, r + tiled - self.in_features))
 
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: MiSSConfig) -> None:

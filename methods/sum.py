@@ -186,8 +186,8 @@ class SummedLinear(torch.autograd.Function):
             dx = (rows @ (W + delta.detach()).to(dy.dtype)).view(x.shape)
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
-        found: Iterator[Tensor] = iter(())
+        gradients: Iterator[Tensor] = iter(())
         if leaves := [value for value in values if value.requires_grad]:
             dW = (rows.T @ x.reshape(-1, x.shape[-1])).to(delta.dtype)
-            found = iter(torch.autograd.grad(delta, leaves, dW))
-        return dx, None, dbias, None, None, None, *(next(found) if need else None for need in needed)
+            gradients = iter(torch.autograd.grad(delta, leaves, dW))
+        return dx, None, dbias, None, None, None, *(next(gradients) if need else None for need in needed)

@@ -65,8 +65,8 @@ class Source:
 
     def constant(self, name: str) -> list[Any]:
         """Returns what a tuple, list or mapping of the module holds (of a mapping the keys), or the one value that it is."""
-        found = self.defined(name)
-        return found[0].values(found[1]) if found else []
+        definition = self.defined(name)
+        return definition[0].values(definition[1]) if definition else []
 
     def defined(self, name: str) -> "tuple[Source, ast.AST] | None":
         """Returns the class, function or value of a name, and the source in which it is: imports are followed."""
@@ -110,8 +110,8 @@ class Source:
             return str(known[node.id])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "join":
             return self.text(node.func.value).join(map(str, self.values(node.args[0]))) or UNKNOWN
-        found = [] if isinstance(node, ast.Call) else self.values(node)
-        return str(found[0]) if len(found) == 1 else UNKNOWN
+        values = [] if isinstance(node, ast.Call) else self.values(node)
+        return str(values[0]) if len(values) == 1 else UNKNOWN
 
     @property
     def config(self) -> str | None:
@@ -124,10 +124,10 @@ class Source:
 
     def fields(self, name: str | None, rules: str = "__post_init__") -> list[Field]:
         """Returns the fields of a dataclass, of those it derives from first; `rules` is the function that checks them."""
-        found = self.defined(name) if name else None
-        if found is None or not isinstance(found[1], ast.ClassDef):
+        definition = self.defined(name) if name else None
+        if definition is None or not isinstance(definition[1], ast.ClassDef):
             return []
-        source, cls = found[0], found[1]
+        source, cls = definition[0], definition[1]
         fields = {field.name: field for base in cls.bases for field in source.fields(ast.unparse(base))}
         after = [*cls.body[1:], ast.Pass()]
         for node, doc in zip(cls.body, after, strict=True):
@@ -139,14 +139,18 @@ class Source:
                 if isinstance(node.value, ast.Call) and (held := source.constant(default or "")):
                     default = f"[{','.join(map(str, held))}]"  # list(NAMES)
                 fields[key] = Field(key, ast.unparse(node.annotation), default, meaning)
-        own = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == rules]
-        said = [rule for check in own for rule in source._asked(check.body, {})] or self.asked(rules)
+        checks = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == rules]
+        said = [rule for check in checks for rule in source._asked(check.body, {})] or self.asked(rules)
         return [with_rules(field, said, list(fields)) for field in fields.values()]
 
     def asked(self, function: str) -> list[str]:
         """Returns the rules that a function of the module checks."""
-        found = self.defined(function)
-        return list(found[0]._asked(found[1].body, {})) if found and isinstance(found[1], ast.FunctionDef) else []
+        definition = self.defined(function)
+        return (
+            list(definition[0]._asked(definition[1].body, {}))
+            if definition and isinstance(definition[1], ast.FunctionDef)
+            else []
+        )
 
     def _asked(self, body: Sequence[ast.stmt], known: Mapping[str, Any]) -> Iterator[str]:
         """Yields the rules that a function checks, from its messages: `raise UserError(...)`, `need(...)`, `one_of(...)`."""
@@ -190,14 +194,14 @@ def _default(node: ast.AST | None) -> str | None:
 
 def with_rules(field: Field, said: Sequence[str], names: Sequence[str]) -> Field:
     """Returns a field with those of the rules that begin with its name, or name it and begin with no one field."""
-    own = []
+    reworded = []
     for rule in said:
         first, _, rest = rule.partition(" ")
         of_one = first in names and not rest.startswith("and ")
         if UNKNOWN in rule:
             continue
         if of_one and first == field.name:
-            own.append(re.sub(r"^(must be|is|are) (?!not )", "", rest))
+            reworded.append(re.sub(r"^(must be|is|are) (?!not )", "", rest))
         elif not of_one and re.search(rf"(?<![\w.]){re.escape(field.name)}(?!\w)", rule):
-            own.append(rule)
-    return Field(field.name, field.type, field.default, field.meaning, (*field.rules, *own))
+            reworded.append(rule)
+    return Field(field.name, field.type, field.default, field.meaning, (*field.rules, *reworded))

@@ -41,15 +41,15 @@ def settle(core: RunConfig, method: Any, method_cfg: Any, given: dict[str, str])
         folder = _of_sweep(folder, method, method_cfg, core.seed)
         core.start_from = str(folder)
         given.pop("start_from", None)
-    found = content(folder)
-    if found is None:
+    held = content(folder)
+    if held is None:
         return
-    if core.start_hash not in (None, found):
+    if core.start_hash not in (None, held):
         raise UserError(
-            f"run: start_from must hold what start_hash says, got {found[:12]}… instead of {core.start_hash[:12]}… in "
+            f"run: start_from must hold what start_hash says, got {held[:12]}… instead of {core.start_hash[:12]}… in "
             f"{shown(folder)}; give the right run"
         )
-    core.start_hash = found
+    core.start_hash = held
     core.start_as = core.start_as or ("adapter" if read_card(folder / "adapter")["method"] == method.name else "merged")
 
 

@@ -202,11 +202,11 @@ def check_combine(runs: Mapping[str, Run]) -> None:
             )
     base = read_results(Path(first))["model"]
     for folder in others:
-        own = read_results(Path(folder))["model"]
-        new, old = model_files(own, base)
+        recorded = read_results(Path(folder))["model"]
+        new, old = model_files(recorded, base)
         if new != old:
             raise UserError(
-                f"combine: runs share one base, got {own['name']} in {folder} for {base['name']} in {first} "
+                f"combine: runs share one base, got {recorded['name']} in {folder} for {base['name']} in {first} "
                 f"({changed(new, old)})"
             )
 

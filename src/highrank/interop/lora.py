@@ -296,8 +296,8 @@ def named(model: Any, paths: Sequence[str]) -> tuple[list[str], list[int]]:
 
 def _layer(path: str) -> int | None:
     """Returns the first number in a path, which PEFT takes for the layer's."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-    return int(found[1]) if found else None
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    return int(match[1]) if match else None
 
 
 def _longer(curve: Tensor, length: int) -> Tensor:

@@ -524,10 +524,10 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
     rest = {key: tensor for key, tensor in tensors.items() if key not in owners}
     drawn = {f"base_model.{key}": tensor for key, tensor in _shared(adapters, form).items()}
     for view in adapters.views:
-        own = _shared(adapters, form) | dict(
+        frozen = _shared(adapters, form) | dict(
             _frozen(adapters, view, form)
         )  # RandLoRA's bases are there for every weight
-        drawn |= {f"{PREFIX}{view.path}.{key}": tensor for key, tensor in own.items()}
+        drawn |= {f"{PREFIX}{view.path}.{key}": tensor for key, tensor in frozen.items()}
     for key, tensor in drawn.items():
         saved = rest.pop(key, None)
         if saved is not None and not torch.equal(saved.to(tensor.dtype), tensor.cpu()):

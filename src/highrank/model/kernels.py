@@ -124,7 +124,7 @@ class RebuiltLinear(torch.autograd.Function):
         x, W, *rest = ctx.saved_tensors
         operands = (W, *rest) if ctx.of_W else tuple(rest)
         dx = dbias = None
-        found: tuple[Tensor | None, ...] = (None,) * len(operands)
+        of_operands: tuple[Tensor | None, ...] = (None,) * len(operands)
         with torch.autocast(x.device.type, enabled=False):
             rows = dy.reshape(-1, dy.shape[-1])
             if ctx.needs_input_grad[0]:
@@ -133,10 +133,10 @@ class RebuiltLinear(torch.autograd.Function):
                 del U
             if any(ctx.needs_input_grad[6:]):
                 G = rows.T @ x.reshape(-1, x.shape[-1])
-                found = ctx.gradients(G.to(rest[0].dtype), *operands)
+                of_operands = ctx.gradients(G.to(rest[0].dtype), *operands)
             if ctx.needs_input_grad[2]:
                 dbias = rows.sum(0)
-        return dx, None, dbias, None, None, None, *found[len(operands) - len(rest) :]
+        return dx, None, dbias, None, None, None, *of_operands[len(operands) - len(rest) :]
 
 
 def _added(U: Tensor, W: Tensor) -> Tensor:

@@ -387,8 +387,8 @@ Members = dict[str, tuple[Member, ...]]
 def _known(model: nn.Module, config: Any) -> tuple[dict[int, Block], dict[int, Members]]:
     """Returns the blocks of a model by layer, and where each keeps its parts, all found by name; of an encoder and a decoder
     in one the encoder's layers come first."""
-    found = [pair for stack in stacks_of(model) for pair in _blocks_in(model, stack, config)]
-    return {i: block for i, (block, _) in enumerate(found)}, {i: members for i, (_, members) in enumerate(found)}
+    pairs = [pair for stack in stacks_of(model) for pair in _blocks_in(model, stack, config)]
+    return {i: block for i, (block, _) in enumerate(pairs)}, {i: members for i, (_, members) in enumerate(pairs)}
 
 
 def _blocks_in(model: nn.Module, body: nn.Module, config: Any) -> list[tuple[Block, Members]]:
@@ -436,8 +436,8 @@ def _members_of(block: nn.Module, config: Any, crosses: bool) -> Members:
         elif is_experts(module):
             members[EXPERTS] = ((name, None),)
     for part, paths in PATHS.items():
-        found = [next((path for path in some if path in linear), None) for some in (paths, CROSS.get(part, ()))]
-        if there := [path for path in found[: 1 + crosses] if path is not None]:
+        places = [next((path for path in some if path in linear), None) for some in (paths, CROSS.get(part, ()))]
+        if there := [path for path in places[: 1 + crosses] if path is not None]:
             members[part] = tuple((path, None) for path in there)
     for path, layout in _layouts(config).items():
         if path in linear:

@@ -13,8 +13,8 @@ def nearest_divisors(wanted: int, *sizes: int, takes: Callable[[int], bool] = la
 
     `takes` says which are of use; the text is empty if none is.
     """
-    whole = math.gcd(*sizes)
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    common = math.gcd(*sizes)
+    divisors = [d for d in range(1, common + 1) if common % d == 0]
     below = next((d for d in reversed(divisors) if d <= wanted and takes(d)), None)
     above = next((d for d in divisors if d >= wanted and takes(d)), None)
     return " or ".join(str(d) for d in dict.fromkeys([below, above]) if d is not None)

@@ -191,18 +191,18 @@ def pareto(results: Results) -> tuple[str, str, str, Figure] | None:
 
 def retained(results: Results) -> tuple[str, str, str, Figure] | None:
     """What was gained on the trained task against what was lost on others and on general text, in scores and in losses."""
-    by_arm = [(arm, found) for arm, found in zip(results.arms, map(means, results.arms), strict=True) if found]
+    by_arm = [(arm, changes) for arm, changes in zip(results.arms, map(means, results.arms), strict=True) if changes]
     panels: list[tuple[str, str, list[tuple[Arm, float, float]]]] = []
     for kind, sign, unit in (("score", 1, "points"), (LOSS, -1, "nats per token")):
         names = {
-            name: None for _, found in by_arm for name, of in found if name != OWN and (of == kind or name == TEXT)
+            name: None for _, changes in by_arm for name, of in changes if name != OWN and (of == kind or name == TEXT)
         }
         for name in names:
             loss = LOSS if name == TEXT else kind
             points = [
-                (arm, _fall(found[name, loss], -1 if loss == LOSS else 1), -_fall(found[OWN, kind], sign))
-                for arm, found in by_arm
-                if (name, loss) in found and (OWN, kind) in found
+                (arm, _fall(changes[name, loss], -1 if loss == LOSS else 1), -_fall(changes[OWN, kind], sign))
+                for arm, changes in by_arm
+                if (name, loss) in changes and (OWN, kind) in changes
             ]
             if len(points) > 1:
                 lost = f"lost on {name}, {'nats per token' if loss == LOSS else 'points'}"
@@ -297,8 +297,8 @@ def lengths(results: Results) -> tuple[str, str, str, Figure] | None:
     for arm, (title, key) in itertools.product(results.arms, (("score, %", ""), ("test loss, nats per token", LOSS))):
         pattern = re.compile(rf"{re.escape(key or arm.records[0].metric)}_(\d+)")
         finals = [record.results["metrics"]["final"] for record in arm.records]
-        found = {name: int(match[1]) for name in finals[0] if (match := pattern.fullmatch(name))}
-        shared = {name: length for name, length in found.items() if all(name in final for final in finals)}
+        sizes = {name: int(match[1]) for name in finals[0] if (match := pattern.fullmatch(name))}
+        shared = {name: length for name, length in sizes.items() if all(name in final for final in finals)}
         line = {length: sum(final[name] for final in finals) / len(finals) for name, length in shared.items()}
         if len(line) > 1:
             panels.setdefault(title, {})[arm.label] = dict(sorted(line.items()))

@@ -68,7 +68,7 @@ def report(
     compare(entries, shape, baseline)
     against = ", ".join(f"{key}={value}" for key, value in baseline.items()) if baseline else None
     scores = tables.score_tables(results, entries, shape, against)
-    found = finding(entries, shape.compared, against)
+    sentence = finding(entries, shape.compared, against)
     comparisons = [tables.comparison_table(entries, shape, against)]
     loss = losses(results)
     if loss and (loss_entries := items(loss, shape, needed=False)):
@@ -76,7 +76,7 @@ def report(
             compare(loss_entries, shape, baseline, lower=True)
         scores += tables.score_tables(loss, loss_entries, shape, against)
         comparisons.append(tables.comparison_table(loss_entries, shape, against, lower=True))
-        found += " " + finding(loss_entries, shape.compared, against, lower=True)
+        sentence += " " + finding(loss_entries, shape.compared, against, lower=True)
     costs = [t for t in (tables.cost_table(results), tables.search_table(results)) if t]
     details = [
         *comparisons,
@@ -88,7 +88,7 @@ def report(
     page = _template().render(
         title=source.title,
         lead=_lead(source, results),
-        finding=found,
+        finding=sentence,
         notes=[*dict.fromkeys([*results.notes, *(loss.notes if loss else ())])],
         scores=scores,
         costs=costs,

@@ -10,17 +10,17 @@ OWN, TEXT = "trained task", "general text"
 
 def changes(record: Record) -> dict[tuple[str, str], tuple[float, float]]:
     """Returns, by (what, score or loss), the value before and after training, of what was measured at both times."""
-    found = {}
+    pairs = {}
     measured = {OWN: record.results["metrics"], **record.results.get("also", {})}
     for name, when in measured.items():
         before, after = when.get("before", {}), when.get("final", {})
         metric = next((key for key in after if key != "sets"), "")
         for kind, key in (("score", metric), (LOSS, LOSS)):
             if key in before and key in after:
-                found[name, kind] = before[key], after[key]
+                pairs[name, kind] = before[key], after[key]
     if lost := record.results.get("forgetting"):
-        found[TEXT, LOSS] = lost["base_loss"], lost["adapted_loss"]
-    return found
+        pairs[TEXT, LOSS] = lost["base_loss"], lost["adapted_loss"]
+    return pairs
 
 
 def means(arm: Arm) -> dict[tuple[str, str], tuple[float, float]]:
@@ -33,14 +33,14 @@ def means(arm: Arm) -> dict[tuple[str, str], tuple[float, float]]:
 def table(results: Results) -> Table | None:
     """Returns what was measured before and after training, per arm; None where that is the trained task alone."""
     by_arm = [means(arm) for arm in results.arms]
-    keys = list(dict.fromkeys(key for found in by_arm for key in found))
+    keys = list(dict.fromkeys(key for pairs in by_arm for key in pairs))
     if all(name == OWN for name, _ in keys):
         return None
     rows = []
-    for arm, found in zip(results.arms, by_arm, strict=True):
+    for arm, pairs in zip(results.arms, by_arm, strict=True):
         cells = [word(arm.axes.get(key)) for key in results.keys]
         for key in keys:
-            before, after = found.get(key, (None, None))
+            before, after = pairs.get(key, (None, None))
             form = ".4f" if key[1] == LOSS else ".1f"
             change = None if before is None or after is None else after - before
             cells += [number(before, form), number(after, form), number(change, f"+{form}")]

@@ -122,16 +122,16 @@ class Board:
         now, ends = time.monotonic(), []
         for part in ("seconds", "least", "most"):
             running, waiting = [], []
-            for path, found in lengths.items():
-                if found is None:
+            for path, length in lengths.items():
+                if length is None:
                     return ""
-                seconds = getattr(found[0], part)
+                seconds = getattr(length[0], part)
                 if path in self.began:
                     running.append(max(seconds - (now - self.began[path]), 0.0))
                 else:
                     waiting.append(seconds)
             ends.append(makespan(running, waiting, self.launcher.jobs))
-        if all(found and found[1] for found in lengths.values()):
+        if all(length and length[1] for length in lengths.values()):
             return f"{about(*ends)} left"
         least, most = map(duration, ends[1:])
         spread = least if least == most else f"{least} to {most}"

@@ -69,8 +69,8 @@ class Local:
 
     def __init__(self, jobs: int):
         self.jobs = jobs
-        own = "OMP_NUM_THREADS" in os.environ
-        self.threads: int | None = torch.get_num_threads() if own else max(1, (os.cpu_count() or 1) // jobs)
+        given = "OMP_NUM_THREADS" in os.environ
+        self.threads: int | None = torch.get_num_threads() if given else max(1, (os.cpu_count() or 1) // jobs)
         self.running: dict[Any, tuple[Job, Any]] = {}
         self.stopped = False
 

@@ -132,7 +132,7 @@ class Sweep:
 
     def _run(self, cells: Sequence[Cell], folder: Path, what: str, times: Times, stopped: Sequence[int]) -> None:
         """Runs the cells that are not done; a run that fails is recorded and the rest goes on."""
-        found = {folder / cell.folder: _read(folder / cell.folder) for cell in cells}
+        earlier = {folder / cell.folder: _read(folder / cell.folder) for cell in cells}
         jobs = [
             Job(
                 cell.settled_words,
@@ -142,12 +142,12 @@ class Sweep:
                 self.main,
             )
             for cell in cells
-            if found[folder / cell.folder].get("status") not in SETTLED
+            if earlier[folder / cell.folder].get("status") not in SETTLED
         ]
         by_folder = {folder / cell.folder: cell for cell in cells}
         steps = {Path(job.run_dir): self._steps(by_folder[Path(job.run_dir)]) for job in jobs}
         board = Board(what, by_folder, steps, jobs, self.launcher, times, stopped)
-        for path, results in found.items():
+        for path, results in earlier.items():
             board.take(path, results)
         with board.shown():
             for job, note in self.launcher.run(jobs):
@@ -335,10 +335,10 @@ def told(sweep: Sweep, todo: Sequence[Cell], lengths: Sequence[Expected | None])
         for part in ("seconds", "least", "most")
     )
     others = len(lengths) - len(measured)
-    whole = f" for {len(measured)} of {len(lengths)} runs" if others else ""
-    whole += ", beside the search" if sweep.search else ""
+    scope = f" for {len(measured)} of {len(lengths)} runs" if others else ""
+    scope += ", beside the search" if sweep.search else ""
     lacking = f"; none like the other{'s' if others > 1 else ''} has finished there" if others else ""
-    return f"{about(*ends)}{whole}, {source(number, places)}{lacking}"
+    return f"{about(*ends)}{scope}, {source(number, places)}{lacking}"
 
 
 def show_rows(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> None:

@@ -78,12 +78,12 @@ class FineTuner(lightning.LightningModule):
     @contextmanager
     def asked(self, task: Task, protocol: Protocol) -> Iterator[None]:
         """Within it the model is asked another task of its kind."""
-        own = self.task, self.protocol
+        before = self.task, self.protocol
         self.task, self.protocol = task, protocol
         try:
             yield
         finally:
-            self.task, self.protocol = own
+            self.task, self.protocol = before
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss, num_targets = self.loss_by_rows(batch, math.ceil(len(batch["labels"]) / self.parts))

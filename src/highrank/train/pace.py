@@ -96,8 +96,8 @@ class Times:
         many seconds it took by the clock of who waited for it, who counts the start of its process too."""
         times, steps, pace = results.get("time", {}), results.get("steps"), pace or results.get("pace")
         if results.get("status") == "done" and pace and steps and "train_s" in times:
-            whole = max(sum(value for name, value in times.items() if name != "total_s"), lasted)
-            self.by_pace[pace].append(Measured(steps, times["train_s"] / steps, whole - times["train_s"]))
+            seconds = max(sum(value for name, value in times.items() if name != "total_s"), lasted)
+            self.by_pace[pace].append(Measured(steps, times["train_s"] / steps, seconds - times["train_s"]))
 
     def expect(self, pace: str, steps: int) -> Expected | None:
         """Returns how long a run will take; None where no run like it has finished that made enough steps."""

@@ -148,9 +148,9 @@ def source_of(run: Run) -> tuple[Path, Run]:
         source = read_run(folder)
     except UserError as error:
         raise UserError(f"start_from: {str(error).removeprefix('run: ')}") from error
-    if (found := content(folder)) != run.core.start_hash:
+    if (held := content(folder)) != run.core.start_hash:
         raise UserError(
-            f"start_from: the run must be the one started from, got {str(found)[:12]}… instead of "
+            f"start_from: the run must be the one started from, got {str(held)[:12]}… instead of "
             f"{str(run.core.start_hash)[:12]}… in {folder}; bring it back, or give its place with start_from=<folder>"
         )
     return folder, source

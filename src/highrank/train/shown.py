@@ -92,8 +92,8 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
     for when, label in (("before", "before"), ("final", "after")):
         for name, metrics in results.get("metrics", {}).get(when, {}).get("sets", {}).items():
             table.add_row(f"{name} {label}", _shown(metrics))
-        for task, found in results.get("also", {}).items():
-            for name, metrics in found.get(when, {}).get("sets", {}).items():
+        for task, scores in results.get("also", {}).items():
+            for name, metrics in scores.get(when, {}).get("sets", {}).items():
                 table.add_row(f"{name if name == task else f'{task} {name}'} {label}", _shown(metrics))
     cut_off = results.get("tokens", {}).get("cut_off", {})
     lengths = [f"{n} {key.replace('_', ' ')}" for key, n in cut_off.items() if n]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from moved import move
 
 from highrank.analysis import spectra
 from highrank.analysis.spectra import EXACT, Settings, measure
@@ -32,10 +33,7 @@ def adapted(method, fields=None, model="llama", moved=True, fused="auto", placem
     fields = cls.examples[0] if fields is None else fields
     adapters = attach(loaded, resolve(loaded, placement, fused=fused), cls, cls.config(**fields))
     if moved:
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for _, parameter in adapters.named_parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        move(adapters, 0.1, seed=5)
     return adapters
 
 
@@ -108,9 +106,8 @@ def update(method, W, **fields):
     adapter = cls(k, n, cfg, cls.shared([(n, k)], cfg))
     torch.manual_seed(0)
     adapter.reset_parameters(W, Site("w", 0, lambda: [W]))
+    move(adapter, 0.3)
     with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
         return adapter.delta_weight(W)
 
 

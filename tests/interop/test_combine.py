@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from lora_rules import broken_by
+from moved import move
 from trained import logits, write_run
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -48,10 +49,7 @@ def trained():
     model, taken_off = base(), {}
     for seed, (name, fields) in enumerate({"lora": {"r": 2}, "hira": {"r": 2}, "hyperadapt": {}}.items()):
         adapters = highrank.attach(model, name, placement="qv" if name == "lora" else ["q", "up"], **fields)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for _, parameter in adapters.named_parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        move(adapters, 0.05, seed=seed)
         adapters.unload()
         taken_off[name] = adapters
     return taken_off
@@ -208,9 +206,7 @@ def test_experts_are_combined_in_the_parameter_that_holds_all_of_them():
     trained, pristine = {}, logits(model)
     for name in ("lora", "hira"):
         adapters = highrank.attach(model, name, placement="experts", r=2)
-        with torch.no_grad():
-            for _, parameter in adapters.named_parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        move(adapters, 0.1)
         adapters.unload()
         trained[name] = adapters
     trained["lora"].plug()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lora_rules import broken_by
+from moved import move
 from trained import logits
 
 import highrank
@@ -51,10 +52,7 @@ def base(model="tiny_llama"):
 def moved(method, model="tiny_llama", **fields):
     """Returns adapters with every tensor moved from its start, on a model that computes with them."""
     adapters = highrank.attach(base(model), method, **fields)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    move(adapters, 0.05, seed=5)
     return adapters
 
 

@@ -1,6 +1,7 @@
 """Run directories as training leaves them, with every trained tensor moved from its start, made without training."""
 
 import torch
+from moved import move
 
 from highrank.config.words import compose_run
 from highrank.train.build import build_model
@@ -21,10 +22,7 @@ def write_run(folder, *words, scale=0.05):
     own = [] if any(word.startswith("task=") for word in words) else SMALL
     run = compose_run([*own, f"run_dir={folder}", *words])
     backbone, adapters = build_model(run, run.make_task())
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
+    move(adapters, scale, seed=5)
     directory = RunDirectory(run)
     directory.open()
     adapters.save(folder / "adapter")

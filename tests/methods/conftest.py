@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from moved import move
 from torch import nn
 
 from highrank.base.errors import UserError
@@ -39,9 +40,7 @@ class Layer:
         adapter = cls(K, N, cfg, None if shared is None else shared.double()).double()
         torch.manual_seed(1)
         adapter.reset_parameters(self.W, Site(name="w", seed=3, neighbours=lambda: self.neighbours))
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
+        move(adapter, 0.2)
         return adapter
 
     def peft(self, config):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from moved import move
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,10 +72,7 @@ def test_formula(model, form, activation):
     plain = load_backbone({"name": f"tiny_{model}", "dtype": "float32"}, None).model.double()
     adapters = adapted(model, form=form, reduction=4, activation=activation, s=1.5)
     adapters.model.double()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
+    move(adapters, 0.5, seed=0)
     copies = {name: p.detach().clone().requires_grad_() for name, p in adapters.module.named_parameters()}
     for i, block in enumerate(plain.get_submodule(BLOCKS[model])):
         for path in (ATTENTION[model], DOWN[model]) if form == "houlsby" else (DOWN[model],):
@@ -112,9 +110,7 @@ def test_other_models_learn_in_every_adapter(kind, form):
     cls = load("methods", "bottleneck")
     adapters = attach(model, [], cls, cls.config(form=form, reduction=2))
     torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    move(adapters, 0.1)
     model(input_ids=IDS).logits.square().mean().backward()
     assert all(parameter.grad.abs().max() > 0 for _, parameter in adapters.named_parameters())
     assert len(adapters.module.networks) == (4 if form == "houlsby" else 2)

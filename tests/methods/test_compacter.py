@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from moved import move
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from highrank.base.errors import UserError
@@ -26,10 +27,7 @@ def adapted(name="compacter", dtype="float32", **fields):
 def moved(**fields):
     adapters = adapted(**fields)
     adapters.model.double()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
+    move(adapters, 0.5, seed=0)
     return adapters
 
 

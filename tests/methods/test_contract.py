@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from moved import move
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
@@ -45,9 +46,7 @@ def build(name, kwargs, W, dtype=torch.float32, seed=0, moved=True):
     torch.manual_seed(seed)
     adapter.reset_parameters(W, Site(name="w", seed=0, neighbours=lambda: [W, W.flip(0)]))
     if moved:
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        move(adapter, 0.1)
     return adapter
 
 

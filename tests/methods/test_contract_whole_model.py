@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from moved import move
 
 from highrank.base.errors import UserError
 from highrank.base.registry import available, load
@@ -50,10 +51,7 @@ def adapted(method, fields=None, model=None, dtype="float32", moved=True, seed=0
     fields = cls.examples[0] if fields is None else fields
     adapters = attach(loaded.model, [], cls, cls.config(**fields), seed, tokenizer=loaded.tokenizer)
     if moved:
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for _, parameter in adapters.named_parameters():
-                parameter.add_(0.5 * torch.randn_like(parameter))
+        move(adapters, 0.5, seed=5)
     return adapters
 
 

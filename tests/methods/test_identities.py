@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from moved import move
 
 from highrank.base.registry import available, load
 from highrank.model.method import Site
@@ -107,10 +108,7 @@ def test_a_neutral_factor_is_the_base(W, x, name, neutral):
 def test_merged_and_unmerged_agree_in_fp32(W, x, name):
     W, x = W.float(), x.float()
     adapter = make(name, W, **load("methods", name).examples[0])
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    move(adapter, 0.1, seed=0)
     y, merged = adapter(x, W), x @ adapter.effective_weight(W).T
     assert (y - merged).norm() <= 1e-5 * merged.norm()  # fp32 sums of a few dozen terms
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from moved import move
 
 from highrank.base.errors import UserError
 from highrank.base.registry import available, load
@@ -43,10 +44,7 @@ def adapted(name="llama", method="hira", fields=None, placement="all", dtype="fl
     views = resolve(model, placement, **kwargs)
     adapters = attach(model, views, cls, cls.config(**(fields or {})), heads=heads)
     if moved:
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for _, parameter in adapters.named_parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        move(adapters, 0.05, seed=5)
     return adapters
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from moved import move
 from torch.autograd import gradcheck
 
 from highrank.base.registry import available, load
@@ -165,9 +166,7 @@ def test_other_dtypes_fall_back_to_the_definition_and_say_so_once(method, held):
     W = (3 * torch.randn(8, 8)).to(held)
     plain = W if W.is_complex() else W.float()
     adapter.reset_parameters(plain.real if W.is_complex() else plain, Site("w", 0, lambda: [plain.float()]))
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    move(adapter, 0.1)
     x = torch.randn(30, 8, dtype=held if W.is_complex() else torch.float32, requires_grad=True)
     kernels._tell.cache_clear()
     with pytest.warns(UserWarning, match=f"got an input of {x.dtype} on a weight of {held}"):

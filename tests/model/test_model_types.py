@@ -5,6 +5,7 @@ import json
 import model_types as robustness
 import pytest
 import torch
+from moved import move
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -258,10 +259,7 @@ def test_head_by_head_rows_compute_what_merging_writes(method, placement):
     model, cls = tiny("gpt_neox").eval(), load("methods", method)
     views = resolve(model, placement, fused="split")
     adapters = attach(model, views, cls, cls.config())
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    move(adapters, 0.05, seed=0)
     ids = torch.tensor([[5, 6, 7, 8]])
 
     @torch.no_grad()

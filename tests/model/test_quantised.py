@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from moved import move
 from torch import nn
 
 from highrank.base.errors import UserError
@@ -58,10 +59,7 @@ def adapted(method, kind, dense=False, dtype="float32", model="tiny_qwen2", plac
     cfg = cls.config(**cls.examples[0])
     views = resolve(backbone.model, placement) if cls.family.changes_weights else []
     adapters = attach(backbone.model, views, cls, cfg, tokenizer=backbone.tokenizer)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    move(adapters, 0.05, seed=1)
     return adapters
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from moved import move
 from packaging import version
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
@@ -65,9 +66,7 @@ def examples():
 def random_model(model_type, **config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    move(model, 0.1)
     return model
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moved import move
 
 import highrank
 from highrank.base.errors import UserError
@@ -173,10 +174,7 @@ def test_every_kind_of_merged_weight(tmp_path, method, dtype):
     run = compose_run([*words, f"method={method}"])
     source = tmp_path / "source"
     backbone, adapters = build_model(run, run.make_task())
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    move(adapters, 0.05, seed=0)
     directory = RunDirectory(run, source)
     directory.open()
     adapters.save(source / "adapter")

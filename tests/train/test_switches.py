@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from moved import move
 
 from highrank.base.registry import available, load
 from highrank.config.run_config import RunConfig
@@ -25,10 +26,7 @@ def tuner(method, layers="all", **core):
     model = load_backbone({"name": "tiny_llama", "dtype": "float32"}, None).model
     cls = load("methods", method)
     adapters = attach(model, resolve(model, "all", layers), cls, cls.config(**cls.examples[0]))
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    move(adapters, 0.05, seed=5)
     module = FineTuner(adapters, Generate(), None, RunConfig(lr=1e-3, **core), 10)
     return module.train()
 

@@ -1,3 +1,5 @@
+"""ABBA against its formula, what it is equal to, what a step keeps of it, its counts and refusals."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""BOFT against its formula and PEFT's; its permutations, one by one."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""BoHA against its formula, block by block; HiRA as a case of it, and it of HiRA."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,3 +1,5 @@
+"""C3A against its formula, entry by entry, and PEFT's, whose gradient for x is not that of its output."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,3 +1,5 @@
+"""DeLoRA against its formula and PEFT's; how large its update can be."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""DiaBlo against its formula; what it is equal to, and what a step keeps."""
+
 import pytest
 import torch
 

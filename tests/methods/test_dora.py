@@ -1,3 +1,5 @@
+"""DoRA against its formula and PEFT's, with the norm as a constant in the gradient."""
+
 import pytest
 import torch
 import torch.nn.functional as F

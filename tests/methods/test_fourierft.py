@@ -1,3 +1,5 @@
+"""FourierFT against its sum of cosines and PEFT's; its rank, and what a step keeps."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""Full fine-tuning against its formula, and its copy of the base."""
+
 import pytest
 import torch
 

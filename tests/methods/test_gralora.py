@@ -1,3 +1,5 @@
+"""GraLoRA against its formula, block by block, and PEFT's; LoRA as a case of it, and it of LoRA."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""HiLoRA against its formula; without either part it is PEFT's HiRA or LoRA."""
+
 import pytest
 
 pytestmark = pytest.mark.parity

@@ -1,3 +1,5 @@
+"""HiRA against its formula with every R, and PEFT's; what a step keeps, and small updates on a 16-bit base."""
+
 import pytest
 import torch
 import torch.nn.functional as F

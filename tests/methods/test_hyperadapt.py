@@ -1,3 +1,5 @@
+"""HyperAdapt against its formula, one side alone, and gradients by hand."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""(IA)³ against its formula and PEFT's, and as a HyperAdapt of one side."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""LoHa against its formula and PEFT's, as an ABBA, and LoRA as a case of it."""
+
 import pytest
 import torch
 

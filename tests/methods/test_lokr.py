@@ -1,3 +1,5 @@
+"""LoKr against its formula, entry by entry, and PEFT's; what it is equal to, and what a step keeps."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""LoRA and the members of its family against their formulas and PEFT's, in every start."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""LoRA-XS against its formula, as a LoRA, and with singular vectors of either sign."""
+
 import pytest
 import torch
 

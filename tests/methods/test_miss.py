@@ -1,3 +1,5 @@
+"""MiSS against its three formulas and PEFT's; its ranks, and what a step keeps."""
+
 import pytest
 import torch
 

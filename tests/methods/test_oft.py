@@ -1,3 +1,5 @@
+"""OFT against its formula and PEFT's, as a BOFT, and what a step keeps."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""RandLoRA against its formula and PEFT's, its bases bit for bit, and what a step keeps."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,3 +1,5 @@
+"""SHiRA against its formula and PEFT's; where its entries lie, and what a step keeps."""
+
 import pytest
 import torch
 

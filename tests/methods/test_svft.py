@@ -1,3 +1,5 @@
+"""SVFT against its formula; where its entries lie, whatever signs the singular vectors have."""
+
 import pytest
 import torch
 

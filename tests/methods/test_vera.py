@@ -1,3 +1,5 @@
+"""VeRA against its formula and PEFT's, its projections bit for bit."""
+
 import pytest
 import torch
 

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Architecture
 
 Each package says in its `__init__.py` what it holds and what it may import; `tests/base/test_imports.py` holds that. An arrow
-below goes from a room to the rooms it builds on, the next ones down; what those build on is within reach too. The picture is
-made from the imports, by `python docs/architecture.py`, and a test compares them.
+below goes from a room to the rooms it builds on, the next ones down; what those build on is within reach too. What is reached
+by name has no arrow: methods and tasks, and from `cli` the module of the command that is typed. The picture is made from the
+imports, by `python docs/architecture.py`, and a test compares them.
 
 """
 

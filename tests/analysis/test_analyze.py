@@ -16,9 +16,9 @@ from highrank.analysis import figures, spectra
 from highrank.analysis.analyze import analyze_run, at_end_of, labels
 from highrank.analysis.summary import expressive
 from highrank.base.errors import UserError
+from highrank.base.saved import read_results
 from highrank.cli import main
 from highrank.model.adapter_folder import read_card
-from highrank.train.results import read_results
 from highrank.train.saved import load_run
 
 WORDS = ["model=tiny_llama", "max_steps=2", "batch_size=2", "task.n_train=4", "task.n_test=1", "eval_before=false"]

@@ -10,7 +10,7 @@ CORE = ("base", "model", "data", "config", "train")
 KNOWS = {
     **{"base": (), "model": ("base",), "data": ("base",), "config": CORE[:3], "train": CORE[:4], "plugin": CORE[:3]},
     **{"report": CORE, "interop": CORE, "analysis": (*CORE, "report"), "run": (*CORE, "report", "analysis")},
-    **{"worker": (*CORE, "report", "analysis", "run"), "sweep": (*CORE, "report", "analysis", "run", "find")},
+    **{"worker": (*CORE, "report", "analysis", "run"), "sweep": (*CORE, "report", "find")},
     "library": CORE,
     "find": CORE,
     "__init__": ("library",),

@@ -9,10 +9,10 @@ from trained import logits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from highrank.base.errors import UserError
+from highrank.base.saved import read_results
 from highrank.cli import main
 from highrank.config.words import compose_run
 from highrank.interop.hub_model import MOST_ERROR, compare, merge_run
-from highrank.train.results import read_results
 from highrank.train.saved import load_run, read_run
 
 CASES = {

@@ -12,10 +12,11 @@ import pytest
 from highrank.base import files
 from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
+from highrank.base.saved import read_results
 from highrank.cli import main
 from highrank.config.words import compose_run
 from highrank.model.backbones import load_backbone
-from highrank.train.results import RunDirectory, read_results
+from highrank.train.results import RunDirectory
 from highrank.train.saved import load_run, read_run
 
 WORDS = ["method=lora", "r=2", "model=tiny_llama", "placement=[q]", "max_steps=2", "batch_size=2"]

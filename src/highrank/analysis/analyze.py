@@ -21,12 +21,12 @@ from highrank.analysis.summary import MEANS, Analysis, by, describe, expressive,
 from highrank.base.errors import UserError
 from highrank.base.files import sha256, write_atomic
 from highrank.base.options import Words
+from highrank.base.saved import read_results
 from highrank.config.run_config import SAME_RUN
 from highrank.model.adapter_folder import read_card
 from highrank.model.adapters import Adapters
 from highrank.report import dashboard
 from highrank.report.runs import read_sweep
-from highrank.train.results import read_results
 from highrank.train.saved import load_run, read_run
 
 console = Console()

@@ -8,8 +8,8 @@ from typing import Any
 from highrank.analysis import statistics
 from highrank.analysis.spectra import Spectra
 from highrank.analysis.statistics import Values
+from highrank.base.saved import read_results
 from highrank.config.run_config import Run
-from highrank.train.results import read_results
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """r at which the two errors of HiRA's theorem 1 are tabulated."""

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from highrank.base.files import shown
+from highrank.base.saved import read_results
 from highrank.config.run_config import Run
-from highrank.train.results import read_results
 from highrank.train.saved import words_of
 
 WHAT = {

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from highrank.base.errors import UserError, suggest
 from highrank.base.hub import fetched, on_hub
+from highrank.base.saved import read_results
 from highrank.config.run_config import Run
 from highrank.interop.hub_model import (
     NUM_TEXTS,
@@ -49,7 +50,7 @@ from highrank.model.adapters import Adapters, attach, site_seed
 from highrank.model.backbones import DTYPES, load_backbone
 from highrank.model.placement import weight_of
 from highrank.train.build import adapted_views
-from highrank.train.results import changed, model_files, read_results
+from highrank.train.results import changed, model_files
 from highrank.train.saved import GIVEN_ANEW, check_base, check_new, read_run, update_lost
 
 DENSITY = {"linear": None, "ties": 0.2, "dare": 0.1}

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from highrank.base.errors import UserError
+from highrank.base.saved import read_results
 from highrank.config.run_config import GROUPS, SAME_RUN, as_given, flat, with_later
-from highrank.train.results import read_results
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Many runs of one grid, where they execute, the search for a learning rate: imports `highrank.run`, `find` and below."""
+"""Many runs of one grid, where they execute, the search for a learning rate: imports `report`, `find` and below."""

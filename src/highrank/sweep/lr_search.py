@@ -15,9 +15,9 @@ from typing import Any
 
 from highrank.base.errors import UserError
 from highrank.base.files import digest
+from highrank.base.saved import read_results
 from highrank.sweep.grid import Cell, Grid, typed
 from highrank.train.plan import make_plan
-from highrank.train.results import read_results
 
 STEP = math.sqrt(10)
 """Factor between neighbouring rates, where only their number is given."""

@@ -24,6 +24,7 @@ from rich.text import Text
 from highrank.base.console import console, duration, say
 from highrank.base.errors import UserError
 from highrank.base.files import digest, shown, write_atomic
+from highrank.base.saved import read_results
 from highrank.config.words import given_text, key_of, scaled
 from highrank.report import dashboard
 from highrank.sweep import lr_search
@@ -32,7 +33,6 @@ from highrank.sweep.grid import Cell, Grid, expand, preset_of, refuse
 from highrank.sweep.launch import Job, launcher
 from highrank.train.pace import Expected, Times, about, expected, kind_of, source
 from highrank.train.plan import Plan, make_plan, optimizer_steps
-from highrank.train.results import read_results
 
 SWEEP_KEYS = ("sweep_dir", "lr_search", "launcher", "jobs")
 """Keys of a sweep as a whole: its folder, the rates or number of rates to try per arm, local, ray or slurm, how many

@@ -19,6 +19,7 @@ from highrank.base.console import say
 from highrank.base.errors import UserError, refused_by_disk, suggest
 from highrank.base.files import shown
 from highrank.base.hub import fetched
+from highrank.base.saved import read_results
 from highrank.config.build import build
 from highrank.config.run_config import CORE_KEYS, UNHASHED, Run, as_given, config_hash
 from highrank.config.start import content
@@ -27,7 +28,7 @@ from highrank.data.task import Task
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import DTYPES, Backbone
 from highrank.train.build import build_model, load_plain
-from highrank.train.results import changed, model_files, read_results
+from highrank.train.results import changed, model_files
 
 GIVEN_ANEW = (
     "task",

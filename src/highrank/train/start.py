@@ -7,11 +7,11 @@ from typing import Any
 from highrank.base.errors import UserError
 from highrank.base.files import sha256, shown
 from highrank.base.hub import on_hub
+from highrank.base.saved import read_results
 from highrank.config.run_config import Run
 from highrank.data.task import Task
 from highrank.model.adapter_folder import read_card
 from highrank.model.whole_model import no_merged_weight
-from highrank.train.results import read_results
 from highrank.train.saved import source_of
 
 SAME_MODEL = ("name", "hub", "revision", "wheel", "shape", "shuffled")

@@ -67,7 +67,7 @@ def _config(name: str, fields: Any) -> Any:
 
 def _main(parts: Mapping[str, Any]) -> list[str]:
     """Returns the parts that compute with W, beside which the others add their ΔW x; the first if none needs to."""
-    main = [name for name in parts if load("methods", name).added is Method.added]  # type: ignore[attr-defined]
+    main = [name for name in parts if load("methods", name).added is Method.added]  # type: ignore[attr-defined]  # a plugin's class
     return main or list(parts)[:1]
 
 

@@ -64,7 +64,7 @@ class Jsonl(FileTask):
     num_train = None
 
     @property
-    def _root(self) -> Path:  # type: ignore[override]
+    def _root(self) -> Path:  # type: ignore[override]  # a property where a task has an attribute
         return Path("/")
 
     def train_parts(self) -> Mapping[str, Source]:

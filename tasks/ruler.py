@@ -219,19 +219,19 @@ class Ruler(Task):
 
     def train(self) -> Sequence[Example]:
         cells = [(kind, length) for length in self.cfg.train_lengths for kind in self.cfg.kinds]
-        return self._cached("train", cells, lambda: [cells[i % len(cells)] for i in range(self.cfg.n_train)])
+        return self._cached("train", cells, [cells[i % len(cells)] for i in range(self.cfg.n_train)])
 
     def test(self) -> Mapping[str, Sequence[Example]]:
         return {
-            f"{kind}_{length}": self._cached("test", (kind, length), lambda c=(kind, length): [c] * self.cfg.n_test)  # type: ignore[misc]  # a default value binds the loop's
+            f"{kind}_{length}": self._cached("test", (kind, length), [(kind, length)] * self.cfg.n_test)
             for length in self.cfg.test_lengths
             for kind in self.cfg.kinds
         }
 
-    def _cached(self, split: str, cell: Any, cells: Callable[[], list[tuple[str, int]]]) -> list[Example]:
+    def _cached(self, split: str, cell: Any, cells: list[tuple[str, int]]) -> list[Example]:
         key = (split, str(cell), self.tokens)
         if key not in self._made:
-            self._made[key] = [self._example(split, kind, length, i) for i, (kind, length) in enumerate(cells(), 1)]
+            self._made[key] = [self._example(split, kind, length, i) for i, (kind, length) in enumerate(cells, 1)]
         return self._made[key]
 
     def _example(self, split: str, kind: str, length: int, number: int) -> Example:

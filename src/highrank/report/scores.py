@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -226,7 +227,7 @@ def _check_mix(records: Sequence[Record], mix: set[str]) -> list[str]:
                 value = f"{file['name']} {str(file.get('sha256'))[:8]}, {file.get('rows')} rows"
                 files.setdefault(file["name"], {}).setdefault(value, record)
         data = next((by_value for by_value in files.values() if len(by_value) > 1), None)
-        data = data or _by(scored, lambda r, name=name: _examples(r, name))  # type: ignore[misc]  # a default value binds the loop's
+        data = data or _by(scored, partial(_examples, name=name))
         for part, versions in (("protocols", protocols), ("data", data)):
             if len(versions) < 2:
                 continue

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from highrank.data.answers import COUNTS
@@ -356,7 +357,7 @@ def measures_table(results: Results) -> Table | None:
         cells = _keys(arm, results)
         cells += [number(_clean_average(arm, results.sets))] if leaks else []
         for name, key in columns:
-            mean = arm.mean(lambda r, name=name, key=key: r.final.get(name, {}).get(key))  # type: ignore[misc]  # a default value binds the loop's
+            mean = arm.mean(partial(_measure, name=name, key=key))
             nats = key.startswith((LOSS, "perplexity"))
             cells.append(number(mean, ".0f" if key in COUNTS else ".4f" if nats else ".1f"))
         rows.append(cells)
@@ -372,9 +373,13 @@ def measures_table(results: Results) -> Table | None:
     return Table("measures", "Other measures", caption, heads, rows, [], len(results.keys))
 
 
+def _measure(record: Record, name: str, key: str) -> Any:
+    return record.final.get(name, {}).get(key)
+
+
 def _clean_average(arm: Arm, sets: Sequence[str]) -> float | None:
     """Returns the average over sets without questions seen in training; None where a set is missing."""
-    scores = [arm.mean(lambda record, name=name: _clean(record, name)) for name in sets]  # type: ignore[misc]  # a default value binds the loop's
+    scores = [arm.mean(partial(_clean, name=name)) for name in sets]
     return None if None in scores else sum(value for value in scores if value is not None) / len(scores)
 
 

@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from highrank.base import registry
 from highrank.base.files import digest, path_field
 from highrank.data.protocol import Protocol
 from highrank.data.task import Task
+
+if TYPE_CHECKING:  # they bring PyTorch, which help does without
+    from highrank.model.method import Method
+    from highrank.model.whole_model import WholeModelMethod
 
 GROUPS = ("method", "task", "model", "protocol", "trainer", "experiment")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -226,11 +230,10 @@ class Run:
     """One checked run: the core keys, and the chosen plugins with their own configs built."""
 
     core: RunConfig
-    method: Any
-    """The Method class."""
+    method: "type[Method] | type[WholeModelMethod]"
     method_cfg: Any
-    task: Any
-    """The Task class."""
+    """Of the dataclass that is `method.config`; so too `task_cfg`."""
+    task: type[Task]
     task_cfg: Any
     protocol: Protocol
     model: dict[str, Any]
@@ -242,8 +245,7 @@ class Run:
 
     def make_task(self) -> Task:
         """Returns the run's task; its data are read when they are asked for."""
-        task: Task = self.task(self.task_cfg, self.core.seed)
-        return task
+        return self.task(self.task_cfg, self.core.seed)
 
     @property
     def resolved(self) -> dict[str, Any]:

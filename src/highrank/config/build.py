@@ -61,14 +61,15 @@ def build(config: Any, trained: bool = False) -> Run:
         )
     if str(trainer.get("precision")) == "32":
         trainer["precision"] = "32-true"
-    core = RunConfig(**_absolute(RunConfig, {key: values[key] for key in CORE_KEYS if key in values}, "", given))
+    keys = _absolute(RunConfig, {key: values[key] for key in CORE_KEYS if key in values}, "", given)
     if not method.family.placed:  # such a run is the same whatever the placement
-        core.placement, core.layers, core.fused = "all", "all", "auto"
-    core.placement = _one_form(core.placement)
-    if core.lr is None:
-        core.lr = method.default_lr
+        keys |= {"placement": "all", "layers": "all", "fused": "auto"}
+    keys["placement"] = _one_form(keys.get("placement", RunConfig.placement))
+    if keys.get("lr") is None:
+        keys["lr"] = method.default_lr
+    core = RunConfig(**keys)
     _check_core(core)
-    settle(core, method, method_cfg, given)
+    core = settle(core, method, method_cfg, given)
     if core.analyze and not method.family.changes_weights:
         raise UserError(
             f"run: analyze needs a method that changes weights, got analyze=true with method={method.name}; "
@@ -102,7 +103,7 @@ def _with_others(run: Run, protocol: Mapping[str, Any], trained: bool) -> Run:
         kept = (given or {}).get("protocol")
         rules = dataclass_from(Protocol, kept, "protocol") if kept else protocol_for(protocol, task.family)
         others[name] = dataclasses.replace(run, task=task, task_cfg=cfg, protocol=rules)
-    run.core.eval_also = {
+    also = {
         name: {
             "version": other.task.version,
             **dataclasses.asdict(other.task_cfg),
@@ -110,7 +111,9 @@ def _with_others(run: Run, protocol: Mapping[str, Any], trained: bool) -> Run:
         }
         for name, other in others.items()
     }
-    return dataclasses.replace(run, also=others)
+    core = dataclasses.replace(run.core, eval_also=also)
+    others = {name: dataclasses.replace(other, core=core) for name, other in others.items()}
+    return dataclasses.replace(run, core=core, also=others)
 
 
 def _check_patience(core: RunConfig, protocol: Protocol) -> None:

@@ -1,5 +1,6 @@
 """What a run starts from, as far as its config says it: which run, its adapter or its merged weights, and what it holds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from highrank.model.adapter_folder import SEAL, read_card
 STARTS = ("adapter", "merged")
 
 
-def settle(core: RunConfig, method: Any, method_cfg: Any, given: dict[str, str]) -> None:
-    """Fills in, of a run that starts from another, that run's directory, or its commit on the Hub, `start_as` and `start_hash`.
+def settle(core: RunConfig, method: Any, method_cfg: Any, given: dict[str, str]) -> RunConfig:
+    """Returns the core keys of a run with, where it starts from another, that run's directory, or its commit on the Hub,
+    `start_as` and `start_hash`.
 
     A folder that is not there stays open: a dry run may do without, and whoever needs it says what is missing.
 
@@ -29,28 +31,28 @@ def settle(core: RunConfig, method: Any, method_cfg: Any, given: dict[str, str])
                 raise UserError(
                     f"run: {key} is about the run of start_from, got {key}={value} without start_from=<run>"
                 )
-        return
+        return core
     if core.start_as not in (None, *STARTS):
         raise UserError(f"run: start_as is {' or '.join(STARTS)}, got start_as={core.start_as}")
     if core.start_as and core.start_hash:  # of a saved run, whose source may have been moved
-        return
+        return core
     folder = fetched("start_from", core.start_from)
     if on_hub(core.start_from):
-        core.start_from = pinned(core.start_from, folder)
+        core = replace(core, start_from=pinned(core.start_from, folder))
     if (folder / "sweep.json").is_file():
         folder = _of_sweep(folder, method, method_cfg, core.seed)
-        core.start_from = str(folder)
+        core = replace(core, start_from=str(folder))
         given.pop("start_from", None)
     held = content(folder)
     if held is None:
-        return
+        return core
     if core.start_hash not in (None, held):
         raise UserError(
             f"run: start_from must hold what start_hash says, got {held[:12]}… instead of {core.start_hash[:12]}… in "
             f"{shown(folder)}; give the right run"
         )
-    core.start_hash = held
-    core.start_as = core.start_as or ("adapter" if read_card(folder / "adapter")["method"] == method.name else "merged")
+    start_as = core.start_as or ("adapter" if read_card(folder / "adapter")["method"] == method.name else "merged")
+    return replace(core, start_as=start_as, start_hash=held)
 
 
 def content(folder: Path) -> str | None:

@@ -72,8 +72,9 @@ class AdapterSwitch:
             raise UserError(f"adapters: {run.method.name} trains the base itself and cannot share it, got {name!r}")
         with self._only(None):
             views, heads = adapted_views(run, self.model), self._head_names()
-            adapters = attach(self.model, views, run.method, run.method_cfg, run.core.seed, heads, self.tokenizer)
-            adapters.base_run = self.base_run
+            adapters = attach(
+                self.model, views, run.method, run.method_cfg, run.core.seed, heads, self.tokenizer, self.base_run
+            )
             self.model.eval()
             self.adapters[name], self._heads[name] = adapters, self._head()
             adapters.unload()

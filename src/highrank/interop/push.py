@@ -29,13 +29,13 @@ from highrank.base.console import megabytes, say
 from highrank.base.errors import UserError, described
 from highrank.base.files import write_atomic
 from highrank.base.hub import PREFIX, RUN_FILES, caches_alone, on_hub, repository, unreachable
+from highrank.base.saved import read_results
 from highrank.config.run_config import Run, RunConfig, as_given, config_hash
 from highrank.config.words import spelled
 from highrank.interop import hub_model, peft
 from highrank.interop.card import model_card
 from highrank.model import adapter_folder
 from highrank.model.weights import NOT_DECISIVE
-from highrank.train.results import read_results
 from highrank.train.saved import check_plain, read_run
 
 KEPT = (

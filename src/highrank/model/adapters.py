@@ -344,14 +344,17 @@ def attach(
     seed: int = 0,
     heads: Sequence[str] = (),
     tokenizer: Any = None,
+    base_run: str | None = None,
 ) -> Adapters:
     """Freezes `model`, puts one adapter on each view and unfreezes `heads` (names of modules that train in full).
 
     An adapter's start depends on `seed` and its view's name alone, so adding a placement leaves the others unchanged.
     Everything that trains is fp32, whatever the base is: heads are cast, and for full fine-tuning the whole model.
-    A method whose update is no weight takes no views; `tokenizer` is for those of them that start from a text.
+    A method whose update is no weight takes no views; `tokenizer` is for those of them that start from a text. `base_run`
+    says which run's merged weights the model has.
     """
     adapters: Adapters = method.family(model, views, method, cfg, seed)
+    adapters.base_run = base_run
     model.requires_grad_(False)
     _read_slices_whole(model)
     if not adapters.keeps_base:

@@ -21,8 +21,9 @@ def build_model(run: Run, task: Task, base: Backbone | None = None) -> tuple[Bac
     give_tokens(task, run.protocol, backbone.tokenizer)
     views = adapted_views(run, backbone.model)
     heads = head_modules(backbone.model)
-    adapters = attach(backbone.model, views, run.method, run.method_cfg, core.seed, heads, backbone.tokenizer)
-    adapters.base_run = base_run(run)
+    adapters = attach(
+        backbone.model, views, run.method, run.method_cfg, core.seed, heads, backbone.tokenizer, base_run(run)
+    )
     return backbone, adapters
 
 

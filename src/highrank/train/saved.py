@@ -169,15 +169,15 @@ def load_base(run: Run, task: Task) -> Backbone:
     adapters.load(folder / "adapter")
     backbone.model.float()
     dtype = DTYPES[run.model["dtype"]]
-    backbone.update_lost = update_lost(adapters.merging(), dtype)
-    if backbone.update_lost > MOST_LOST:
+    lost = update_lost(adapters.merging(), dtype)
+    if lost > MOST_LOST:
         say(
-            f"warning: {run.model['dtype']} rounds away {backbone.update_lost:.0%} of the update merged from {shown(folder)}; "
+            f"warning: {run.model['dtype']} rounds away {lost:.0%} of the update merged from {shown(folder)}; "
             "model.dtype=float32 keeps it"
         )
-    backbone.model = adapters.unload().to(dtype).eval()
-    backbone.source = dataclasses.replace(backbone.source, sha=f"{backbone.source.sha}+{run.core.start_hash}")
-    return backbone
+    merged = adapters.unload().to(dtype).eval()
+    weights = dataclasses.replace(backbone.source, sha=f"{backbone.source.sha}+{run.core.start_hash}")
+    return Backbone(merged, backbone.tokenizer, weights, lost)
 
 
 @torch.no_grad()

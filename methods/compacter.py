@@ -92,6 +92,7 @@ class KroneckerNetwork(nn.Module):
 @register_method(config=CompacterConfig)
 class Compacter(BottleneckAdapters):
     network = KroneckerNetwork
+    default_lr = 1e-2
     examples = (
         {"reduction": 4},
         {"reduction": 2, "form": "parallel", "activation": "relu", "s": 4.0},

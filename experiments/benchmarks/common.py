@@ -316,9 +316,10 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
 # --- command line and output --------------------------------------------------------
 
 
-def arguments(doc: str, rounds: int, device: bool = True) -> argparse.ArgumentParser:
+def arguments(doc: str, rounds: int | None, device: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds (default {rounds})")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds (default {rounds})")
     parser.add_argument("--json", type=Path, help="file for settings, environment and all numbers")
     if device:
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

@@ -11,16 +11,17 @@ its own loss over all logits, random batches and DataCollatorForSeq2Seq padding 
 Both loops are the frameworks' own and run in one process, in two threads of which one has the turn: after --block steps
 it waits while the other does its block. The first block of each holds the start-up and is not measured. The ratio is
 taken block by block; the losses shown are those of the last quarter of the steps (each side's own batches), and, after
-the last step, of the same test examples, both by our loss.
+the last step, of the same test examples, as many of each test set, both by our loss.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ from lightning.pytorch.callbacks import Callback
 from highrank.config.run_config import Run
 from highrank.config.words import compose_run
 from highrank.data.batches import TrainingData, collate
-from highrank.data.encoding import encode
+from highrank.data.encoding import Encoded, encode
 from highrank.model.adapters import Adapters
 from highrank.model.backbones import load_backbone
 from highrank.train.build import build_model
@@ -59,10 +60,15 @@ from highrank.train.trainer import make_trainer
 
 
 class Relay:
-    """Lets training loops in several threads take turns of `block` steps, and times the turns."""
+    """Lets training loops in several threads take turns of `block` steps, and times the turns.
 
-    def __init__(self, names: Sequence[str], block: int, device: str):
-        self.queue, self.block, self.device = list(names), block, device
+    `between` is called with a side's name after each of its turns, off the clock.
+    """
+
+    def __init__(
+        self, names: Sequence[str], block: int, device: str, between: Callable[[str], None] = lambda name: None
+    ):
+        self.queue, self.block, self.device, self.between = list(names), block, device, between
         self.times: dict[str, list[float]] = {name: [] for name in names}
         self.losses: dict[str, list[float]] = {name: [] for name in names}
         self.errors: list[BaseException] = []
@@ -89,6 +95,7 @@ class Relay:
             synchronize(self.device)
             self.times[name].append(time.perf_counter() - self._started)
             note(f"{name}: block {len(self.times[name])} in {self.times[name][-1]:.1f} s")
+            self.between(name)
             self._pass_on(leave=False)
             self.take(name)
 
@@ -96,31 +103,50 @@ class Relay:
         """Ends the turn of the side that has it, for good."""
         self._pass_on(leave=True)
 
+    def run(self, loops: Mapping[str, Callable[[], None]]) -> None:
+        """Runs each side's loop in a thread of its own, to the end; raises the first error of any."""
+
+        def turn(name: str, loop: Callable[[], None]) -> None:
+            self.take(name)
+            try:
+                loop()
+            except BaseException as error:
+                self.errors.append(error)
+            finally:
+                self.leave()
+
+        threads = [threading.Thread(target=turn, args=pair, daemon=True) for pair in loops.items()]
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):  # the progress bar is drawn, and paid for, not shown
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        if self.errors:
+            raise self.errors[0]
+
 
 class Ours(Callback):
     """Takes our turns in Lightning's loop."""
 
-    def __init__(self, relay: Relay):
-        self.relay, self.steps = relay, 0
+    def __init__(self, relay: Relay, name: str):
+        self.relay, self.name, self.steps = relay, name, 0
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.relay.losses["ours"].append(float(outputs["loss"]))
+        self.relay.losses[self.name].append(float(outputs["loss"]))
         if trainer.global_step > self.steps:  # not between micro-batches
             self.steps = trainer.global_step
-            self.relay.step("ours")
+            self.relay.step(self.name)
 
 
-def train_ours(run: Run, data: TrainingData, adapters: Adapters, relay: Relay) -> None:
+def train_ours(run: Run, data: TrainingData, adapters: Adapters, relay: Relay, name: str = "ours") -> None:
     directory = RunDirectory(run)
     directory.open()
     steps = run.core.max_steps or 0
     module = FineTuner(adapters, run.make_task(), data.tokenizer, run.core, steps, run.protocol)
-    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # the progress bar is drawn, and paid for, not shown
-        trainer = make_trainer(run, directory, StopOnSignal(), steps, len(data.buckets))
-        trainer.callbacks.append(Ours(relay))  # type: ignore[attr-defined]
-        module.train()
-        relay.take("ours")
-        trainer.fit(module, train_dataloaders=data.train_dataloader())
+    trainer = make_trainer(run, directory, StopOnSignal(), steps, len(data.buckets))
+    trainer.callbacks.append(Ours(relay, name))  # type: ignore[attr-defined]
+    module.train()
+    trainer.fit(module, train_dataloaders=data.train_dataloader())
 
 
 def train_peft(run: Run, data: TrainingData, model: Any, relay: Relay, folder: str, device: str) -> None:
@@ -164,23 +190,39 @@ def train_peft(run: Run, data: TrainingData, model: Any, relay: Relay, folder: s
     trainer.train()
 
 
+def test_rows(run: Run, data: TrainingData, n: int) -> list[Encoded]:
+    """Returns n encoded test examples, as many of each test set."""
+    turns = itertools.zip_longest(*run.make_task().test().values())
+    records = [record for turn in turns for record in turn if record is not None][:n]
+    return [row for row in (encode(r, run.protocol, data.tokenizer) for r in records) if row is not None]
+
+
 @torch.no_grad()
-def test_loss(model: Any, run: Run, data: TrainingData, n: int) -> float:
-    """Returns the mean loss in nats over the target tokens of n test examples."""
-    records = [record for rows in run.make_task().test().values() for record in rows][:n]
-    encoded = [row for row in (encode(r, run.protocol, data.tokenizer) for r in records) if row is not None]
+def test_loss(model: Any, rows: Sequence[Encoded], pad_id: int) -> float:
+    """Returns the mean loss in nats over the target tokens of the rows."""
+    training = model.training
     model.eval()
     device = next(model.parameters()).device
     total = count = 0.0
-    for start in range(0, len(encoded), 8):
-        batch = collate(encoded[start : start + 8], data.tokenizer.pad_token_id)
+    for start in range(0, len(rows), 8):
+        batch = collate(rows[start : start + 8], pad_id)
         loss, num = language_model_loss(model, **{key: value.to(device) for key, value in batch.items()})
         total, count = total + float(loss) * num, count + num
+    model.train(training)
     return total / count
 
 
-def measure(method: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Returns samples/s and losses of both sides, and the ratio of their speeds; or the peer's gap."""
+def import_trainer() -> None:
+    """Raises Gap where PEFT, or what the Trainer needs, is not installed."""
+    import_peft()
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise Gap("accelerate, which the Trainer needs, is not installed") from None
+
+
+def training_run(method: str, args: argparse.Namespace, folder: str, words: Sequence[str] = ()) -> Run:
+    """Returns a checked run of args.steps steps on args.device, with nothing held out; `words` come last."""
     wanted = {
         "method": method,
         "placement": "fc_qkv",
@@ -191,43 +233,30 @@ def measure(method: str, args: argparse.Namespace, folder: str) -> dict[str, Any
         "trainer.accelerator": "gpu" if args.device.startswith("cuda") else "cpu",
         "trainer.devices": 1,
     }
-    run = compose_run(run_words(args.words, wanted))
+    return compose_run(run_words([*args.words, *words], wanted))
+
+
+def measure(method: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Returns samples/s and losses of both sides, and the ratio of their speeds; or the peer's gap."""
+    run = training_run(method, args, folder)
     task = run.make_task()
     backbone, adapters = build_model(run, task)
     core = run.core
     data = TrainingData(task, run.protocol, backbone.tokenizer, core.batch_size, core.eval_batch_size, core.seed)
     peer, gap = None, None
     try:
-        import_peft()
-        try:
-            import accelerate  # noqa: F401
-        except ImportError:
-            raise Gap("accelerate, which the Trainer needs, is not installed") from None
+        import_trainer()
         peer = add_peft(load_backbone(run.model, core.path).model.to(args.device), method, adapters)
         peer.train()
     except Gap as reason:
         gap = str(reason)
     relay = Relay(["ours", "PEFT"] if peer else ["ours"], args.block, args.device)
-
-    def their_thread() -> None:
-        try:
-            relay.take("PEFT")
-            train_peft(run, data, peer, relay, f"{folder}/peft", args.device)
-        except BaseException as error:
-            relay.errors.append(error)
-        finally:
-            relay.leave()
-
-    thread = threading.Thread(target=their_thread, daemon=True)
+    loops: dict[str, Callable[[], None]] = {"ours": lambda: train_ours(run, data, adapters, relay)}
     if peer:
-        thread.start()
-    train_ours(run, data, adapters, relay)
-    relay.leave()
-    if peer:
-        thread.join()
-    if relay.errors:
-        raise relay.errors[0]
+        loops["PEFT"] = lambda: train_peft(run, data, peer, relay, f"{folder}/peft", args.device)
+    relay.run(loops)
 
+    rows = test_rows(run, data, args.test_examples)
     models = {"ours": adapters.model.to(args.device), "PEFT": peer}
     samples = args.block * core.batch_size * core.accumulate
     found: dict[str, Any] = {"model": run.model["name"], "task": run.task.name, "batch_size": core.batch_size}
@@ -238,7 +267,7 @@ def measure(method: str, args: argparse.Namespace, folder: str) -> dict[str, Any
         found[name] = {
             "samples_per_second": summary([samples / t for t in times]),
             "final_loss": sum(window) / len(window),
-            "test_loss": test_loss(models[name], run, data, args.test_examples),
+            "test_loss": test_loss(models[name], rows, data.tokenizer.pad_token_id),
             "losses": losses,
         }
     if gap:

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,6 +130,66 @@ def test_train_throughput(bench):
         assert len(found["ours"]["losses"]) == len(found["PEFT"]["losses"]) == 4
         # four small steps from one start, in other batches
         assert found["ours"]["test_loss"] == pytest.approx(found["PEFT"]["test_loss"], rel=0.02)
+
+
+CURVES = [*REAL, "--methods=lora", "--steps=4", "--block=1", "--every=2", "--at=2,4", "--test-examples=3"]
+
+
+def test_time_to_loss(bench):
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    out, results = bench(
+        "time_to_loss", *CURVES, "--methods=lora,hira", "--seeds=0,1", "--batches=20,1+packed", "lr=0.05"
+    )
+    assert list(results) == ["lora", "hira"]
+    for method, seeds in results.items():
+        assert list(seeds) == ["0", "1"]
+        for found in seeds.values():
+            curves = {side: found[side]["curve"] for side in ("ours 20", "ours 1+packed", "PEFT")}
+            for curve in curves.values():
+                assert [steps for steps, _, _ in curve] == [0, 2, 4]
+                assert curve[0][1] == 0 < curve[1][1] < curve[2][1]
+                # one model and one start
+                assert curve[0][2] == pytest.approx(curves["PEFT"][0][2], abs=1e-5)
+                assert curve[2][2] < curve[0][2]
+            for side in ("ours 20", "ours 1+packed"):
+                assert list(found[side]["sooner"]) == ["2", "4"]
+                assert found[side]["padding"] >= 1
+        rows = [line for line in out.splitlines() if line.startswith(f"| {method} | ")]
+        assert len(rows) == 8  # three sides of two seeds, two medians
+
+
+def test_time_to_loss_without_peft(bench, without_peft):
+    out, results = bench("time_to_loss", *CURVES, "--seeds=0")
+    assert "PEFT is not installed" in out
+    assert len(results["lora"]["0"]["ours 20"]["curve"]) == 3
+
+
+def test_time_to_loss_refuses_counts_between_its_points(bench):
+    with pytest.raises(SystemExit, match="--every must be a multiple of --block"):
+        bench("time_to_loss", "--steps=10", "--every=4")
+
+
+def test_how_much_sooner_a_curve_reaches_a_loss(bench):
+    script = importlib.import_module("time_to_loss")
+    ours = [(0, 0.0, 2.0), (2, 10.0, 1.0), (4, 20.0, 1.5), (6, 30.0, 0.5)]
+    theirs = [(0, 0.0, 2.0), (2, 30.0, 1.25), (4, 60.0, 0.75), (6, 90.0, 0.4)]
+    assert script.seconds_to(ours, 1.0) == 10
+    assert script.sooner(ours, theirs, 2) == 30 / 7.5
+    assert script.sooner(ours, theirs, 4) == 60 / 27.5
+    assert script.sooner(ours, theirs, 6) is None
+    assert script.middle([3.0, None, 1.5]) == 1.5
+    assert script.middle([None, None, 1.5]) is None
+
+
+def test_the_test_loss_is_of_as_many_examples_of_each_set(bench, monkeypatch):
+    script = importlib.import_module("train_throughput")
+    monkeypatch.setattr(script, "encode", lambda record, protocol, tokenizer: record)
+    task = SimpleNamespace(test=lambda: {"a": ["a1", "a2", "a3"], "b": ["b1"], "c": ["c1", "c2"]})
+    run = SimpleNamespace(make_task=lambda: task, protocol=None)
+    data = SimpleNamespace(tokenizer=None)
+    assert script.test_rows(run, data, 4) == ["a1", "b1", "c1", "a2"]
+    assert script.test_rows(run, data, 9) == ["a1", "b1", "c1", "a2", "c2", "a3"]
 
 
 def test_train_throughput_without_peft(bench, without_peft):

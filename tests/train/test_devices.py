@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -254,6 +255,21 @@ def test_a_step_is_the_same_examples_however_it_is_cut(size, batch_size, accumul
             own = sum(targets[i] for i in rows)
             assert weight in (0, pytest.approx(own * accumulate * processes / n))
         assert sum(weight for _, weight in pieces) == pytest.approx(accumulate * processes)
+
+
+def test_lengths_are_sorted_inside_a_window_alone():
+    lengths = [37 * i % 101 for i in range(24)]
+    shuffled, halves, one = ([sorted(step) for step in LengthBuckets(lengths, 2, 5, window=n)] for n in (1, 6, 12))
+    order = list(range(24))
+    random.Random("5/0").shuffle(order)
+
+    def steps(window):
+        pieces = [sorted(order[at : at + 2 * window], key=lengths.__getitem__) for at in range(0, 24, 2 * window)]
+        return sorted(sorted(piece[at : at + 2]) for piece in pieces for at in range(0, 2 * window, 2))
+
+    assert [sorted(found) for found in (shuffled, halves, one)] == [steps(1), steps(6), steps(12)]
+    assert steps(1) != steps(6) != steps(12)
+    assert list(LengthBuckets(lengths, 1, 5)) == list(LengthBuckets(lengths, 1, 5, window=20))
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(7, 2), (8, 2), (1, 5), (0, 2)])

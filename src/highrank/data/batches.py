@@ -25,7 +25,7 @@ from highrank.data.token_cache import cached_encoding
 class LengthBuckets(Sampler[list[int]]):
     """Micro-batches of similar length in random order, a function of (seed, epoch) alone.
 
-    The order is shuffled, cut into chunks of 20 steps, sorted by length inside a chunk and cut into steps, which are
+    The order is shuffled, cut into windows of 20 steps, sorted by length inside a window and cut into steps, which are
     shuffled again: padding stays small and no step depends on where an interruption fell. A step is the same examples
     however it is cut: `accumulate` micro-batches of `batch_size` for each of N processes, or one of them all. Process r
     takes the micro-batches r, r + N, ... of a step. One for which no example is left repeats the first, and weighs
@@ -40,9 +40,10 @@ class LengthBuckets(Sampler[list[int]]):
         share: Share = WHOLE,
         accumulate: int = 1,
         targets: Sequence[int] | None = None,
+        window: int = 20,
     ):
         self.lengths, self.batch_size, self.seed, self.epoch, self.first = lengths, batch_size, seed, 0, 0
-        self.share, self.accumulate = share, accumulate
+        self.share, self.accumulate, self.window = share, accumulate, window
         self.targets = [1] * len(lengths) if targets is None else targets
         """How many targets each example has: what it weighs in its step."""
         self._steps: tuple[int | None, list[list[int]]] = None, []
@@ -69,9 +70,9 @@ class LengthBuckets(Sampler[list[int]]):
             rng = random.Random(f"{self.seed}/{self.epoch}")
             rng.shuffle(order)
             size = self.batch_size * self.num_pieces
-            for start in range(0, len(order), 20 * size):
-                chunk = slice(start, start + 20 * size)
-                order[chunk] = sorted(order[chunk], key=lambda i: self.lengths[i])
+            for start in range(0, len(order), self.window * size):
+                window = slice(start, start + self.window * size)
+                order[window] = sorted(order[window], key=lambda i: self.lengths[i])
             steps = [order[i : i + size] for i in range(0, len(order), size)]
             rng.shuffle(steps)
             self._steps = self.epoch, steps

@@ -119,6 +119,17 @@ def test_startup(bench):
         positive(found)
 
 
+def test_merged_latency(bench):
+    out, results = bench("merged_latency", *TINY, "--rounds=1", "--methods=hyperadapt,hira", "--r=2")
+    assert list(results) == ["prompt", "token"]
+    sides = ["a copy", *(f"{label}, {how}" for label in ("HyperAdapt", "HiRA r=2") for how in ("acting", "merged"))]
+    for of in results.values():
+        assert list(of) == sides
+        for found in of.values():
+            positive(found)
+    assert all(f"| {side} |" in out for side in sides)
+
+
 def test_train_throughput(bench):
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")

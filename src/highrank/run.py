@@ -57,7 +57,9 @@ def execute(run: Run) -> tuple[Path, int]:
         if run.core.analyze and directory.writes and not (directory.path / "analysis" / "statistics.json").is_file():
             directory.write(**{**earlier, "analysis": at_end_of(directory.path)})
     elif earlier.get("status") == "diverged" and run.core.resume != "never":
-        raise Diverged(f"{earlier['error']}; it did so before, and nothing was run again (resume=never does)")
+        raise Diverged(
+            f"{earlier.get('error', 'the loss was not finite')}; it did so before, and nothing was run again (resume=never does)"
+        )
     else:
         shown.show_plan(run, plan, expected_here(run, plan.steps))
         stop, processes = StopOnSignal(), check_trainer(run)

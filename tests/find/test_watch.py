@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 
 import pytest
@@ -75,6 +76,7 @@ def test_a_sweeps_runs_have_the_names_that_tell_them_apart(outputs, highrank, te
 def test_what_a_run_removes_while_it_is_weighed_weighs_nothing(training, monkeypatch):
     gone = training / "gone.partial"
     gone.touch()
+    os.utime(gone, (0, 0))
     real = reading.os.scandir
 
     @contextlib.contextmanager

@@ -5,19 +5,20 @@ highrank analyze RUN... [--full RUN] [--out DIR] [--sketch COLUMNS] [--tiny SIZE
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from highrank.analysis import figures
 from highrank.analysis import spectra as store
 from highrank.analysis.spectra import EXACT, Settings
 from highrank.analysis.summary import MEANS, Analysis, by, describe, expressive, means
+from highrank.base.console import console
 from highrank.base.errors import UserError
 from highrank.base.files import sha256, write_atomic
 from highrank.base.options import Words
@@ -29,7 +30,6 @@ from highrank.report import dashboard
 from highrank.report.runs import read_sweep
 from highrank.train.saved import load_run, read_run
 
-console = Console()
 FOLDER = "analysis"
 PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left"}
 
@@ -86,8 +86,13 @@ def analyze(
     Raises:
         UserError: if the runs have no base or no adapted weight in common, or `full` is no full fine-tuning.
     """
-    folders = [run for folder in folders for run in runs_in(folder)]
-    analyses = [analyze_run(folder, settings) for folder in dict.fromkeys([*folders, *([full] if full else [])])]
+    runs = dict.fromkeys(run for folder in folders for run in runs_in(folder))
+    named = {*folders, full}
+    analyses = [
+        a for run in {**runs, **({full: None} if full else {})} if (a := _analysis(run, run in named, settings))
+    ]
+    if not analyses:
+        raise UserError(f"analyze: a run that can be analysed is needed, got none in {', '.join(map(str, folders))}")
     if full and analyses[-1].run.method.family.keeps_base:
         raise UserError(
             f"analyze: --full is a run of full fine-tuning, got method={analyses[-1].run.method.name} in {full}"
@@ -97,16 +102,38 @@ def analyze(
     show(analyses[0])
     if out:
         draw(out, analyses)
-    return out or folders[0] / FOLDER
+    return out or analyses[0].folder / FOLDER
+
+
+def _analysis(run: Path, named: bool, settings: Settings) -> Analysis | None:
+    """Returns a run's analysis; of a damaged one that was not named, but is of a sweep, nothing, and says why."""
+    try:
+        return analyze_run(run, settings)
+    except UserError as error:
+        if named:
+            raise
+        _left_out(run, str(error))
+        return None
+
+
+def _left_out(run: Path, reason: str) -> None:
+    print(f"not analysed: {run.name}: {reason}", file=sys.stderr)
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Returns a run directory itself; of a sweep folder, the finished runs whose method has a ΔW."""
+    """Returns a run directory itself; of a sweep folder, the finished runs whose method has a ΔW, and says which are damaged."""
     if not (folder / "sweep.json").is_file():
         return [folder]
-
-    done = [record.path for record in read_sweep(folder).records if record.status == "done"]
-    runs = [run for run in done if read_card(run / "adapter")["views"]]
+    sweep = read_sweep(folder)
+    for run, reason in sweep.skipped:
+        _left_out(run, reason)
+    done = [record.path for record in sweep.records if record.status == "done"]
+    runs = []
+    for run in done:
+        try:
+            runs += [run] if read_card(run / "adapter")["views"] else []
+        except UserError as error:
+            _left_out(run, str(error))
     if not runs:
         raise UserError(
             f"analyze: a sweep holds finished runs with a ΔW, got {len(done)} finished and none with a ΔW in {folder}"

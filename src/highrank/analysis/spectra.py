@@ -181,5 +181,5 @@ def read(folder: Path, key: dict[str, Any]) -> Spectra | None:
         if json.loads(metadata.get("key", "{}")) != key:
             return None
         return Spectra(key, load_file(file), json.loads(metadata["notes"]))
-    except (FileNotFoundError, SafetensorError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, SafetensorError, KeyError, ValueError):
         return None

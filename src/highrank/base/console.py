@@ -9,14 +9,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-console = Console()
+console = Console(markup=False, emoji=False)
+"""Prints what it is given as it is: `[q,v]` is no markup, `:x:` no picture."""
 LOOK_S = 1
 """How often a download is looked at."""
 
 
 def say(line: str) -> None:
     """Prints one line at once and as it is, however long."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Writes files atomically, shows paths, names the cache folder and takes sha256 sums."""
+"""Writes files atomically, finds run directories, shows paths, names the cache folder and takes sha256 sums."""
 
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ def shown(path: Path | str) -> str:
     """Returns a path as people read it: from the working directory if it lies below, else as it is."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if path and Path(path).is_relative_to(here) else str(path)
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Yields the run directories in a folder and below it, but for the trials of a learning-rate search within."""
+    for path, folders, names in os.walk(folder):
+        if "results.json" in names:
+            folders.clear()
+            yield Path(path)
+        folders[:] = sorted(name for name in folders if name != "search" and not name.startswith("."))
 
 
 def write_atomic(path: Path, data: bytes) -> None:

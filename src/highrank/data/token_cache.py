@@ -41,7 +41,7 @@ def cached_encoding(
         if hashlib.sha256(packed).digest() == checksum:
             return _unpack(load(packed))
 
-        console.print(f"the token cache {file} is damaged; encoding again", markup=False, highlight=False)
+        console.print(f"the token cache {file} is damaged; encoding again", highlight=False)
     rows = encode()
     packed = save(_pack(rows))
     with suppress(OSError):

@@ -1,9 +1,8 @@
-"""Where presets and runs lie; imports nothing that takes time, since completing a word needs it."""
+"""Where presets lie; imports nothing that takes time, since completing a word needs it."""
 
-import os
 from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 CONFIGS = "highrank.configs"
 
@@ -18,12 +17,3 @@ def preset_texts(group: str) -> Iterator[tuple[str, str]]:
                 folders.append((f"{start}{entry.name}/", entry))
             elif entry.name.endswith(".yaml"):
                 yield start + PurePath(entry.name).stem, entry.read_text(encoding="utf-8")
-
-
-def run_folders(folder: Path) -> Iterator[Path]:
-    """Yields the run directories in a folder and below it, but for the trials of a learning-rate search within."""
-    for path, folders, names in os.walk(folder):
-        if "results.json" in names:
-            folders.clear()
-            yield Path(path)
-        folders[:] = sorted(name for name in folders if name != "search" and not name.startswith("."))

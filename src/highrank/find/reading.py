@@ -11,12 +11,11 @@ from typing import Any
 
 from highrank.base import registry
 from highrank.base.console import duration
-from highrank.base.errors import UserError, suggest
+from highrank.base.errors import UserError
 from highrank.base.files import shown
-from highrank.base.saved import read_config, read_results
+from highrank.base.saved import instead, read_config, read_results
 from highrank.base.source import Field, Source
 from highrank.config.run_config import LATER, as_given, flat
-from highrank.find.places import run_folders
 
 QUIET_S = 600
 """After how many seconds without a written file a run that says it is running is told of."""
@@ -88,40 +87,23 @@ def one_run(command: str, folder: Path) -> Found:
         UserError: if the folder holds no run (naming what it holds instead) or a damaged one.
     """
     if not (folder / "results.json").is_file():
-        raise UserError(f"{command}: a run directory is needed, got {shown(folder)}, {_instead(folder)}")
+        raise UserError(f"{command}: a run directory is needed, got {shown(folder)}, {instead(folder)}")
     found = read(folder)
     if found.problem:
         raise UserError(found.problem)
     return found
 
 
-def _instead(folder: Path) -> str:
-    if folder.is_file():
-        return "a file"
-    if not folder.is_dir():
-        near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-        said = suggest(folder.name, near)
-        return f"which is not there{said if 'mean' in said else ''}; highrank runs lists them"
-    if (folder / "sweep.json").is_file():
-        return f"a sweep; highrank runs {shown(folder)} lists its runs"
-    below = [shown(path) for path, _ in zip(run_folders(folder), range(3), strict=False)]
-    if below:
-        return f"which holds runs: {', '.join(below)}; highrank runs {shown(folder)} lists them"
-    if (folder / "plan.json").is_file():
-        return "a dry run; give its command without dry_run=true"
-    return "which has no results.json"
-
-
 def weigh(folder: Path) -> tuple[int, float]:
     """Returns the bytes of a folder's files, and when the last of them was written."""
     size, newest = 0, 0.0
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             inner, written = 0, 0.0
             if entry.is_dir(follow_symlinks=False):
                 inner, written = weigh(Path(entry.path))
             else:
-                with suppress(FileNotFoundError):  # of a run at work, which renames and removes
+                with suppress(OSError):  # of a run at work, which renames and removes
                     stat = entry.stat(follow_symlinks=False)
                     inner, written = stat.st_size, stat.st_mtime
             size, newest = size + inner, max(newest, written)

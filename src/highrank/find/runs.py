@@ -12,10 +12,9 @@ from rich.text import Text
 
 from highrank.base.console import console, duration, megabytes, say
 from highrank.base.errors import UserError, suggest
-from highrank.base.files import shown
+from highrank.base.files import run_folders, shown
 from highrank.base.options import Words
 from highrank.config.run_config import LATER
-from highrank.find.places import run_folders
 from highrank.find.reading import Found, read, score_text, since, weigh
 from highrank.find.table import show
 
@@ -113,5 +112,5 @@ def same(value: Any, text: str) -> bool:
         return value == text.strip("'\"")
     try:
         return bool(yaml.load(text, yaml.CSafeLoader) == value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # as of 2026-13-01, which begins like a date
         return False

@@ -1,24 +1,25 @@
 """Where runs are, live, from the files that they write: `highrank watch RUN|SWEEP`, and a sweep's own table."""
 
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from google.protobuf.message import DecodeError
 from rich.live import Live
 from rich.table import Table
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
 from highrank.base.console import console, duration
-from highrank.base.files import shown
+from highrank.base.files import run_folders, shown
 from highrank.base.options import Words
 from highrank.base.saved import sweep_cells
-from highrank.find.places import run_folders
 from highrank.find.reading import Found, one_run, read, score_text, since, weigh
 from highrank.find.runs import status_text
 from highrank.find.table import drawn, show
@@ -47,7 +48,10 @@ def command(words: list[str]) -> int:
         parser.error(f"--every takes seconds > 0, got --every {options.every:g}")
     watched = Watched(options.folder)
     if options.once or not console.is_terminal:
-        show(COLUMNS, watched.look().rows, watched.title)
+        look = watched.look()
+        show(COLUMNS, look.rows, watched.title)
+        for problem in look.problems:
+            print(problem, file=sys.stderr)
         return 0
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
@@ -77,19 +81,25 @@ class Steps:
         self.times: deque[Step] = deque(maxlen=STEPS)
 
     def look(self) -> None:
-        for file in sorted(self.folder.glob("events.out.tfevents.*")):
-            if not file.suffix[1:].isdigit():  # what a finished run says for TensorBoard's tables
-                continue
+        for file in self._files():
             if file not in self.loaders:
                 self.loaders[file] = RawEventFileLoader(str(file))
-            for raw in self.loaders[file].Load():
-                event = Event.FromString(raw)
+            for event in _events(self.loaders[file]):
                 for value in event.summary.value:
                     if value.tag == "train/loss":
                         self.done, self.loss = event.step + 1, value.simple_value
                         self.times.append(Step(self.done, event.wall_time, file))
 
-    def left(self, planned: int) -> float | None:
+    def _files(self) -> list[Path]:
+        """Returns the event files of the run's tries, the one written last behind the others."""
+        tries = []
+        for file in self.folder.glob("events.out.tfevents.*"):
+            with suppress(OSError):  # gone since
+                if file.suffix[1:].isdigit() and file.is_file():  # others are for TensorBoard's tables
+                    tries.append((file.stat().st_mtime_ns, file))
+        return [file for _, file in sorted(tries)]
+
+    def left(self, planned: float) -> float | None:
         """Returns the seconds that the other steps will take, at the pace of the last ones; the time between two tries of
         a run, each of which has a file, is no step's."""
         pairs = [
@@ -101,6 +111,12 @@ class Steps:
         return pace * max(planned - self.done, 0)
 
 
+def _events(loader: Any) -> Iterator[Event]:
+    """Yields what has been written since the last time, as far as it is whole."""
+    with suppress(DecodeError):
+        yield from map(Event.FromString, loader.Load())
+
+
 @dataclass(frozen=True)
 class Look:
     """Runs as they were at one moment."""
@@ -108,6 +124,8 @@ class Look:
     rows: list[tuple[Any, ...]]
     """A row of COLUMNS for each."""
     statuses: list[str]
+    problems: list[str]
+    """What is damaged, a line each."""
 
     @property
     def counts(self) -> str:
@@ -131,7 +149,7 @@ class Look:
             left_out = "and " + ", ".join(f"{number} {status}" for status, number in others.items())
             rows = [rows[index] for index in kept]
         table = drawn(COLUMNS, rows, title)
-        table.caption, table.caption_justify = left_out or None, "left"
+        table.caption, table.caption_justify = "\n".join([*filter(None, [left_out]), *self.problems]) or None, "left"
         return table
 
 
@@ -146,13 +164,14 @@ class Runs:
     def look(self, names: Mapping[Path, str], before: Mapping[Path, str] | None = None) -> Look:
         """Returns how far the run in each folder is, by its name; `before` says of those whose files are of an earlier try
         what this one does."""
-        rows, statuses = [], []
+        rows, statuses, problems = [], [], []
         for path, name in names.items():
             told = (before or {}).get(path) or ("" if (path / "results.json").is_file() else "waiting")
             run = None if told else self._read(path)
             rows.append(self._row(path, run, name, len(names) == 1) if run else (name, told, "", "", "", "", ""))
             statuses.append(run.status if run else "waiting" if told == "waiting" else "running")
-        return Look(rows, statuses)
+            problems += [f"{name}: {run.problem}"] if run and run.problem else []
+        return Look(rows, statuses, problems)
 
     def _read(self, path: Path) -> Found:
         written = (path / "results.json").stat().st_mtime_ns
@@ -204,15 +223,21 @@ class Watched:
     def look(self) -> Look:
         """Returns the runs as they are now, and notes the title and whether all is over."""
         look = self.runs.look(self._names())
-        self.over = not {"waiting", "running"} & set(look.statuses)
-        what = f"{len(look.rows)} runs: {look.counts}" if self.sweep else look.statuses[0]
+        self.over = not self.searches and not {"waiting", "running"} & set(look.statuses)
+        runs = f"{len(look.rows)} runs: {look.counts}" if look.rows else "no run has begun yet"
+        what = runs if self.sweep else look.statuses[0]
         self.title = f"{shown(self.folder)}: {what}"
         return look
+
+    @property
+    def searches(self) -> bool:
+        """Whether it is a sweep whose runs are not settled yet: learning rates are being searched for them."""
+        return self.sweep and not (self.folder / "sweep.json").is_file()
 
     def _names(self) -> dict[Path, str]:
         if not self.sweep:
             return {self.folder: shown(self.folder)}
-        if not (self.folder / "sweep.json").is_file():  # as long as learning rates are searched
+        if self.searches:
             return {path: path.name for part in (self.folder, self.folder / "search") for path in run_folders(part)}
         return {path: name_of(path, axes) for path, axes in sweep_cells("watch", self.folder).items()}
 

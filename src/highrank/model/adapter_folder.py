@@ -12,9 +12,12 @@ from torch import Tensor
 from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
 from highrank.base.processes import writes
+from highrank.base.shapes import plain, read_json
 
 FORMAT_VERSION = 1
 SEAL = "card_sha256"
+CARD = {"format_version": int, "method": str, "fields": {...: plain}, "sha256": str, "probe": plain, ...: plain}
+"""What adapter.json holds at least."""
 
 
 def write(folder: Path, tensors: dict[str, Tensor], *, method: str, fields: Any, seed: int, **about: Any) -> Path:
@@ -66,12 +69,9 @@ def read_card(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"adapter: a saved adapter has adapter.json, got none in {folder}")
     try:
         raw = path.read_bytes()
-        card = json.loads(raw)
-        lacking = [key for key in ("format_version", "method", "fields", "sha256", "probe") if key not in card]
-    except (ValueError, TypeError) as error:
+        card: dict[str, Any] = read_json(path, CARD)
+    except (OSError, ValueError) as error:
         raise UserError(f"adapter: {path} is damaged, got {error}") from error
-    if lacking:
-        raise UserError(f"adapter: {path} is damaged, got no {', '.join(lacking)}")
     if card["format_version"] > FORMAT_VERSION:
         raise UserError(f"adapter: format {FORMAT_VERSION} is the newest read here, got {card['format_version']}")
     seal = str(card.get(SEAL))

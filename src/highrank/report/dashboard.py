@@ -74,7 +74,10 @@ def write(folder: Path) -> None:
         UserError: if sweep.json is missing or damaged.
     """
     sweep = read_sweep(folder)
-    domains = {key: _domain([_plain(value) for value in values]) for key, values in sweep.axes.items()}
+    given = {key: [r.axes[key] for r in sweep.records if key in r.axes] for key in sweep.axes}
+    domains = {
+        key: _domain([*dict.fromkeys(map(_plain, [*values, *given[key]]))]) for key, values in sweep.axes.items()
+    }
     for record in sweep.records:
         hparams = {k: v for k, v in hyperparameters(record.config).items() if k not in domains}
         for key, value in record.axes.items():
@@ -84,7 +87,7 @@ def write(folder: Path) -> None:
     for file in (folder / "search").glob("*/events.out.tfevents.*.session"):
         file.unlink()
 
-    rates = [float(record.config["lr"]) for record in sweep.records if record.config]
+    rates = [float(record.config["lr"]) for record in sweep.records if record.config.get("lr") is not None]
     if rates:
         domains.setdefault("lr", RealInterval(min(rates), max(rates)))
     columns = [HParamInfo(name=key, differs=key in sweep.axes) for key in domains]
@@ -183,6 +186,8 @@ def _figures(folder: Path) -> list[Summary]:
     summaries = []
     for file in sorted((folder / "analysis").glob("*.png")):
         data = file.read_bytes()
+        if len(data) < 24:  # cut off before its size
+            continue
         width, height = struct.unpack(">II", data[16:24])
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=data)
         summaries.append(Summary(value=[Summary.Value(tag=f"analysis/{file.stem}", image=image)]))

@@ -5,7 +5,6 @@ Drawn on `Figure` objects, without pyplot and its global state. Colours are Okab
 
 import io
 import itertools
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from highrank.base.shapes import amount, read_json
 from highrank.report.published import ROWS
 from highrank.report.retention import OWN, TEXT, means
 from highrank.report.runs import Record, flat
@@ -492,6 +492,10 @@ def _matrix(
 # --- what was learned: RUN/analysis -----------------------------------------------
 
 
+STATISTICS = {"views": [{"name": str, "part": str, "layer": int, "normalized_rank": amount}]}
+"""What is drawn of an analysis's statistics.json."""
+
+
 def _analysed(results: Results) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
     """Returns, per arm, the analysis folder of its first analysed run and the statistics per weight."""
     analyses: dict[str, tuple[Path, list[dict[str, Any]]]] = {}
@@ -499,9 +503,8 @@ def _analysed(results: Results) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
         for record in arm.records:
             folder = record.path / "analysis"
             try:
-                views = json.loads((folder / "statistics.json").read_text())["views"]
-                [(view["part"], view["layer"], view["normalized_rank"]) for view in views]
-            except (OSError, ValueError, KeyError, TypeError):
+                views = read_json(folder / "statistics.json", STATISTICS)["views"]
+            except (OSError, ValueError):  # not analysed, or damaged since: the other figures do without
                 continue
             if views:
                 analyses[arm.label] = (folder, views)

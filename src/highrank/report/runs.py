@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from highrank.base.errors import UserError
-from highrank.base.saved import read_results
+from highrank.base.errors import UserError, described
+from highrank.base.saved import SWEEP, read_config, read_results
+from highrank.base.shapes import read_json
 from highrank.config.run_config import GROUPS, SAME_RUN, as_given, flat, with_later
 
 
@@ -59,7 +58,7 @@ class Record:
         try:
             lines = (self.path / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
             rows = [json.loads(line) for line in lines if line]
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return rows if rows and all(isinstance(row, dict) and "id" in row for row in rows) else None
 
@@ -91,12 +90,12 @@ def read_sweep(folder: Path | str) -> SweepRuns:
     """
     folder = Path(folder)
     try:
-        plan = json.loads((folder / "sweep.json").read_text())
+        plan = read_json(folder / "sweep.json", SWEEP)
         cells = [(folder / cell["run"], dict(cell["axes"]), cell["config_hash"]) for cell in plan["cells"]]
         name, axes, search = plan["name"], dict(plan["axes"]), plan.get("lr_search")
         searched = [(dict(arm["axes"]), arm) for arm in search["arms"]] if search else []
         command = " ".join(["python run.py -m", *map(str, plan.get("words", ()))])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"sweep: sweep.json must hold name, axes and cells, got {type(error).__name__} {error} in {folder}; "
             "run the sweep again, or name its run directories"
@@ -154,26 +153,18 @@ def _with(record: Record, **values: Any) -> Record:
 
 
 def _read(path: Path, axes: Mapping[str, Any]) -> Record:
-    results = read_results(path)
-    config: Any = {}
+    results, config = read_results(path), read_config(path)
     try:
-        if (path / "config.yaml").is_file():
-            config = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
         _check(config, results)
-    except Exception as error:  # whatever a YAML parser raises for a damaged file
-        raise UserError(
-            f"run: a result must be whole, got {type(error).__name__} {error} in {path}; run it again"
-        ) from error
+        config = with_later(as_given(config)) if config else {}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"run: a result must be whole, got {described(error)} in {path}; run it again") from error
     seed = axes.get("seed")
-    if config:
-        config = with_later(as_given(config))
     return Record(path, config, results, {**axes, "seed": results.get("seed") if seed is None else seed})
 
 
-def _check(config: Any, results: Mapping[str, Any]) -> None:
+def _check(config: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Raises ValueError or KeyError unless a finished run's results hold what tables are made of."""
-    if not isinstance(config, Mapping):
-        raise ValueError("config.yaml holds no mapping")
     if results["status"] != "done":
         return
     if not config:
@@ -187,10 +178,8 @@ def _check(config: Any, results: Mapping[str, Any]) -> None:
     for name, metrics in final["sets"].items():
         if not (isinstance(metrics[metric], int | float) and math.isfinite(metrics[metric]) and metrics["n"] > 0):
             raise ValueError(f"{name} has {metric}={metrics[metric]}, n={metrics['n']}")
-    if not {"protocol", "data", "params", "seed"} <= results.keys() or "hash" not in results["protocol"]:
+    if not {"protocol", "data", "params", "seed"} <= results.keys():
         raise ValueError("no protocol, data, params or seed")
-    if not all("name" in file for file in results["data"]):
-        raise ValueError("data without a name")
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

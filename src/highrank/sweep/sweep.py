@@ -24,7 +24,8 @@ from rich.text import Text
 from highrank.base.console import console, duration, say
 from highrank.base.errors import UserError
 from highrank.base.files import digest, shown, write_atomic
-from highrank.base.saved import read_results
+from highrank.base.saved import SWEEP, read_results
+from highrank.base.shapes import read_json
 from highrank.config.words import given_text, key_of, scaled
 from highrank.report import dashboard
 from highrank.sweep import lr_search
@@ -177,10 +178,10 @@ class Sweep:
                 )
             return
         try:
-            old = json.loads(file.read_text())
+            old = read_json(file, SWEEP)
             rates = (old["lr_search"] or {}).get("values")
             asked = {cell["asked"]: cell["axes"] for cell in old["cells"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"sweep: sweep.json must be whole, as a sweep wrote it, got {type(error).__name__} {error} in {file}; bring "
                 "it back, or choose another sweep_dir"

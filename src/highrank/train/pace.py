@@ -4,6 +4,7 @@ A run is like another if nothing differs that its speed depends on: model, metho
 batch, threads, machine, version of PyTorch. Seed, rates and the number of steps may differ.
 """
 
+import os
 import platform
 import statistics
 from collections import defaultdict
@@ -84,10 +85,10 @@ class Times:
 
     def __init__(self, folders: Iterable[Path] = ()):
         self.by_pace: defaultdict[str, list[Measured]] = defaultdict(list)
-        files = {file.resolve() for folder in folders for place in PLACES for file in folder.glob(place)}
+        files = {os.path.realpath(file) for folder in folders for place in PLACES for file in folder.glob(place)}
         for file in sorted(files):
             try:
-                self.add(read_results(file.parent))
+                self.add(read_results(Path(file).parent))
             except UserError:  # a damaged run has measured nothing
                 continue
 

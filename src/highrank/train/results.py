@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
-from highrank.base.saved import read_results
+from highrank.base.saved import read_config, read_results
 from highrank.config.run_config import SAME_RUN, Run, as_given
 from highrank.train.devices import share_of
 from highrank.train.pace import pace_of
@@ -70,9 +68,8 @@ class RunDirectory:
     def _differences(self) -> str:
         """Returns which values of the folder's config are others than this run's."""
         try:
-            values: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
-            saved = _flat(as_given(values))
-        except (OSError, YAMLError, OmegaConfBaseException):
+            saved = _flat(as_given(read_config(self.path)))
+        except UserError:
             return "a config.yaml that is missing or damaged"
         resolved: Any = OmegaConf.to_container(OmegaConf.create(self.run.resolved))
         current = _flat(as_given(resolved))
@@ -103,6 +100,7 @@ class RunDirectory:
         if "eval_before_s" in earlier.get("time", {}):
             kept["time"] = {"eval_before_s": earlier["time"]["eval_before_s"]}
         if "metrics" in kept or checkpoints.exists():
+            earlier = read_results(self.path, needed=("model", "data"))
             _compare("model", *model_files(model, earlier["model"]))
             new, old = ({row["name"]: row["sha256"] for row in rows} for rows in (data, earlier["data"]))
             if list(new.values()) != list(old.values()):  # a file that was only moved is the same data

@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from yaml import YAMLError
 
 from highrank.base.console import say
-from highrank.base.errors import UserError, refused_by_disk, suggest
+from highrank.base.errors import UserError, described, refused_by_disk, suggest
 from highrank.base.files import shown
 from highrank.base.hub import fetched
-from highrank.base.saved import read_results
+from highrank.base.saved import instead, read_config, read_results
 from highrank.config.build import build
 from highrank.config.run_config import CORE_KEYS, UNHASHED, Run, as_given, config_hash
 from highrank.config.start import content
@@ -54,10 +52,12 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
         UserError: if the folder holds no config, or no saved adapter; or for a word that would change the adapter.
     """
     folder = Path(folder)
+    if not (folder / "results.json").is_file():
+        raise UserError(f"run: a run directory is needed, got {shown(folder)}, {instead(folder)}")
     for needed in ("config.yaml", "adapter/adapter.json"):
         if not (folder / needed).is_file():
             raise UserError(f"run: a run directory holds {needed}, got {folder}; has the run finished training?")
-    results = read_results(folder)
+    results = read_results(folder, needed=("model",))
     over = results["status"] == "done" or results.get("stopped")
     if not over and results.get("steps", 0) < results.get("steps_planned", 0):
         raise UserError(
@@ -65,18 +65,17 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
             f"{results.get('steps', 0)} of {results['steps_planned']} in {folder}; give the run's command again: it goes on"
         )
     register_configs()
+    values = read_config(folder)
     try:
-        config = OmegaConf.load(folder / "config.yaml")
-        values: Any = OmegaConf.to_container(config)
         stated = config_hash(values)
-    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"run: config.yaml is damaged, got {str(error).splitlines()[0]} in {folder}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"run: config.yaml is damaged, got {described(error)} in {folder}") from error
     if stated != results["config_hash"]:
         raise UserError(
             f"run: config.yaml must be the one trained with, got hash {stated[:12]}… instead of "
             f"{results['config_hash'][:12]}… in {folder}; bring it back, or train again under another run_dir"
         )
-    run = build(config, trained=True)
+    run = build(OmegaConf.create(values), trained=True)
     return _with(run, words) if words else run
 
 

@@ -73,7 +73,7 @@ def _shown(metrics: dict[str, Any]) -> str:
     """Returns the headline rule's metrics; results.json has the other rules' and the clean subset's."""
     shown = {k: v for k, v in metrics.items() if k not in (*COUNTS, "perplexity") and not k.endswith(SECONDARY)}
     values = [f"{k} {v:.4f}" if k == "loss" else f"{k} {v:.1f} %" for k, v in shown.items()]
-    seen = f", {metrics['leaked']} seen in training" if metrics["leaked"] else ""
+    seen = f", {metrics['leaked']} seen in training" if metrics.get("leaked") else ""
     cut = f", {metrics['cut']} cut to the longest length" if metrics.get("cut") else ""
     lost = f", {metrics['not_finite']} predictions are no number" if metrics.get("not_finite") else ""
     unmeasured = metrics.get("loss_left_out", 0) + metrics.get("loss_cut", 0)

@@ -220,6 +220,10 @@ def test_a_sweep_stands_for_its_finished_runs_with_an_update(runs, capsys):
     assert status == 0, err
     found = json.loads((runs / "analysis" / "comparison.json").read_text())
     assert [Path(run["run"]).name for run in found["runs"]] == ["hira2", "lora"]
+    (runs / "lora" / "adapter" / "adapter.json").write_text("[]")
+    plan("hira2", "lora")
+    assert analyze(capsys, runs)[0] == 0
+    assert analyze(capsys, runs / "lora")[0] == 2
     plan("prompt", "failed", "missing")
     status, _, err = analyze(capsys, runs)
     assert status == 2

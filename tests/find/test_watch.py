@@ -137,6 +137,61 @@ def test_a_sweep_that_searches_rates_has_its_trials(outputs):
     assert [row["run"] for row in rows(Watched(sweep))] == ["trial"]
 
 
+def test_a_sweep_goes_on_until_its_runs_are_settled_and_over(outputs, highrank):
+    """Before the first trial, and between two of them, nothing runs: no reason to stop looking."""
+    sweep = outputs / "sweep_1"
+    sweep.mkdir()
+    (sweep / "sweep.lock").touch()
+    watched = Watched(sweep)
+    assert rows(watched) == []
+    assert (watched.title, watched.over) == ("outputs/sweep_1: no run has begun yet", False)
+    assert highrank("watch", sweep)[:2] == (0, "\t".join(COLUMNS) + "\n")
+    shutil.copytree(outputs / "2026-01-01/lora", sweep / "search/trial")
+    assert rows(watched)[0]["status"] == "done"
+    assert not watched.over
+    shutil.copytree(outputs / "2026-01-01/lora", sweep / "cell")
+    (sweep / "sweep.json").write_text(json.dumps({"cells": [{"run": "cell"}]}))
+    assert rows(watched)[0]["run"] == "cell"
+    assert watched.over
+
+
+def test_a_damaged_run_of_a_sweep_is_named_with_its_fault(outputs, highrank, terminal):
+    sweep = outputs / "2026-01-01"
+    (sweep / "sweep.json").write_text(json.dumps({"cells": [{"run": name} for name in ("hira", "damaged")]}))
+    watched = Watched(sweep)
+    look = watched.look()
+    assert look.statuses == ["done", "damaged"]
+    (problem,) = look.problems
+    assert problem.startswith("damaged: run: results.json is damaged, got Unterminated string")
+    assert look.table("").caption == problem
+    assert highrank("watch", sweep, "--once")[2] == f"{problem}\n"
+
+
+def test_a_run_without_an_event_or_with_broken_ones_is_watched_too(training):
+    (file,) = training.glob("events*")
+    whole = file.read_bytes()
+    for broken in (b"", b"x" * 100, whole[: len(whole) // 2] + b"x" * 40):
+        file.write_bytes(broken)
+        assert rows(Watched(training))[0]["status"] == "training"
+    file.unlink()
+    file.mkdir()
+    assert rows(Watched(training))[0]["step"] == ""
+
+
+def test_the_file_written_last_tells_where_a_run_is(training):
+    """Whatever the names of its tries sort to: the tenth of one process, or a clock that was set back."""
+    for file in training.glob("events*"):
+        file.unlink()
+    for name, steps, age in (("1.host.1.10", range(10, 12), 100), ("1.host.1.2", range(5, 8), 200)):
+        log(training, steps)
+        (new,) = [file for file in training.glob("events*") if "host" not in file.name]
+        new.rename(training / f"events.out.tfevents.{name}")
+        os.utime(training / f"events.out.tfevents.{name}", (1e9 - age, 1e9 - age))
+    steps = Steps(training)
+    steps.look()
+    assert steps.done == 12
+
+
 def test_live_it_looks_again_until_all_is_over(training, highrank, terminal, monkeypatch):
     looks = []
 
@@ -167,7 +222,7 @@ def test_control_c_ends_the_looking_and_no_run(training, highrank, terminal, mon
         (["outputs"], "watch: a run directory is needed, got outputs, which holds runs"),
         (["outputs/2026-01-01/damaged"], "run: results.json is damaged"),
         (["outputs/2026-01-01/hira", "--every", "0"], "--every takes seconds > 0, got --every 0"),
-        (["outputs/notes"], "watch: sweep.json is damaged, got KeyError: 'cells' in outputs/notes"),
+        (["outputs/notes"], "watch: sweep.json is damaged, got no cells in outputs/notes"),
     ],
 )
 def test_what_cannot_be_watched_is_said(outputs, highrank, words, said):

@@ -297,21 +297,33 @@ def test_missing_failed_and_damaged_cells_are_named(fake, capsys):
     (path / "results.json").write_text(json.dumps(results))
     path = fake.run({"method": "hira", "seed": 6}, 0.5)
     (path / "results.json").write_text(json.dumps(results | {"config_hash": "0" * 64}))
+    for seed, wrong in ((7, {"status": "finished"}), (8, {"time": {"train_s": "long"}}), (9, {"params": 3})):
+        path = fake.run({"method": "hira", "seed": seed}, 0.5)
+        (path / "results.json").write_text(json.dumps({**json.loads((path / "results.json").read_text()), **wrong}))
     fake.cells.append({"run": "never", "config_hash": "x", "words": [], "axes": {"method": "lora", "seed": 0}})
     assert main(["report", str(fake.close())]) == 0
     out = capsys.readouterr().out
     named = dict(re.findall(r"not in the tables: (\S+): (\w+)", out))
     assert named == {"never": "missing", "methodhira_seed1": "oom"} | {
-        f"methodhira_seed{s}": "damaged" for s in range(2, 7)
+        f"methodhira_seed{s}": "damaged" for s in range(2, 10)
     }
     page = (fake.folder / "report" / "index.html").read_text()
     assert {row[0]: row[1] for row in Page(page).tables["absent"][1:]} == named
     assert "OutOfMemoryError: 3 GiB" in page
-    assert "1 of 8 runs" in page
+    assert "1 of 11 runs" in page
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '{"name": "a", "axes": {}, "cells": [{"run": "x"}]}', '{"name": 1, "axes": []']
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        "[" * 20_000,
+        '{"name": "a", "axes": {}, "cells": {}, "lr_search": null}',
+        '{"name": "a", "axes": {}, "cells": [{"run": "x"}]}',
+        '{"name": 1, "axes": []',
+    ],
 )
 def test_a_damaged_plan(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
@@ -633,9 +645,14 @@ def test_analysed_runs_bring_rank_maps_and_spectra(fake):
     for file in fake.folder.glob("*/analysis/singular_values.safetensors"):
         file.write_bytes(b"damaged")
     assert "spectra" not in drawn(write(fake.folder))
-    for file in fake.folder.glob("*/analysis/statistics.json"):
-        file.write_text('{"views": [{}]}')
-    assert "rank-maps" not in drawn(write(fake.folder))
+    for text in (
+        '{"views": [{}]}',
+        '{"views": [{"name": "0.q", "part": "q", "layer": "0", "normalized_rank": 1}]}',
+        "3",
+    ):
+        for file in fake.folder.glob("*/analysis/statistics.json"):
+            file.write_text(text)
+        assert "rank-maps" not in drawn(write(fake.folder))
 
 
 # --- how it is written ------------------------------------------------------------

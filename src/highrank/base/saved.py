@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from highrank.base.errors import UserError, described, suggest
+from highrank.base.errors import UserError, suggest
 from highrank.base.files import run_folders, shown
 from highrank.base.shapes import amount, plain, read_json, shaped
 
@@ -34,7 +34,7 @@ RESULTS = {
     "tokens?": {"train?": amount, "cut_off?": {...: amount}},
     "git?": (None, {"commit": str, "dirty?": bool}),
     "protocol?": {"hash": str},
-    "model?": {"name": str, "sha": str, "kind?": str, "location?": str, "files?": {...: str}},
+    "model?": {"name": str, "sha": str, "kind": str, "location?": str, "files?": {...: str}},
     "data?": [{"name": str, "rows": amount, "sha256": str}],
     "metrics?": {"before?": SCORES, "final?": SCORES},
     "also?": {...: {"before?": SCORES, "final?": SCORES}},
@@ -99,8 +99,12 @@ def read_config(folder: Path, keys: Collection[str] | None = None) -> dict[str, 
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"run: config.yaml is damaged, got {described(error)} in {folder}") from error
+        raise UserError(f"run: config.yaml is damaged, got {_first_line(error)} in {folder}") from error
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def sweep_cells(part: str, folder: Path) -> dict[Path, dict[str, Any]]:
@@ -112,7 +116,7 @@ def sweep_cells(part: str, folder: Path) -> dict[Path, dict[str, Any]]:
     try:
         cells = read_json(folder / "sweep.json", SWEEP)["cells"]
     except (OSError, ValueError) as error:
-        raise UserError(f"{part}: sweep.json is damaged, got {described(error)} in {folder}") from error
+        raise UserError(f"{part}: sweep.json is damaged, got {error} in {folder}") from error
     return {folder / cell["run"]: cell.get("axes", {}) for cell in cells}
 
 

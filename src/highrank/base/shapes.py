@@ -60,8 +60,10 @@ def _wrong(value: Any, shape: Any, at: str) -> str:
         return next(filter(None, (_wrong(each, shape[0], f"{at}[{i}]") for i, each in enumerate(value))), "")
     if isinstance(shape, tuple):
         found = [_wrong(value, each, at) for each in shape]
-        return "" if "" in found else max(found, key=len)
-    if _is(value, shape):
+        within = [wrong for wrong in found if not wrong.startswith(f"{at}=")]
+        if within:  # nothing is wrong, or something inside
+            return "" if "" in found else within[0]
+    elif _is(value, shape):
         return ""
     text = json.dumps(value, default=str)
     shown = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
@@ -98,6 +100,8 @@ def _is(value: Any, shape: Any) -> bool:
 def _words(shape: Any) -> str:
     if isinstance(shape, frozenset):
         return f"one of {', '.join(sorted(shape))}"
+    if isinstance(shape, tuple):
+        return " or ".join(map(_words, shape))
     if isinstance(shape, dict | list):
         return "a mapping" if isinstance(shape, dict) else "a list"
     named = {None: "null", str: "a text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -97,7 +97,7 @@ def read_sweep(folder: Path | str) -> SweepRuns:
         command = " ".join(["python run.py -m", *map(str, plan.get("words", ()))])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"sweep: sweep.json must hold name, axes and cells, got {type(error).__name__} {error} in {folder}; "
+            f"sweep: sweep.json must hold name, axes and cells, got {error} in {folder}; "
             "run the sweep again, or name its run directories"
         ) from error
     sweep = SweepRuns(folder, name, axes, [], search=search, command=command)

@@ -273,7 +273,7 @@ def test_a_saved_run_is_read_back_as_the_same_run(finished):
 
 
 def test_a_folder_that_holds_no_trained_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"run: a run directory is needed, got .*, which has no results\.json"):
+    with pytest.raises(UserError, match=r"run: a run directory holds config\.yaml, got .*, which has no results\.json"):
         read_run(tmp_path)
 
 

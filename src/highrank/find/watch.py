@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -124,7 +124,7 @@ class Look:
     rows: list[tuple[Any, ...]]
     """A row of COLUMNS for each."""
     statuses: list[str]
-    problems: list[str]
+    problems: Sequence[str] = ()
     """What is damaged, a line each."""
 
     @property

@@ -53,7 +53,7 @@ def read_run(folder: Path | str, words: Sequence[str] = ()) -> Run:
     """
     folder = Path(folder)
     if not (folder / "results.json").is_file():
-        raise UserError(f"run: a run directory is needed, got {shown(folder)}, {instead(folder)}")
+        raise UserError(f"run: a run directory holds config.yaml, got {folder}, {instead(folder)}")
     for needed in ("config.yaml", "adapter/adapter.json"):
         if not (folder / needed).is_file():
             raise UserError(f"run: a run directory holds {needed}, got {folder}; has the run finished training?")

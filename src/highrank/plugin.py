@@ -5,8 +5,9 @@ from highrank.base.fields import dataclass_from
 from highrank.base.files import path_field, shown
 from highrank.base.registry import later_field, load, register_method, register_task
 from highrank.data.chat import messages_of
+from highrank.data.images import check_image
 from highrank.data.sources import Source, as_text, find, text_of
-from highrank.data.task import DataConfig, Example, FileTask, LabelledText, Task, label_of, one_of
+from highrank.data.task import DataConfig, Example, FileTask, LabelledImage, LabelledText, Task, label_of, one_of
 from highrank.model.method import Method, Site, kaiming_uniform_
 from highrank.model.peft_form import PeftForm
 from highrank.model.sizes import DoesNotFit, nearest_divisors
@@ -29,6 +30,7 @@ __all__ = [
     "Example",
     "FileTask",
     "FullAdapters",
+    "LabelledImage",
     "LabelledText",
     "Method",
     "PeftForm",
@@ -42,6 +44,7 @@ __all__ = [
     "by_name",
     "cache_name",
     "cache_of",
+    "check_image",
     "dataclass_from",
     "decoder_of",
     "find",

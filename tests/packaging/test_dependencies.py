@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOLDERS = ("src", "methods", "tasks")
-CALLED = {"yaml": "pyyaml", "hydra": "hydra-core", "lm_eval": "lm-eval"}
+CALLED = {"yaml": "pyyaml", "hydra": "hydra-core", "lm_eval": "lm-eval", "PIL": "pillow"}
 """Distributions whose modules have another name."""
 FOR_OTHERS = {
     "accelerate": "transformers reads GGUF with it",

@@ -112,7 +112,7 @@ def make(folder):
         cls = load("tasks", name)
         if name == "jsonl":
             fields = {"train": str(folder / "own.jsonl"), "test": str(folder / "own.jsonl"), **fields}
-        elif name not in ("wordmath", "ruler"):
+        elif name not in ("wordmath", "ruler", "images"):
             fields = {"data": str(folder), "allow_partial": True, **fields}
         return cls(cls.config(**fields), seed=0)
 

@@ -16,9 +16,18 @@ from highrank.base.errors import UserError
 from highrank.base.processes import WHOLE, Share
 from highrank.data import leak
 from highrank.data.chat import stop_tokens
-from highrank.data.encoding import IGNORED, Encoded, encode, encode_question, num_targets, prompt_text, within
+from highrank.data.encoding import (
+    IGNORED,
+    Encoded,
+    EncodedImage,
+    encode,
+    encode_question,
+    num_targets,
+    prompt_text,
+    within,
+)
 from highrank.data.protocol import Protocol
-from highrank.data.task import Example, LabelledText, Record, Task
+from highrank.data.task import Example, Record, Task
 from highrank.data.token_cache import cached_encoding
 
 
@@ -107,8 +116,17 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor
     return torch.tensor(filled)
 
 
+def pad_token(tokenizer: Any) -> int:
+    """Returns the token that fills rows up; of an image processor 0, since images fill no rows."""
+    return getattr(tokenizer, "pad_token_id", 0)
+
+
 def collate(batch: Sequence[Encoded], pad_id: int, left: bool = False) -> dict[str, Tensor]:
-    """Returns input_ids, attention_mask and, unless these are prompts, labels, padded to the longest row."""
+    """Returns input_ids, attention_mask and, unless these are prompts, labels, padded to the longest row; of images
+    pixel_values and labels."""
+    if images := [row for row in batch if isinstance(row, EncodedImage)]:
+        pixels = torch.stack([image.pixels() for image in images])
+        return {"pixel_values": pixels, "labels": torch.tensor([image.labels for image in images])}
     ids = [row.input_ids for row in batch]
     out = {"input_ids": pad(ids, pad_id, left), "attention_mask": pad([[1] * len(r) for r in ids], 0, left)}
     if batch[0].token_type_ids is not None:
@@ -204,7 +222,7 @@ class TrainingData:
         return self.cut_off["left_out"]
 
     def train_dataloader(self) -> DataLoader:
-        pad_id, longest = self.tokenizer.pad_token_id, self.protocol.max_length + (self.protocol.max_target_length or 0)
+        pad_id, longest = pad_token(self.tokenizer), self.protocol.max_length + (self.protocol.max_target_length or 0)
         return DataLoader(
             self.examples,  # type: ignore[arg-type]  # a list is a data set
             batch_sampler=self.buckets,
@@ -215,7 +233,7 @@ class TrainingData:
         return DataLoader(
             self.held_out,  # type: ignore[arg-type]  # a list is a data set
             batch_size=self.eval_batch_size,
-            collate_fn=lambda batch: collate(batch, self.tokenizer.pad_token_id),
+            collate_fn=lambda batch: collate(batch, pad_token(self.tokenizer)),
         )
 
 
@@ -258,7 +276,8 @@ class EvalData:
         self.trained_on = trained_on
 
     def check_lengths(self) -> None:
-        """Raises UserError if a prompt and its answer have more tokens than the model takes; classifiers' texts are cut."""
+        """Raises UserError if a prompt and its answer have more tokens than the model takes; classifiers' texts are cut, and
+        images scaled."""
         new = self.protocol.max_new_tokens or self.task.max_new_tokens
         for name, records in self.task.test().items():
             lengths = [self._tokens(record, new, ranks(records, self.protocol)) for record in records]
@@ -273,7 +292,7 @@ class EvalData:
 
     def _tokens(self, record: Record, new: int, ranked: bool) -> int:
         """Returns how many tokens a record takes with its answer; 0 where its letters are too few for too many."""
-        if isinstance(record, LabelledText):
+        if not isinstance(record, Example):
             return 0
         texts = record.options if ranked else [""]
         letters = len(prompt_text(record, self.protocol, evaluation=True).encode()) + max(
@@ -309,8 +328,8 @@ class EvalData:
         if ranks(records, self.protocol):
             return self._option_dataloader(name, records, batch_size, places)
         rows = [self.question(record) for record in records]
-        left = not isinstance(records[0], LabelledText)
-        pad_id = self.tokenizer.pad_token_id
+        left = isinstance(records[0], Example)
+        pad_id = pad_token(self.tokenizer)
         spoken = next((record for record in records if getattr(record, "messages", ())), None)
         stop = {"stop": torch.tensor(stop_tokens(spoken, self.tokenizer))} if spoken else {}
         return self._sorted(

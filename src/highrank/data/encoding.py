@@ -4,10 +4,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from highrank.base.errors import UserError
 from highrank.data.chat import conversation_tokens, prompt_tokens
+from highrank.data.images import read_image
 from highrank.data.protocol import Protocol
-from highrank.data.task import Example, LabelledText, Record, Task
+from highrank.data.task import Example, LabelledImage, LabelledText, Record, Task
 
 IGNORED = -100
 """Label of a position that carries no loss."""
@@ -29,6 +32,21 @@ class Encoded:
         """The labels of a text, one per token."""
         assert isinstance(self.labels, list)
         return self.labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage(Encoded):
+    """An image, which has pixels for tokens: read anew for each batch, since those of a whole set may be more than memory
+    holds."""
+
+    image: Any
+    processor: Any
+    """The model's own, which scales pixels as the model was trained on."""
+
+    def pixels(self) -> Tensor:
+        """Returns the pixels (channels, height, width) that the model takes."""
+        pixels: Tensor = self.processor(read_image(self.image), return_tensors="pt")["pixel_values"][0]
+        return pixels
 
 
 def within(protocol: Protocol, positions: int) -> Protocol:
@@ -81,7 +99,8 @@ def _num_tokens(example: Example, protocol: Protocol, tokenizer: Any, new: int) 
 
 
 def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool = False) -> Encoded | None:
-    """Returns the tokens of prompt and target, or None if the protocol drops the example for its length.
+    """Returns the tokens of prompt and target, or None if the protocol drops the example for its length; of an image its
+    pixels, for which the model's image processor stands in the tokenizer's place.
 
     Unless the protocol tokenises them as one text, prompt and target are tokenised apart, so that the border is where
     it will be when the model answers.
@@ -91,6 +110,8 @@ def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool 
     """
     if isinstance(record, LabelledText):
         return encode_text(record, protocol, tokenizer)
+    if isinstance(record, LabelledImage):
+        return EncodedImage([], record.label, image=record.image, processor=tokenizer)
     if record.messages:
         return _encode_conversation(record, protocol, tokenizer, evaluation)
     if protocol.eos and tokenizer.eos_token_id is None:
@@ -119,10 +140,12 @@ def encode(record: Record, protocol: Protocol, tokenizer: Any, evaluation: bool 
 
 
 def encode_question(record: Record, protocol: Protocol, tokenizer: Any) -> Encoded:
-    """Returns what a model is shown of a record in evaluation: a prompt to go on from, or a text with its label."""
-    if isinstance(record, LabelledText):
-        return encode_text(record, protocol, tokenizer)
-    return Encoded(encode_prompt(record, protocol, tokenizer), [])
+    """Returns what a model is shown of a record in evaluation: a prompt to go on from, or a text or an image with its label."""
+    if isinstance(record, Example):
+        return Encoded(encode_prompt(record, protocol, tokenizer), [])
+    row = encode(record, protocol, tokenizer)
+    assert row is not None  # no protocol drops what has a label
+    return row
 
 
 def _encode_conversation(record: Example, protocol: Protocol, tokenizer: Any, evaluation: bool) -> Encoded | None:

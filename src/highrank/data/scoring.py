@@ -14,7 +14,7 @@ from highrank.data.batches import EvalData, ranks
 from highrank.data.chat import prompt_of
 from highrank.data.encoding import prompt_text
 from highrank.data.protocol import Protocol
-from highrank.data.task import Example, LabelledText, Task
+from highrank.data.task import Example, LabelledImage, Task
 
 MOST_NATS = 700
 """The largest loss whose exponential is a number."""
@@ -25,18 +25,22 @@ def prediction_rows(data: EvalData, records: Sequence[Any], outputs: Sequence[An
 
     `correct_<rule>` and `parsed_<rule>` are the other answer rules'; `leaked` marks questions seen in training; `cut`
     marks an encoder's texts that the cut-off shortened. `text` is the output up to the protocol's stop texts, where it
-    differs.
+    differs. An image's output comes as its class with the loss on the right one.
     """
     rows: list[dict[str, Any]] = []
     for record, output, leaked in zip(records, outputs, data.leaked(records), strict=True):
-        if isinstance(record, LabelledText):
-            row = {"id": record.id, "output": output, "gold": record.label, "cut": bool(data.question(record).cut)}
-            if isinstance(output, int):  # a class
-                row["correct"] = output == record.label
-        else:
+        if isinstance(record, Example):
             asked = prompt_of(record, data.tokenizer) if record.messages else None
             row = {"id": record.id, "prompt": asked or prompt_text(record, data.protocol, evaluation=True)}
             row |= _read(record, output, data.protocol, ranked=ranks(records, data.protocol))
+        elif isinstance(record, LabelledImage):
+            answer, nats = output
+            row = {"id": record.id, "output": answer, "gold": record.label, "correct": answer == record.label}
+            row |= gold_loss(nats, 1, cut=False)
+        else:
+            row = {"id": record.id, "output": output, "gold": record.label, "cut": bool(data.question(record).cut)}
+            if isinstance(output, int):  # a class
+                row["correct"] = output == record.label
         rows.append({**row, "leaked": leaked})
     return rows
 

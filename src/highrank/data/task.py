@@ -57,7 +57,24 @@ class LabelledText:
         return f"{self.text} {self.text_pair or ''}"
 
 
-Record = Example | LabelledText
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image with a class index."""
+
+    id: str
+    image: Any
+    """The path of a file, read when the image is asked for, or a `PIL.Image.Image`."""
+    label: int
+    sha256: str
+    """Of the file, or of the pixels of an image without one."""
+
+    @property
+    def question(self) -> str:
+        """By what the same image is known again."""
+        return self.sha256
+
+
+Record = Example | LabelledText | LabelledImage
 TEXTS = {"id", "instruction", "output", "answer", "input", "text"}
 """What is a text in every record."""
 
@@ -70,7 +87,8 @@ class Task:
 
     name: ClassVar[str]
     config: ClassVar[type]
-    kind: Literal["generate", "classify", "regress"]
+    kind: Literal["generate", "classify", "regress", "classify_images"]
+    """What a model is asked for: to write a text, the class of a text, a number for a text, the class of an image."""
     family: ClassVar[str]
     """Under which heading a protocol treats it, e.g. math: the `families` of its YAML."""
     version: ClassVar[int]
@@ -78,7 +96,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     """What is measured, in percent, higher is better; the first is the headline."""
     num_labels: int = 1
-    """Classes to tell apart, for kind "classify"."""
+    """Classes to tell apart, for kinds "classify" and "classify_images"."""
     max_new_tokens: int = 64
     """Longest output in tokens where the protocol does not say, for kind "generate"."""
     num_train: int | None = None

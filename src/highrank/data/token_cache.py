@@ -17,6 +17,7 @@ from highrank.base.console import console
 from highrank.base.files import cache_dir, digest, write_atomic
 from highrank.data.encoding import IGNORED, Encoded
 from highrank.data.protocol import Protocol
+from highrank.data.task import LabelledImage
 
 MIN_EXAMPLES = 5_000
 """Below this, encoding takes less than a second or two and is not worth a file."""
@@ -30,9 +31,10 @@ def cached_encoding(
     """Returns what `encode` returns, read from the cache if the same records were encoded before.
 
     The key covers records, protocol, and the tokenizer's whole definition, and the checksum is compared on each use:
-    nothing stale or damaged can be read. A cache that cannot be written costs time alone.
+    nothing stale or damaged can be read. A cache that cannot be written costs time alone. Images, which have no tokens, are
+    not kept.
     """
-    if len(records) < MIN_EXAMPLES:
+    if len(records) < MIN_EXAMPLES or isinstance(records[0], LabelledImage):
         return encode()
     file = cache_dir() / "tokens" / f"{_key(records, protocol, tokenizer)}.tokens"
     if file.is_file():

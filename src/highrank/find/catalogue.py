@@ -21,6 +21,17 @@ from highrank.find.places import preset_texts
 from highrank.find.table import show, show_facts
 from highrank.model.tiny import TINY
 
+KINDS = {"generate": "texts", "classify": "classes", "regress": "numbers", "classify_images": "classes of images"}
+MODELS = {
+    "generate": "",
+    "classify": " model=minilm_l6",
+    "regress": " model=minilm_l6",
+    "classify_images": " model=tiny_vit",
+}
+"""What an example of each kind of task says of the model."""
+TASKS = {"generate": "", "classify": " task=glue/cola", "classify_images": " task=images"}
+"""What an example with a model for each kind of task says of the task."""
+
 
 def methods(words: list[str]) -> int:
     name = _name("methods", words)
@@ -59,7 +70,14 @@ def models(words: list[str]) -> int:
     tiny = {f"tiny_{each}": f"random, two layers, for tests: {each}" for each in TINY}
     if name is None:
         rows = [(each, about, values["hub"], values["dtype"]) for each, (about, values) in presets.items()]
-        rows += [("hf:ID", "any causal model or encoder on the Hub: hf:Qwen/Qwen2.5-0.5B", "ID", "bfloat16")]
+        rows += [
+            (
+                "hf:ID",
+                "any causal model or encoder, of texts or images, on the Hub: hf:Qwen/Qwen2.5-0.5B",
+                "ID",
+                "bfloat16",
+            )
+        ]
         rows += [(each, about, "built in code", "float32") for each, about in tiny.items()]
         show(["model", "what", "from", "dtype"], rows, "path=FOLDER reads any of them from a folder")
         return 0
@@ -251,26 +269,26 @@ def _task_facts(name: str, doc: str) -> Iterator[tuple[str, str]]:
 
     cls: Any = registry.load("tasks", name)
     task = cls(dataclass_from(cls.config, {}, name), 0)
-    yield "kind", {"generate": "texts", "classify": "classes", "regress": "numbers"}[task.kind]
+    yield "kind", KINDS[task.kind]
     yield "protocols treat it as", task.family
     yield "measured", ", ".join(task.metrics)
     yield "version", str(task.version)
     shown = re.search(rf"`(task={name}(?:/\w+)?(?: task\.[^`]+)?)`", " ".join(doc.split()))
-    model = "" if task.kind == "generate" else " model=minilm_l6"
-    yield "example", f"highrank run {shown[1] if shown else f'task={name}'}{model}"
+    yield "example", f"highrank run {shown[1] if shown else f'task={name}'}{MODELS[task.kind]}"
 
 
 def _model_facts(name: str) -> Iterator[tuple[str, str]]:
     from highrank.config.words import compose_run
     from highrank.model.backbones import empty_model, model_config
     from highrank.model.placement import resolve
-    from highrank.model.tiny import ENCODERS
+    from highrank.model.tiny import ENCODERS, IMAGE_ENCODERS
 
     run = compose_run([f"model={name}"])
     config = model_config(run.model, None)
     kind = "classify" if config.model_type in ENCODERS else "generate"
+    kind = "classify_images" if config.model_type in IMAGE_ENCODERS else kind
     model = empty_model(config, kind)
     parts = Counter(view.part for view in resolve(model, "all"))
     yield "parameters", f"{sum(p.numel() for p in model.parameters()):,}"
     yield "placement=all", ", ".join(f"{part} × {number}" for part, number in parts.items())
-    yield "example", f"highrank run model={name}" + (" task=glue/cola" if kind == "classify" else "")
+    yield "example", f"highrank run model={name}{TASKS[kind]}"

@@ -13,7 +13,7 @@ y0 those of the base, on every position of some of the task's texts (of some sen
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from highrank.base.files import write_atomic
 from highrank.config.run_config import Run
 from highrank.data.batches import collate
 from highrank.data.encoding import Encoded, encode_question, give_tokens
-from highrank.data.task import Example, LabelledText, reading
+from highrank.data.images import noise
+from highrank.data.task import Example, LabelledImage, LabelledText, Record, reading
 from highrank.interop.card import model_card
 from highrank.model.backbones import DTYPES, Backbone
 from highrank.model.encoder_decoder import everywhere
@@ -147,17 +148,27 @@ def listed(fidelity: Mapping[str, Any]) -> str:
 
 
 def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
-    """Returns the first test prompts of the run's task, encoded; where its data is gone, `SENTENCES`."""
+    """Returns the first test prompts, or images, of the run's task, encoded; where its data is gone, `SENTENCES` or noise."""
     task = run.make_task()
     give_tokens(task, run.protocol, backbone.tokenizer)
     try:
         with reading(task):
             records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]
     except UserError as error:
-        print(f"compared on general sentences, for the task's own are gone ({error})", file=sys.stderr)
-        generates = task.kind == "generate"
-        records = [Example("", text, "", "") if generates else LabelledText("", text, 0.0) for text in SENTENCES]
+        print(
+            f"compared on {'noise' if task.kind == 'classify_images' else 'general sentences'}, for the task's own are gone ({error})",
+            file=sys.stderr,
+        )
+        records = list(_others(task.kind))
     return [encode_question(record, run.protocol, backbone.tokenizer) for record in records]
+
+
+def _others(kind: str) -> Iterator[Record]:
+    """Yields what a task of a kind could ask."""
+    if kind == "classify_images":
+        yield from (LabelledImage("", image, 0, "") for image in noise(NUM_TEXTS))
+        return
+    yield from (Example("", text, "", "") if kind == "generate" else LabelledText("", text, 0.0) for text in SENTENCES)
 
 
 @torch.no_grad()

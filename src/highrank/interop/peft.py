@@ -114,10 +114,10 @@ def base_facts(run: Run, backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def task_type(config: Any, kind: str) -> str:
-    """Returns PEFT's name of what a model does in a kind of task."""
+def task_type(config: Any, kind: str) -> str | None:
+    """Returns PEFT's name of what a model does in a kind of task; None for images, which it has none for."""
     if kind != "generate":
-        return "SEQ_CLS"
+        return None if kind == "classify_images" else "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if is_encoder_decoder(config) else "CAUSAL_LM"
 
 
@@ -288,10 +288,12 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
             f"import: only a classifier's new head is read beside adapters, got modules_to_save="
             f"{config['modules_to_save']} for task={task.name}"
         )
-    if (config.get("task_type") == "SEQ_CLS") == (task.kind == "generate"):
+    stated = config.get("task_type")
+    fits = stated != "SEQ_CLS" if task.kind == "generate" else stated == task_type(None, task.kind)
+    if not fits:
         raise UserError(
             f"import: the task must be of the adapter's kind, got task={task.name} ({task.kind}) for "
-            f"task_type={config.get('task_type')}; give one with task=<name>"
+            f"task_type={stated}; give one with task=<name>"
         )
     if form.scales_bias(run.method_cfg):
         meta = empty_model(model_config(run.model, run.core.path), task.kind, task.num_labels)

@@ -1,4 +1,4 @@
-"""Backbones: from a model's config entry to a model and a tokenizer."""
+"""Backbones: from a model's config entry to a model and what it reads with, a tokenizer or an image processor."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from torch import nn
 from highrank.base.errors import UserError
 from highrank.base.hub import hub
 from highrank.model import quantised
+from highrank.model.images import check_image_config, check_processor
 from highrank.model.language import check_causal
-from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_tokenizer
+from highrank.model.tiny import ENCODERS, TINY, tiny_config, tiny_image_processor, tiny_tokenizer
 from highrank.model.torch_internals import has_bf16_tiles
 from highrank.model.transformers_internals import is_encoder_decoder, stacks_of, text_config, tied_weights
 from highrank.model.weights import WeightSource, find_source, reading
@@ -35,6 +36,7 @@ class Backbone:
 
     model: Any
     tokenizer: Any
+    """Of a model that reads images, its image processor."""
     source: WeightSource
     update_lost: float | None = None
     """Of merged weights: the share of Σ |ΔW| in entries that rounding to the model's dtype leaves at the base's value."""
@@ -91,6 +93,8 @@ def _auto_class(config: Any, kind: str) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
+    if kind == "classify_images":
+        return transformers.AutoModelForImageClassification
     if kind != "generate":
         return transformers.AutoModelForSequenceClassification
     in_one = is_encoder_decoder(config) and config.model_type not in DECODERS
@@ -98,6 +102,7 @@ def _auto_class(config: Any, kind: str) -> Any:
 
 
 def _for_task(config: Any, kind: str, num_labels: int) -> Any:
+    _check_what_it_reads(config, kind)
     if is_encoder_decoder(config) and kind != "generate":
         raise UserError(
             f"model: an encoder and a decoder in one model are not supported for a {kind} task, got {config.model_type}; "
@@ -115,6 +120,33 @@ def _for_task(config: Any, kind: str, num_labels: int) -> Any:
     return config
 
 
+def _check_what_it_reads(config: Any, kind: str) -> None:
+    """Refuses texts for a model of images, and images for a model of texts."""
+    from transformers.models.auto import modeling_auto as auto
+
+    sees = config.model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    reads = any(
+        config.model_type in names
+        for names in (
+            auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        )
+    )
+    if kind == "classify_images" and not sees:
+        raise UserError(
+            f"model: a task of images needs a model that classifies images, got {config.model_type}; try model=tiny_vit or "
+            "model=hf:google/vit-base-patch16-224-in21k"
+        )
+    if kind != "classify_images" and sees and not reads:
+        raise UserError(
+            f"model: a task of texts needs a model of texts, got {config.model_type}, which reads images; try "
+            "model=smollm2_135m, or task=images"
+        )
+    if kind == "classify_images":
+        check_image_config(config)
+
+
 def empty_model(config: Any, kind: str = "generate", num_labels: int = 2) -> Any:
     """Returns the model on the meta device: shapes and names, no weights."""
     model_type = getattr(config, "model_type", None)
@@ -122,19 +154,28 @@ def empty_model(config: Any, kind: str = "generate", num_labels: int = 2) -> Any
         reading(f"model: the config must describe a model for a {kind} task, got model_type={model_type}"),
         torch.device("meta"),
     ):
-        return _auto_class(config, kind).from_config(_for_task(config, kind, num_labels))
+        model = _auto_class(config, kind).from_config(_for_task(config, kind, num_labels))
+    if kind == "classify_images" and not head_modules(model):
+        raise UserError(
+            f"model: the head of a model that classifies images must stand apart from its encoder, got {model_type}, in which "
+            "it cannot be told; take another, such as vit, deit, beit, dinov2 or swin"
+        )
+    return model
 
 
 def load_backbone(
     spec: Mapping[str, Any], path: str | None, kind: str = "generate", num_labels: int = 2, seed: int = 0
 ) -> Backbone:
-    """Returns model (in `spec.dtype`, evaluation mode) and tokenizer from the first source that has them.
+    """Returns model (in `spec.dtype`, evaluation mode) and tokenizer, or image processor, from the first source that has them.
 
     With `spec.shuffled` the entries of every weight matrix are permuted: same numbers, no knowledge, a control. With
     `spec.quantize` the linear layers below the head are quantised, whatever the weights' source.
-    `seed` draws what the source does not hold: a new classification head.
+    `seed` draws what the source does not hold: a new classification head, which a model of images gets where its own has
+    other classes too.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    sees = kind == "classify_images"
 
     if spec.get("quantize"):
         quantised.check(spec["quantize"])
@@ -145,7 +186,7 @@ def load_backbone(
             torch.manual_seed(0)
             config = _for_task(model_config(spec, path), kind, num_labels)
             model = _auto_class(config, kind).from_config(config).to(dtype)
-            tokenizer = tiny_tokenizer(config.model_type in ENCODERS)
+            tokenizer = tiny_image_processor() if sees else tiny_tokenizer(config.model_type in ENCODERS)
         else:
             torch.manual_seed(seed)
             config = _for_task(_read_config(source.location), kind, num_labels)
@@ -160,25 +201,37 @@ def load_backbone(
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # reported and refused below, by name
                 )
-            _check_loaded(model, loading_info, source.location)
-            with _reading_part("tokenizer", source.location):
-                tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-            check_pieces(tokenizer, Path(source.location))
+            _check_loaded(model, loading_info, source.location, new_head=sees)
+            if sees:
+                with _reading_part("preprocessor_config.json", source.location):
+                    tokenizer = AutoImageProcessor.from_pretrained(
+                        source.location,
+                        backend="pil",  # whatever else is installed: others scale a little differently
+                        trust_remote_code=False,
+                    )
+            else:
+                with _reading_part("tokenizer", source.location):
+                    tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+                check_pieces(tokenizer, Path(source.location))
         if spec.get("shuffled"):
             shuffle_weights(model)
     if spec.get("quantize"):
         quantised.quantise(model, spec["quantize"])
-    prepare_tokenizer(tokenizer, model)
+    if not sees:
+        prepare_tokenizer(tokenizer, model)
     model.eval()
+    if sees:
+        check_processor(model, tokenizer)
     if kind == "generate":
         check_causal(model)
     return Backbone(model, tokenizer, source)
 
 
-def _check_loaded(model: Any, loading_info: Mapping[str, Any], folder: str) -> None:
+def _check_loaded(model: Any, loading_info: Mapping[str, Any], folder: str, new_head: bool = False) -> None:
     """Refuses weights that the folder lacks or holds in another shape, since transformers draws those at random.
 
-    A classification model may lack its head, which is trained in full; tied weights are stored once.
+    A classification model may lack its head, which is trained in full, and with `new_head` have one of another shape; tied
+    weights are stored once.
     """
     heads = tuple(f"{name}." for name in head_modules(model))
     tied = tied_weights(model)
@@ -188,7 +241,11 @@ def _check_loaded(model: Any, loading_info: Mapping[str, Any], folder: str) -> N
             f"model: the folder must hold every weight of the model, got path={folder} without {_first(missing)}; "
             "give a whole copy, or one whose config.json fits its weights"
         )
-    wrong = sorted(f"{key} {list(got)} for {list(wanted)}" for key, got, wanted in loading_info["mismatched_keys"])
+    wrong = sorted(
+        f"{key} {list(got)} for {list(wanted)}"
+        for key, got, wanted in loading_info["mismatched_keys"]
+        if not (new_head and key.startswith(heads))
+    )
     if wrong:
         raise UserError(
             f"model: weights must have the shapes that config.json gives, got path={folder} with {_first(wrong)}; "

@@ -1,4 +1,4 @@
-"""Random models of a few thousand parameters, with a tokenizer built in code."""
+"""Random models of a few thousand parameters, with a tokenizer or an image processor built in code."""
 
 from typing import Any
 
@@ -14,15 +14,17 @@ TINY: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"max_position_embeddings": 1026},
     "distilbert": {},
+    "vit": {"image_size": 32, "patch_size": 8},
 }
 """Random models of a few thousand parameters, `model=tiny_<name>`, for tests and mechanics."""
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2")
 ENCODERS = ("bert", "roberta", "distilbert")
+IMAGE_ENCODERS = ("vit",)
 
 
 def tiny_config(model_type: str) -> dict[str, Any]:
-    """Returns config fields of a random two-layer model, hidden 16, vocabulary of 260 byte tokens."""
+    """Returns config fields of a random two-layer model, hidden 16, vocabulary of 260 byte tokens, or images of 32 × 32."""
     if model_type == "gpt2":
         sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 1024}
     elif model_type == "t5":
@@ -35,8 +37,10 @@ def tiny_config(model_type: str) -> dict[str, Any]:
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "intermediate_size": 32,
-            "max_position_embeddings": 1024,
         }
+        if model_type in IMAGE_ENCODERS:
+            return {"model_type": model_type, **sizes, **TINY[model_type]}
+        sizes["max_position_embeddings"] = 1024
         if model_type not in ENCODERS:
             sizes["num_key_value_heads"] = 1
     tokens = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -68,3 +72,11 @@ def tiny_tokenizer(encoder: bool = False) -> Any:
         unk_token="<unk>",
         model_max_length=1024,
     )
+
+
+def tiny_image_processor() -> Any:
+    """Returns what scales images to the size of a tiny model and their pixels to [-1, 1]."""
+    from transformers import ViTImageProcessorPil
+
+    size = TINY["vit"]["image_size"]
+    return ViTImageProcessorPil(size={"height": size, "width": size})

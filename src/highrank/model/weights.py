@@ -34,6 +34,9 @@ DECISIVE = (
     *("special_tokens_map.json", "added_tokens.json"),
 )
 """Files of a model folder, beside the weights, that decide what it computes."""
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+IMAGE_PROCESSOR = "preprocessor_config.json"
+"""Decisive in a folder without a tokenizer: of a model that reads images alone."""
 NOT_DECISIVE = ("transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only")
 """What transformers writes into them of its own version and of where it read them."""
 WEIGHTS = "model.safetensors"
@@ -117,7 +120,8 @@ def _weights(folder: Path) -> list[Path]:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """Returns the sha256 of a model folder's weights and `DECISIVE` files, by name; of settings without `NOT_DECISIVE`."""
-    others = {file for pattern in DECISIVE for file in folder.glob(pattern) if file.is_file()}
+    patterns = DECISIVE if _has_tokenizer(folder) else (*DECISIVE, IMAGE_PROCESSOR)
+    others = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     return {file.name: _content_sha256(file) for file in sorted({*_weights(folder), *others})}
 
 
@@ -148,9 +152,12 @@ def _remembered_sha256(file: Path) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a snapshot has all weights and a tokenizer."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    return bool(_weights(folder)) and any((folder / name).is_file() for name in names)
+    """Whether a snapshot has all weights, and a tokenizer or an image processor."""
+    return bool(_weights(folder)) and (_has_tokenizer(folder) or (folder / IMAGE_PROCESSOR).is_file())
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def _hub(repo: str, revision: str | None) -> tuple[WeightSource | None, list[str]]:
@@ -178,7 +185,7 @@ def _hub(repo: str, revision: str | None) -> tuple[WeightSource | None, list[str
         except Exception as error:  # the hub client raises its own, httpx's and OS errors; each means "not from here"
             return None, [*tried, f"Hub {repo} ({type(error).__name__})"]
     if not _is_whole(folder):
-        return None, [*tried, f"Hub {repo} (no safetensors weights with a tokenizer)"]
+        return None, [*tried, f"Hub {repo} (no safetensors weights with a tokenizer or an image processor)"]
     return WeightSource("hub", str(folder), folder.name, file_digests(folder)), tried
 
 

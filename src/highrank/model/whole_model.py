@@ -103,7 +103,7 @@ class WholeModelAdapters(Adapters):
     @property
     def _embeddings(self) -> Tensor:
         model: Any = self.model
-        embeddings: Tensor = model.get_input_embeddings().weight
+        embeddings: Tensor = next(model.get_input_embeddings().parameters())
         return embeddings
 
     @property
@@ -112,8 +112,8 @@ class WholeModelAdapters(Adapters):
 
     @torch.no_grad()
     def probe(self) -> dict[str, list[float]]:
-        """Returns ‖y‖² and a signed sum of y, the first input embeddings times one fixed input."""
-        E = whole(self._embeddings)[:1024].double().cpu()
+        """Returns ‖y‖² and a signed sum of y, the first input embeddings, or filters of patches, times one fixed input."""
+        E = whole(self._embeddings).flatten(1)[:1024].double().cpu()
         y = E @ torch.cos(torch.arange(E.shape[1], dtype=torch.float64)) / E.shape[1] ** 0.5
         signs = torch.cos(1.7 * torch.arange(len(E), dtype=torch.float64))
         return {"input embeddings": [float(y.square().sum()), float((signs * y).sum())]}

@@ -91,7 +91,7 @@ class FineTuner(lightning.LightningModule):
         weight = trainer.train_dataloader.batch_sampler.weight(index)
         if not weight:
             return 0 * loss  # this process has no examples left in the step
-        self.num_tokens += int(batch["attention_mask"].sum())
+        self.num_tokens += self.objective.num_tokens(self.model, batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=num_targets)
         return weight * loss
 

@@ -11,6 +11,7 @@ from highrank.config.run_config import Run
 from highrank.data.batches import hold_out
 from highrank.data.task import Task, reading
 from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
+from highrank.model.images import num_patches
 from highrank.model.language import context_length
 from highrank.model.placement import WeightView, notes
 from highrank.model.quantised import BITS, linears
@@ -56,7 +57,7 @@ class Plan:
     steps: int
     """Optimizer steps."""
     tokens: int
-    """Training tokens, estimated at four characters per token."""
+    """Training tokens, estimated at four characters per token, or counted in patches of images."""
     memory_bytes: dict[str, int]
     """Estimated bytes: weights, adapters (fp32 value, gradient, two moments), activations kept for backward."""
     start: dict[str, Any] | None = None
@@ -115,10 +116,15 @@ def make_plan(run: Run, task: Task) -> Plan:
             f"run: packing is for language models without virtual tokens, which stand before each example, got {what}; "
             "leave out packing=true"
         )
+    if core.general_text is not None and task.kind == "classify_images":
+        raise UserError(
+            f"run: general_text is what a model of texts may forget, got general_text={shown(core.general_text)} with "
+            f"task={run.task.name}; leave it out"
+        )
     _check_reader(run, model)
     positions = _positions(run, task, model)
     with reading(task):
-        num_train, tokens_each, tokens = _training_size(task, run)
+        num_train, tokens_each, tokens = _training_size(task, run, num_patches(config))
         if is_encoder_decoder(model.config) and task.has_data and getattr(task.train()[0], "messages", ()):
             raise _goes_on("a conversation", model)
         if task.has_data or not core.dry_run:
@@ -248,8 +254,9 @@ def weight_bytes(model: Any, spec: Mapping[str, Any]) -> int:
     return plain * DTYPES[spec["dtype"]].itemsize + int(quantised * BITS.get(spec.get("quantize", ""), 0) / 8)
 
 
-def _training_size(task: Task, run: Run) -> tuple[int, float, list[float]]:
-    """Returns the number of training examples, their mean tokens and the tokens of each, at four characters per token.
+def _training_size(task: Task, run: Run, patches: int) -> tuple[int, float, list[float]]:
+    """Returns the number of training examples, their mean tokens and the tokens of each text, at four characters per token;
+    an image has `patches`.
 
     A dry run without the data takes the published number, each as long as the cut-off allows.
     """
@@ -257,6 +264,8 @@ def _training_size(task: Task, run: Run) -> tuple[int, float, list[float]]:
     if run.core.dry_run and not task.has_data and task.num_train is not None:
         return task.num_train - run.protocol.num_validation, longest, []
     records, _ = hold_out(task.train(), run.protocol)
+    if task.kind == "classify_images":
+        return len(records), patches, []
     tokens = [_length(record, run) / 4 for record in records]
     return len(records), min(longest, sum(tokens) / len(tokens)), tokens
 

@@ -42,7 +42,8 @@ def check_start(run: Run, task: Task) -> dict[str, Any] | None:
     _same("the model must be the same", {f"model.{k}": (source.model.get(k), run.model.get(k)) for k in SAME_MODEL})
     trained = source.make_task()
     kinds = [
-        f"{t.name} ({t.kind}{f', {t.num_labels} labels' if t.kind == 'classify' else ''})" for t in (trained, task)
+        f"{t.name} ({t.kind}{f', {t.num_labels} labels' if t.kind.startswith('classify') else ''})"
+        for t in (trained, task)
     ]
     if (trained.kind, trained.num_labels) != (task.kind, task.num_labels):
         raise UserError(f"start_from: the task must be of the kind trained on, got {kinds[1]} after {kinds[0]}")

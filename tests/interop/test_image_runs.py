@@ -95,3 +95,10 @@ def test_a_lora_for_servers_of_texts_is_refused(trained, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "got task=images" in said
     assert said.count("\n") == 1
+
+
+def test_the_harness_of_texts_is_refused(trained, capsys):
+    assert main(["eval", str(trained[0]), "--engine", "lm_eval", "--tasks", "any"]) == 2
+    said = capsys.readouterr().err
+    assert "--engine lm_eval asks models that write texts, got task=images (classify_images)" in said
+    assert said.count("\n") == 1

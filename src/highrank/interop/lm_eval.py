@@ -11,6 +11,7 @@ from highrank.interop.loaded import on_shared_bases
 from highrank.model.language import padding_moves
 from highrank.train.devices import alone, quiet
 from highrank.train.effect import check_decoding
+from highrank.train.saved import read_run
 
 
 def evaluate_runs(
@@ -26,8 +27,16 @@ def evaluate_runs(
     the number of examples per task, `include` a folder with task files of one's own.
 
     Raises:
-        UserError: without the extra, for an unknown task, or if an adapter's decoding with the cache is wrong.
+        UserError: for a run on a task that is no text to write, without the extra, for an unknown task, or if an adapter's
+            decoding with the cache is wrong.
     """
+    for folder in folders:
+        task = read_run(folder, words).make_task()
+        if task.kind != "generate":
+            raise UserError(
+                f"eval: --engine lm_eval asks models that write texts, got task={task.name} ({task.kind}) in {folder}; leave "
+                "--engine out"
+            )
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -155,10 +155,8 @@ def some_texts(run: Run, backbone: Backbone) -> list[Encoded]:
         with reading(task):
             records = [record for examples in task.test().values() for record in examples][:NUM_TEXTS]
     except UserError as error:
-        print(
-            f"compared on {'noise' if task.kind == 'classify_images' else 'general sentences'}, for the task's own are gone ({error})",
-            file=sys.stderr,
-        )
+        what = "noise" if task.kind == "classify_images" else "general sentences"
+        print(f"compared on {what}, for the task's own are gone ({error})", file=sys.stderr)
         records = list(_others(task.kind))
     return [encode_question(record, run.protocol, backbone.tokenizer) for record in records]
 

@@ -35,9 +35,11 @@ class Subject:
         with torch.no_grad():
             return float(torch.stack([self.loss(batch) for batch in self.held_out]).mean())
 
-    def train(self, steps: int, lr: float, before_step: Callable[[], None] = lambda: None) -> Iterator[float]:
+    def train(
+        self, steps: int, lr: float, head_lr: float, before_step: Callable[[], None] = lambda: None
+    ) -> Iterator[float]:
         """Takes steps of AdamW without decay and yields each one's loss; `before_step` sees the gradients."""
-        optimizer = torch.optim.AdamW(self.adapters.parameter_groups(lr))
+        optimizer = torch.optim.AdamW(self.adapters.parameter_groups(lr, head_lr=head_lr))
         for batch in islice(self.batches, steps):
             loss = self.loss(batch)
             loss.backward()

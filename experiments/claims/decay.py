@@ -37,7 +37,7 @@ def measure(words: Sequence[str], steps: int, lr: float, decay: float, towards: 
             for vector in vectors:
                 vector.lerp_(torch.full_like(vector, towards), lr * decay)
 
-        losses = list(at.train(steps, lr, pull))
+        losses = list(at.train(steps, lr, lr, pull))
         return {"held_out": at.held_out_loss(), "size": size_of(at), "losses": losses}
 
 

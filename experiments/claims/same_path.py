@@ -3,8 +3,9 @@
     python experiments/claims/same_path.py model=minilm_l6 task=glue/stsb batch_size=16
 
 W' = W ⊙ (a bᵀ) is HiRA with A = [a, -1] and B = [bᵀ; 1ᵀ]. "held": the second column of A and row of B stay as they are.
-"all": both columns and rows train. "own start": A = 0, B random. In float64, AdamW without decay. Distance:
-‖ΔW - ΔW_HyperAdapt‖ / ‖ΔW_HyperAdapt‖ over all weights; medians over seeds.
+"all": both columns and rows train. "own start": A = 0, B random. A classifier's head has HyperAdapt's rate in every arm. In
+float64, AdamW without decay. Distance: ‖ΔW - ΔW_HyperAdapt‖ / ‖ΔW_HyperAdapt‖ over all weights;
+medians over seeds.
 """
 
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
                     start_as_hyperadapt(at)
                 distances, losses = {}, []
                 hold = (lambda at=at: hold_second(at)) if held else (lambda: None)
-                for step, loss in enumerate(at.train(args.steps, factor * args.lr, hold), 1):
+                for step, loss in enumerate(at.train(args.steps, factor * args.lr, args.lr, hold), 1):
                     losses.append(loss)
                     if step in marks:
                         dW = updates(at)

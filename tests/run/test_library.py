@@ -435,7 +435,7 @@ def test_a_wrong_name_of_a_weight_gives_the_nearest():
 
 
 def test_what_is_no_finished_run_is_not_loaded(tmp_path, run_cli):
-    with pytest.raises(UserError, match=r"a run directory holds config.yaml, got .*has the run finished training"):
+    with pytest.raises(UserError, match=r"a run directory holds config\.yaml, got .*, which has no results\.json"):
         highrank.load(tmp_path)
     status, out, _ = run_cli(*WORDS, "r=2")
     folder = out.splitlines()[-1]

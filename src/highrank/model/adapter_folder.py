@@ -69,11 +69,13 @@ def read_card(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"adapter: a saved adapter has adapter.json, got none in {folder}")
     try:
         raw = path.read_bytes()
-        card: dict[str, Any] = read_json(path, CARD)
+        version = read_json(path, {"format_version": int, ...: plain})["format_version"]
+        newer = version > FORMAT_VERSION
+        card: dict[str, Any] = {} if newer else read_json(path, CARD)  # which may look otherwise there
     except (OSError, ValueError) as error:
         raise UserError(f"adapter: {path} is damaged, got {error}") from error
-    if card["format_version"] > FORMAT_VERSION:
-        raise UserError(f"adapter: format {FORMAT_VERSION} is the newest read here, got {card['format_version']}")
+    if newer:
+        raise UserError(f"adapter: format {FORMAT_VERSION} is the newest read here, got {version}")
     seal = str(card.get(SEAL))
     if hashlib.sha256(raw.replace(seal.encode(), b"", 1)).hexdigest() != seal:
         raise UserError(f"adapter: {path} is damaged, got {SEAL}={seal[:12]}… which does not match")

@@ -222,7 +222,10 @@ def test_a_sweep_stands_for_its_finished_runs_with_an_update(runs, capsys):
     assert [Path(run["run"]).name for run in found["runs"]] == ["hira2", "lora"]
     (runs / "lora" / "adapter" / "adapter.json").write_text("[]")
     plan("hira2", "lora")
-    assert analyze(capsys, runs)[0] == 0
+    status, _, err = analyze(capsys, runs)
+    assert status == 0
+    assert err.startswith("not analysed: lora: adapter: ")
+    assert "adapter.json is damaged, got [], which must be a mapping" in err
     assert analyze(capsys, runs / "lora")[0] == 2
     plan("prompt", "failed", "missing")
     status, _, err = analyze(capsys, runs)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from highrank.base.errors import UserError
+from highrank.cli import main as cli
 from highrank.config.words import compose_run
 from highrank.model.backbones import load_backbone
 from highrank.model.placement import resolve, weight_of
@@ -110,6 +111,20 @@ def test_numbers_of_a_dtype_are_counted_across_zero():
 def test_division_refuses_an_update_that_is_added(script, trained):
     with pytest.raises(UserError, match="W times something for hyperadapt and hira R=w0, got LoRAConfig"):
         script("division", "--dtypes=float32", trained("method=lora"))
+
+
+def test_lemma1(script, trained, whole, tmp_path):
+    base(script, tmp_path / "cut", f"path={whole}", "--rank=3")
+    whole_run, cut_run = (trained("method=hyperadapt", f"path={path}") for path in (whole, tmp_path / "cut"))
+    with pytest.raises(UserError, match=r"a run must have been analysed, got no .*; first: highrank analyze"):
+        script("lemma1", cut_run)
+    for run in (whole_run, cut_run):
+        assert cli(["analyze", run]) == 0
+    _, found = script("lemma1", cut_run)
+    assert all(numbers == [3, 6, 6] for part in found.values() for numbers in part)
+    rows, found = script("lemma1", whole_run)
+    assert all(bound <= 2 * base and rank <= bound for part in found.values() for base, bound, rank in part)
+    assert [row[0] for row in rows[1:]] == list(found)
 
 
 def test_decay(script):

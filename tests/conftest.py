@@ -31,6 +31,16 @@ def run_cli(tmp_path, capsys):
     return call
 
 
+@pytest.fixture
+def wide(monkeypatch):
+    """Makes tiny models with rows of 64 and more, nf4's block."""
+    from highrank.model import backbones
+
+    narrow = backbones.tiny_config
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    monkeypatch.setattr(backbones, "tiny_config", lambda name: {**narrow(name), **sizes})
+
+
 @pytest.fixture(scope="session")
 def tiny_sweep(tmp_path_factory):
     """Returns the folder of a sweep over three methods on a tiny random model, one of them without r; only to read."""

@@ -191,8 +191,9 @@ def measure(base: Any, batch: dict[str, Tensor], case: Case, args: Any) -> dict[
                 raise
             gaps[name] = "out of memory"
             del sides[name], step
-        gc.collect()  # here, where nothing holds the error's frames
-        torch.cuda.empty_cache()
+        if name not in sides:  # here, where nothing holds the error's frames any more
+            gc.collect()
+            torch.cuda.empty_cache()
     tolerance = 1e-3 if args.dtype == "float32" else 3e-2  # in nats, over sums of other order and rounding
     for name in sides:
         if name != FROZEN and abs(losses[name] - losses.get("ours", losses[name])) > tolerance:

@@ -1,7 +1,6 @@
 """Every benchmark's `main` on tiny shapes: each table has its rows, missing peers are named, the JSON has medians."""
 
 import importlib
-import json
 import math
 import sys
 from pathlib import Path
@@ -22,24 +21,19 @@ pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path, capsys):
-    """Returns a function that runs a benchmark: (stdout, the JSON)."""
-    monkeypatch.syspath_prepend(FOLDER)
+def bench(scripts):
+    """Returns a function that runs a benchmark: (stdout, its results)."""
+    run_script = scripts(FOLDER)
 
     def run(name, *words):
-        file = tmp_path / f"{name}.json"
-        importlib.import_module(name).main([f"--json={file}", *words])
-        found = json.loads(file.read_text())
+        out, found = run_script(name, *words)
         assert found["benchmark"] == name
         stated = {"device", "threads", "torch", "peft"} | ({"dtype"} if name != "startup" else set())
         assert stated <= found["environment"].keys()
-        out = capsys.readouterr().out
         assert all(f"{key} " in out.splitlines()[0] for key in stated)
         return out, found["results"]
 
-    yield run
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+    return run
 
 
 @pytest.fixture

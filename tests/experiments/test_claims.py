@@ -1,8 +1,6 @@
 """Every script of experiments/claims on tiny random models: what its table says holds exactly, and what it writes is read again."""
 
 import importlib
-import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,22 +20,17 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def script(monkeypatch, tmp_path, capsys):
+def script(scripts):
     """Returns a function that runs a script: (its table's rows, the results of its JSON)."""
-    monkeypatch.syspath_prepend(FOLDER)
+    run_script = scripts(FOLDER)
 
     def run(name, *words):
-        file = tmp_path / f"{name}.json"
-        importlib.import_module(name).main([f"--json={file}", *words])
-        lines = [
-            line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "| --- |" not in line
-        ]
+        out, found = run_script(name, *words)
+        lines = [line for line in out.splitlines() if line.startswith("| ") and "| --- |" not in line]
         rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
-        return rows, json.loads(file.read_text())["results"]
+        return rows, found["results"]
 
-    yield run
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+    return run
 
 
 def test_gradient(script):
@@ -93,14 +86,9 @@ def test_division(script, trained):
     assert [row[0] for row in rows[1:]] == ["hyperadapt", "hyperadapt", "hira", "hira"]
 
 
-def test_numbers_of_a_dtype_are_counted_across_zero():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        order = importlib.import_module("division").order
-    finally:
-        sys.path.remove(str(FOLDER))
-        for path in FOLDER.glob("*.py"):
-            sys.modules.pop(path.stem, None)
+def test_numbers_of_a_dtype_are_counted_across_zero(scripts):
+    scripts(FOLDER)
+    order = importlib.import_module("division").order
     x = torch.tensor([-1.0, -0.0, 0.0, 1.0, 1.0078125, -1.0078125], dtype=torch.bfloat16)
     places = order(x)
     assert places[1] == places[2] == 0

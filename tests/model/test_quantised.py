@@ -13,7 +13,7 @@ from torch import nn
 from highrank.base.errors import UserError
 from highrank.base.registry import available, load
 from highrank.config.words import compose_run
-from highrank.model import backbones, quantised
+from highrank.model import quantised
 from highrank.model.adapters import attach
 from highrank.model.backbones import load_backbone
 from highrank.model.placement import resolve, weight_of
@@ -36,19 +36,11 @@ kinds = pytest.mark.parametrize(
 )
 METHODS = [name for name in sorted(available("methods")) if load("methods", name).family.keeps_base]
 NEED_THE_MATRIX = {"boha", "dora", "hilora", "hira", "sum"}
-pytestmark = pytest.mark.filterwarnings("ignore:.*Enum subclass.*")
+pytestmark = [pytest.mark.usefixtures("wide"), pytest.mark.filterwarnings("ignore:.*Enum subclass.*")]
 
 
 def plan_of(run):
     return make_plan(run, run.make_task())
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    """Tiny models with rows of 64 and more, nf4's block."""
-    narrow = backbones.tiny_config
-    sizes = {"hidden_size": 64, "intermediate_size": 128}
-    monkeypatch.setattr(backbones, "tiny_config", lambda name: {**narrow(name), **sizes})
 
 
 def adapted(method, kind, dense=False, dtype="float32", model="tiny_qwen2", placement="all"):

@@ -1,6 +1,7 @@
-"""What two runs found, compared where their batches differ in size."""
+"""What two runs found, compared: bit for bit, and where their batches differ in size."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,17 @@ def near(found):
 def saved(file):
     """The rows of a predictions file."""
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def check_same(folder, other):
+    """Two runs have, bit for bit, the same adapter, metrics and predictions."""
+    file = Path("adapter", "adapter.safetensors")
+    assert (folder / file).read_bytes() == (other / file).read_bytes()
+    for key in ("steps", "tokens", "metrics", "selected", "validation"):
+        assert results(folder)[key] == results(other)[key]
+    for file in (folder / "predictions").iterdir():
+        assert (other / "predictions" / file.name).read_text() == file.read_text()

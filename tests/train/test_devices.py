@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from near import near, saved
+from near import check_same, near, results, saved
 from safetensors.torch import load_file
 
 from highrank.base.processes import Share
@@ -71,20 +71,6 @@ def launch(*command, folder):
 
 DISTURBED = str(HERE / "disturbed.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", DISTURBED]
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def check_same(folder, other):
-    """Two runs have, bit for bit, the same adapter, metrics and predictions."""
-    file = Path("adapter", "adapter.safetensors")
-    assert (folder / file).read_bytes() == (other / file).read_bytes()
-    for key in ("steps", "tokens", "metrics", "selected", "validation"):
-        assert results(folder)[key] == results(other)[key]
-    for file in (folder / "predictions").iterdir():
-        assert (other / "predictions" / file.name).read_text() == file.read_text()
 
 
 @needs_two_cores

@@ -1,21 +1,20 @@
 """One CUDA device: the numbers of the CPU for every method, whole runs, resume, quantised bases, FSDP2 on one device."""
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from near import near, saved
+from moved import move
+from near import check_same, near, results, saved
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from highrank.base.errors import UserError
 from highrank.base.registry import available, load
 from highrank.cli import main
-from highrank.model import backbones
 from highrank.model.adapters import attach
 from highrank.model.backbones import load_backbone
 from highrank.model.placement import resolve
@@ -43,15 +42,6 @@ WORDS = [
 ADAPTER = Path("adapter", "adapter.safetensors")
 
 
-@pytest.fixture
-def wide(monkeypatch):
-    """Tiny models with rows of 64 and more, nf4's block."""
-    narrow = backbones.tiny_config
-    monkeypatch.setattr(
-        backbones, "tiny_config", lambda name: {**narrow(name), "hidden_size": 64, "intermediate_size": 128}
-    )
-
-
 def adapted(method, fields, dtype="float32", quantize=None):
     """Returns adapters away from their start on a tiny model, made on the CPU."""
     backbone = load_backbone({"name": "tiny_qwen2", "dtype": dtype, "quantize": quantize}, None)
@@ -63,10 +53,7 @@ def adapted(method, fields, dtype="float32", quantize=None):
     except UserError as error:  # an example for other sizes
         pytest.skip(str(error))
     adapters = attach(backbone.model, views, cls, cfg, tokenizer=backbone.tokenizer)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
+    move(adapters, 0.05, seed=1)
     return adapters
 
 
@@ -111,24 +98,12 @@ def on_gpu(tmp_path_factory):
     return run(tmp_path_factory.mktemp("gpu") / "run", "trainer=gpu")
 
 
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
 def check_near(folder, other, atol):
     """Two runs have the same adapter to `atol`, the same answers, and losses up to the order of their sums."""
     for name, tensor in load_file(other / ADAPTER).items():
         assert_close(load_file(folder / ADAPTER)[name], tensor, rtol=0, atol=atol)
     for file in (other / "predictions").iterdir():
         assert saved(folder / "predictions" / file.name) == near(saved(file))
-
-
-def check_same(folder, other):
-    """Two runs have the same adapter, metrics and predictions, bit for bit."""
-    assert (folder / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
-    assert results(folder)["metrics"] == results(other)["metrics"]
-    for file in (other / "predictions").iterdir():
-        assert (folder / "predictions" / file.name).read_text() == file.read_text()
 
 
 def test_a_run_is_that_of_the_cpu(on_gpu, tmp_path):

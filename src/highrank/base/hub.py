@@ -32,7 +32,7 @@ def hub() -> Iterator[str | None]:
 
 
 @contextmanager
-def caches_alone(so: bool = True) -> Iterator[None]:
+def caches_alone(so: bool) -> Iterator[None]:
     """Within it the Hub's clients ask nobody, if so, and read their caches."""
     from huggingface_hub import constants
 

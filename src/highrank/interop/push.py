@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def push_run(
     there = [] if dry_run else _opened(api, to, merged)
     if dry_run and (merged or run.method.peft is not None):
         words = [*words, *_base_here(folder, words)]
-    with tempfile.TemporaryDirectory() as scratch, caches_alone() if dry_run else nullcontext():
+    with tempfile.TemporaryDirectory() as scratch, caches_alone(dry_run):
         staged = _staged(run, folder, Path(scratch) / "run")
         if merged:
             files = _merged_files(staged, folder, Path(scratch) / "model", words, dtype, accept)

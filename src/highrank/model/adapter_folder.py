@@ -12,7 +12,7 @@ from torch import Tensor
 from highrank.base.errors import UserError
 from highrank.base.files import write_atomic
 from highrank.base.processes import writes
-from highrank.base.shapes import plain, read_json
+from highrank.base.shapes import plain, read_json, shaped
 
 FORMAT_VERSION = 1
 SEAL = "card_sha256"
@@ -69,13 +69,14 @@ def read_card(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"adapter: a saved adapter has adapter.json, got none in {folder}")
     try:
         raw = path.read_bytes()
-        version = read_json(path, {"format_version": int, ...: plain})["format_version"]
-        newer = version > FORMAT_VERSION
-        card: dict[str, Any] = {} if newer else read_json(path, CARD)  # which may look otherwise there
+        card: dict[str, Any] = read_json(path, {"format_version": int, ...: plain})
+        newer = card["format_version"] > FORMAT_VERSION
+        if not newer:  # which may look otherwise
+            shaped(card, CARD)
     except (OSError, ValueError) as error:
         raise UserError(f"adapter: {path} is damaged, got {error}") from error
     if newer:
-        raise UserError(f"adapter: format {FORMAT_VERSION} is the newest read here, got {version}")
+        raise UserError(f"adapter: format {FORMAT_VERSION} is the newest read here, got {card['format_version']}")
     seal = str(card.get(SEAL))
     if hashlib.sha256(raw.replace(seal.encode(), b"", 1)).hexdigest() != seal:
         raise UserError(f"adapter: {path} is damaged, got {SEAL}={seal[:12]}… which does not match")

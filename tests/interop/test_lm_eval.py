@@ -70,7 +70,8 @@ def test_the_harness_scores_runs_on_one_base(make_run, own_task, capsys):
         evaluate_runs(runs, ["nowhere"], include=own_task)
 
 
-def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys):
+def test_without_the_extra_it_is_named(make_run, monkeypatch, capsys):
+    run, *_ = make_run("model=tiny_llama", "method=lora")
     plain = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -79,5 +80,5 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys):
         return plain(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert main(["eval", str(tmp_path), "--engine", "lm_eval", "--tasks", "x"]) == 2
+    assert main(["eval", str(run), "--engine", "lm_eval", "--tasks", "x"]) == 2
     assert "pip install 'highrank[eval]'" in capsys.readouterr().err

@@ -30,6 +30,13 @@ def evaluate_runs(
         UserError: for a run on a task that is no text to write, without the extra, for an unknown task, or if an adapter's
             decoding with the cache is wrong.
     """
+    for folder in folders:
+        task = read_run(folder, words).make_task()
+        if task.kind != "generate":
+            raise UserError(
+                f"eval: --engine lm_eval asks models that write texts, got task={task.name} ({task.kind}) in {folder}; leave "
+                "--engine out"
+            )
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -38,13 +45,6 @@ def evaluate_runs(
         raise UserError(
             f"eval: --engine lm_eval needs lm-evaluation-harness, got {error}; pip install 'highrank[eval]'"
         ) from error
-    for folder in folders:
-        task = read_run(folder, words).make_task()
-        if task.kind != "generate":
-            raise UserError(
-                f"eval: --engine lm_eval asks models that write texts, got task={task.name} ({task.kind}) in {folder}; leave "
-                "--engine out"
-            )
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:

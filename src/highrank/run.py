@@ -25,7 +25,7 @@ from highrank.train.checkpoint import Checkpoints
 from highrank.train.devices import quiet
 from highrank.train.divergence import Diverged
 from highrank.train.early_stopping import stopped
-from highrank.train.evaluation import evaluate, validate
+from highrank.train.evaluation import answer, evaluate, validate
 from highrank.train.failures import failures_written
 from highrank.train.fitting import fit, tell
 from highrank.train.forgetting import forgetting
@@ -38,6 +38,7 @@ from highrank.train.saved import begin
 from highrank.train.selection import KeepBest
 from highrank.train.stopping import Interrupted, StopOnSignal, requeue
 from highrank.train.trainer import check_trainer, make_trainer
+from highrank.train.untouched import Untouched
 
 
 def execute(run: Run) -> tuple[Path, int]:
@@ -96,6 +97,7 @@ class Prepared:
     others: dict[str, EvalData]
     """Of the tasks of eval_also."""
     module: FineTuner
+    untouched: Untouched
     checkpoints: Checkpoints
 
 
@@ -175,7 +177,8 @@ def prepare(
     steps, parts = optimizer_steps(run, len(data.examples)), directory.results.get("parts", 1)
     directory.write(steps_planned=steps)
     module = FineTuner(adapters, task, tokenizer, core, steps, run.protocol, eval_share, parts)
-    return Prepared(run, directory, stop, adapters, tokenizer, data, tests, others, module, checkpoints)
+    untouched = Untouched(run, model, adapters)
+    return Prepared(run, directory, stop, adapters, tokenizer, data, tests, others, module, untouched, checkpoints)
 
 
 def evaluate_before(job: Prepared, trainer: lightning.Trainer, batch_size: int) -> int:
@@ -191,13 +194,17 @@ def evaluate_before(job: Prepared, trainer: lightning.Trainer, batch_size: int) 
             job.tests,
             batch_size,
             lambda name, rows: directory.write_predictions(f"{name}.before", rows),
+            job.untouched.answer,
         )
-        also = {name: {"before": found} for name, found in evaluate_others(job, trainer, fitting, ".before").items()}
-    directory.write(metrics={"before": metrics}, **({"also": also} if also else {}))
+        others = evaluate_others(job, trainer, fitting, job.untouched.answer, ".before")
+    also = {"also": {name: {"before": found} for name, found in others.items()}} if others else {}
+    directory.write(metrics={"before": metrics}, base_reused=job.untouched.reused, **also)
     return fitting
 
 
-def evaluate_others(job: Prepared, trainer: lightning.Trainer, batch_size: int, ending: str = "") -> dict[str, Any]:
+def evaluate_others(
+    job: Prepared, trainer: lightning.Trainer, batch_size: int, answer: Any = answer, ending: str = ""
+) -> dict[str, Any]:
     """Evaluates the model on the tasks of eval_also; returns their metrics by name, predictions in <task>.<set><ending>."""
     found = {}
     for name, tests in job.others.items():
@@ -208,6 +215,7 @@ def evaluate_others(job: Prepared, trainer: lightning.Trainer, batch_size: int, 
                 tests,
                 batch_size,
                 lambda of, rows, name=name: job.directory.write_predictions(f"{name}.{of}{ending}", rows),  # type: ignore[misc]  # a default value binds the loop's
+                answer,
             )
     return found
 

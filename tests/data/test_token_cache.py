@@ -77,7 +77,7 @@ def test_a_damaged_entry_is_encoded_again_and_that_is_said_once(cache, capsys):
         assert (calls, found) == (1, plain)
         assert file.read_bytes() == whole
         assert read(RECORDS)[1] == 0
-        assert " ".join(capsys.readouterr().out.split()).count("is damaged; encoding again") == 1
+        assert " ".join(capsys.readouterr().out.split()).count("is damaged; what it held is made again") == 1
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):

@@ -1,11 +1,7 @@
-"""Encoded training examples on disk, under a hash of everything they depend on, with a checksum of their own.
-
-A file is what safetensors writes, followed by the sha256 of that.
-"""
+"""Encoded training examples in the cache, as safetensors, under a hash of everything they depend on."""
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -13,15 +9,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from highrank.base.console import console
-from highrank.base.files import cache_dir, digest, write_atomic
+from highrank.base.files import cache_dir, digest
+from highrank.base.kept import keep, read_kept
 from highrank.data.encoding import IGNORED, Encoded
 from highrank.data.protocol import Protocol
 from highrank.data.task import LabelledImage
 
 MIN_EXAMPLES = 5_000
 """Below this, encoding takes less than a second or two and is not worth a file."""
-DIGEST_BYTES = hashlib.sha256().digest_size
 CUTS = ("", "cut", "answer_lost", "marker_lost")
 
 
@@ -37,18 +32,10 @@ def cached_encoding(
     if len(records) < MIN_EXAMPLES or isinstance(records[0], LabelledImage):
         return encode()
     file = cache_dir() / "tokens" / f"{_key(records, protocol, tokenizer)}.tokens"
-    if file.is_file():
-        content = file.read_bytes()
-        packed, checksum = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-        if hashlib.sha256(packed).digest() == checksum:
-            return _unpack(load(packed))
-
-        console.print(f"the token cache {file} is damaged; encoding again", highlight=False)
+    if (kept := read_kept(file)) is not None:
+        return _unpack(load(kept))
     rows = encode()
-    packed = save(_pack(rows))
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, packed + hashlib.sha256(packed).digest())
+    keep(file, save(_pack(rows)))
     return rows
 
 

@@ -6,7 +6,7 @@ adapters.save(folder); adapters.merge(); adapters.unmerge()
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -132,6 +132,10 @@ class Adapters:
             yield
         finally:
             self._act(True)
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Within it, before training, the model computes as the base does."""
+        return self.disabled()
 
     def _act(self, acts: bool) -> None:
         raise NotImplementedError

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -350,6 +351,9 @@ class FullAdapters(WeightAdapters):
     def state_dict(self) -> dict[str, Tensor]:
         aside = {} if self._acts else self.pristine_extra
         return super().state_dict() | {name: whole(tensor).cpu().contiguous() for name, tensor in aside.items()}
+
+    def untouched(self) -> AbstractContextManager[None]:
+        return nullcontext()  # every parameter still is what it was
 
     def _act(self, acts: bool) -> None:
         super()._act(acts)

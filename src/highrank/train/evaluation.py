@@ -16,6 +16,9 @@ from highrank.train.effect import check_decoding
 from highrank.train.memory import DoesNotFit
 from highrank.train.module import LACKING, FineTuner
 
+Answers = dict[str, tuple[list[Any], list[dict[str, Any]] | None]]
+"""Per test set, the model's output for each record, and the loss on its gold answer where that is a text."""
+
 
 def predict(
     trainer: lightning.Trainer, module: FineTuner, data: EvalData, name: str, records: Sequence[Any], batch_size: int
@@ -89,10 +92,27 @@ def _by_place(
     return outputs, batch_size
 
 
+def answer(trainer: lightning.Trainer, module: FineTuner, data: EvalData, batch_size: int) -> tuple[Answers, int]:
+    """Returns what the model answers to every test set, and the batch size that fitted into memory."""
+    answers = {}
+    for name, records in data.task.test().items():
+        outputs, batch_size = predict(trainer, module, data, name, records, batch_size)
+        losses = None
+        if data.task.kind == "generate":
+            losses = gold_losses(trainer, module, data, name, records, outputs, batch_size)
+        answers[name] = outputs, losses
+    return answers, batch_size
+
+
 def evaluate(
-    trainer: lightning.Trainer, module: FineTuner, data: EvalData, batch_size: int, save: Callable[..., None]
+    trainer: lightning.Trainer,
+    module: FineTuner,
+    data: EvalData,
+    batch_size: int,
+    save: Callable[..., None],
+    answer: Callable[..., tuple[Answers, int]] = answer,
 ) -> tuple[dict[str, Any], int]:
-    """Evaluates every test set and saves the predictions.
+    """Evaluates every test set and saves the predictions; `answer` is where the model's answers come from.
 
     Returns metrics per set and their macro averages, and the batch size that fitted into memory.
 
@@ -100,15 +120,13 @@ def evaluate(
         UserError: if decoding with the cache is not what the method computes without it.
     """
     module.eval()
-    by_set, test_sets = {}, data.task.test()
+    test_sets = data.task.test()
     first = next(iter(test_sets.values()))[0]
     check_decoding(module.adapters, data.question(first).input_ids)
+    answers, batch_size = answer(trainer, module, data, batch_size)
+    by_set = {}
     for name, records in test_sets.items():
-        outputs, batch_size = predict(trainer, module, data, name, records, batch_size)
-        losses = None
-        if data.task.kind == "generate":
-            losses = gold_losses(trainer, module, data, name, records, outputs, batch_size)
-        rows, by_set[name] = evaluate_rows(data, name, records, outputs, losses)
+        rows, by_set[name] = evaluate_rows(data, name, records, *answers[name])
         save(name, rows)
     return {"sets": by_set, **macro_averages(data.task, by_set)}, batch_size
 

@@ -94,7 +94,7 @@ class RunDirectory:
             return {}
         kept: dict[str, Any] = {
             key: earlier[key]
-            for key in ("model", "data", "metrics", "also", "resumed", "parts", "logged")
+            for key in ("model", "data", "metrics", "also", "base_reused", "resumed", "parts", "logged")
             if key in earlier
         }
         if "eval_before_s" in earlier.get("time", {}):

@@ -28,7 +28,9 @@ def bench(scripts):
     def run(name, *words):
         out, found = run_script(name, *words)
         assert found["benchmark"] == name
-        stated = {"device", "threads", "torch", "peft"} | ({"dtype"} if name != "startup" else set())
+        stated = {"device", "threads", "torch", "peft"} | (
+            {"dtype"} if name not in ("startup", "sweep_overhead") else set()
+        )
         assert stated <= found["environment"].keys()
         assert all(f"{key} " in out.splitlines()[0] for key in stated)
         return out, found["results"]
@@ -111,6 +113,15 @@ def test_startup(bench):
     for name, found in results.items():
         assert f"| {name} |" in out
         positive(found)
+
+
+def test_sweep_overhead(bench):
+    out, found = bench("sweep_overhead", *REAL[:-1], "method=lora", "r=2", "seed=0,1", "max_steps=2")
+    assert found["runs"] == 2
+    assert found["wall_s"] == pytest.approx(sum(found["seconds"].values()))
+    assert found["seconds"]["train_s"] > 0
+    assert found["over"] > 1
+    assert f"{found['over']:.2f} x training and evaluation after; 0 runs read" in " ".join(out.split())
 
 
 def test_merged_latency(bench):

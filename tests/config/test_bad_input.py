@@ -128,6 +128,14 @@ BAD = [
         "an adapted module is a linear layer (Linear, Conv1D or a quantised one), got model.layers.0.input_layernorm=",
     ),
     ("r={", "config:"),
+    *(
+        (
+            f"task={task} model={model} protocol=hira",
+            f"protocol hira: it has no prompt for tasks of the family {family}, got protocol=hira; these have one: clean, "
+            "hyperadapt, llm_adapters, peft_metamath; or give protocol.template=",
+        )
+        for task, model, family in (("images", "tiny_vit", "images"), ("ruler", "tiny_llama", "long_context"))
+    ),
 ]
 
 

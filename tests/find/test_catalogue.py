@@ -8,9 +8,9 @@ import pytest
 from highrank.base import registry
 from highrank.base.fields import dataclass_from
 from highrank.base.source import Source
+from highrank.config.presets import preset_texts
 from highrank.config.words import _options, compose_run, key_of, packaged_configs, parse, register_configs
 from highrank.find import catalogue
-from highrank.find.places import preset_texts
 
 METHODS = sorted(registry.available("methods"))
 

@@ -78,7 +78,9 @@ def read_results(folder: Path, needed: Collection[str] = ()) -> dict[str, Any]:
         if lacking := [key for key in needed if key not in results]:
             raise ValueError(f"no {', '.join(lacking)}")
     except (OSError, ValueError) as error:
-        raise UserError(f"run: results.json is damaged, got {error} in {folder}; choose another run_dir") from error
+        raise UserError(
+            f"run: results.json is damaged, got {error} in {folder}; bring it back, or move the folder away"
+        ) from error
     return results
 
 

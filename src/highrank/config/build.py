@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from highrank.base import registry
@@ -15,6 +16,7 @@ from highrank.base.errors import UserError, suggest
 from highrank.base.fields import dataclass_from
 from highrank.base.files import shown
 from highrank.base.hub import on_hub
+from highrank.config.presets import preset_texts
 from highrank.config.run_config import CORE_KEYS, LOGGERS, OPTIMIZERS, SCHEDULES, Run, RunConfig
 from highrank.config.start import settle
 from highrank.config.trainer_keys import check_trainer_keys
@@ -181,7 +183,7 @@ def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
     """Returns a protocol as it treats tasks of one family.
 
     Raises:
-        UserError: for an unknown key or family, a wrong type, or a value out of range.
+        UserError: for an unknown key or family, a wrong type, a value out of range, or no prompt for the family.
     """
 
     families = values.get("families") or {}
@@ -195,7 +197,19 @@ def protocol_for(values: Mapping[str, Any], family: str) -> Protocol:
         if name not in known:
             raise UserError(f"protocol {values['name']}: unknown family, got families.{name}{suggest(name, known)}")
     given = {key: value for key, value in values.items() if key != "families"}
-    return dataclass_from(Protocol, {**families.get(family, {}), **given}, "protocol")
+    merged = {**families.get(family, {}), **given}
+    if "name" in merged and "template" not in merged:
+        raise UserError(
+            f"protocol {merged['name']}: it has no prompt for tasks of the family {family}, got protocol={merged['name']}; "
+            f"these have one: {', '.join(_with_prompt(family))}; or give protocol.template=<text with {{instruction}}>"
+        )
+    return dataclass_from(Protocol, merged, "protocol")
+
+
+def _with_prompt(family: str) -> list[str]:
+    """Returns the names of this package's protocols that have a prompt for tasks of a family."""
+    presets = {name: yaml.safe_load(text) for name, text in preset_texts("protocol")}
+    return [name for name, keys in presets.items() if "template" in {**keys, **keys["families"].get(family, {})}]
 
 
 @functools.cache

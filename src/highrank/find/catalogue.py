@@ -17,7 +17,7 @@ from highrank.base.console import say
 from highrank.base.errors import UserError, suggest
 from highrank.base.options import Words
 from highrank.base.source import Field, Source
-from highrank.find.places import preset_texts
+from highrank.config.presets import preset_texts
 from highrank.find.table import show, show_facts
 from highrank.model.tiny import TINY
 

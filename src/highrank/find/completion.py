@@ -19,8 +19,8 @@ from highrank.base import registry
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import run_folders
 from highrank.base.source import Field, Source, with_rules
+from highrank.config.presets import preset_texts
 from highrank.config.trainer_keys import PRECISIONS, STRATEGIES, TRAINER_KEYS
-from highrank.find.places import preset_texts
 from highrank.model.tiny import TINY
 
 BASH = """\

@@ -91,7 +91,9 @@ class Board:
             self._note_end(path, results)
             number, left = self.number - len(self.logs), self.left()
         status = results["status"]
-        reason = f": {results.get('error')}; see {job.log}" if status in ("failed", "oom", "diverged") else ""
+        reason = (
+            f": {results.get('error')}; see {job.log}" if status in ("failed", "oom", "diverged", "damaged") else ""
+        )
         if self.drawn_live:
             if reason:  # beyond the lock, since who draws the table holds the terminal and waits for it
                 say(f"{path.name}: {status}{reason}")

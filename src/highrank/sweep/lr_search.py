@@ -117,7 +117,7 @@ def record(cell: Cell, trials: Sequence[tuple[float, Cell]], folder: Path) -> di
         try:
             results = read_results(folder / trial_cell.folder)
         except UserError:
-            results = {"status": "missing"}
+            results = {"status": "damaged" if (folder / trial_cell.folder / "results.json").exists() else "missing"}
         loss = results.get("validation", {}).get("loss") if results["status"] == "done" else None
         rows.append({"lr": rate, "loss": loss, "run": trial_cell.folder, "status": results["status"]})
     usable = [row for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]

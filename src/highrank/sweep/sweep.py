@@ -40,6 +40,8 @@ SWEEP_KEYS = ("sweep_dir", "lr_search", "launcher", "jobs")
 runs at once."""
 SETTLED = ("done", "diverged")
 """How a cell has ended whose result stands: that its rate makes it diverge is one too."""
+LEFT = (*SETTLED, "damaged")
+"""What is not started again: a damaged results.json may still be mended, so that nothing is written over it."""
 
 
 class Sweep:
@@ -67,6 +69,8 @@ class Sweep:
         self.folder = Path(sweep_dir or self.output / f"{self.name}_{key[:8]}")
         self.plans: dict[str, Plan] = {}
         """By arm: its seeds cost the same."""
+        self.damaged = 0
+        """How many cells cannot be read."""
 
     @property
     def folders(self) -> list[Path]:
@@ -75,12 +79,14 @@ class Sweep:
         return [self.output] if inside else [self.output, self.folder]
 
     def plan(self) -> tuple[list[Cell], list[Plan]]:
-        """Returns the cells that are not done yet, with their plans.
+        """Returns the cells that are to be started, with their plans.
 
         Raises:
             UserError: naming every cell that cannot run.
         """
-        todo = [cell for cell in self.grid.cells if not self._done(cell)]
+        states = [_read(self.folder / cell.folder).get("status") for cell in self.grid.cells]
+        self.damaged = states.count("damaged")
+        todo = [cell for cell, state in zip(self.grid.cells, states, strict=True) if state not in LEFT]
         plans = self.plans = {}
         problems = []
         for cell in todo:
@@ -132,7 +138,7 @@ class Sweep:
         return 128 + stopped[0] if stopped else int(unfinished > 0)
 
     def _run(self, cells: Sequence[Cell], folder: Path, what: str, times: Times, stopped: Sequence[int]) -> None:
-        """Runs the cells that are not done; a run that fails is recorded and the rest goes on."""
+        """Runs the cells that are not done; a run that fails is recorded, a damaged one is left, and the rest goes on."""
         earlier = {folder / cell.folder: _read(folder / cell.folder) for cell in cells}
         jobs = [
             Job(
@@ -143,17 +149,19 @@ class Sweep:
                 self.main,
             )
             for cell in cells
-            if earlier[folder / cell.folder].get("status") not in SETTLED
+            if earlier[folder / cell.folder].get("status") not in LEFT
         ]
         by_folder = {folder / cell.folder: cell for cell in cells}
         steps = {Path(job.run_dir): self._steps(by_folder[Path(job.run_dir)]) for job in jobs}
         board = Board(what, by_folder, steps, jobs, self.launcher, times, stopped)
         for path, results in earlier.items():
             board.take(path, results)
+            if results.get("status") == "damaged":
+                say(f"warning: {path.name} is left as it is: {results['error']}")
         with board.shown():
             for job, note in self.launcher.run(jobs):
                 results = _read(Path(job.run_dir))
-                if results.get("status") not in (*SETTLED, "failed", "oom", "interrupted"):
+                if results.get("status") not in (*LEFT, "failed", "oom", "interrupted"):
                     results = {**results, "status": "failed", "error": note, "config_hash": job.config_hash}
                     Path(job.run_dir).mkdir(parents=True, exist_ok=True)
                     write_atomic(Path(job.run_dir) / "results.json", json.dumps(results, indent=1).encode())
@@ -164,9 +172,6 @@ class Sweep:
         plan = self.plans[digest(cell.arm)]
         asked = next(each for each in self.grid.cells if each.arm == cell.arm).run.protocol.num_validation
         return optimizer_steps(cell.run, plan.num_train + asked - cell.run.protocol.num_validation)
-
-    def _done(self, cell: Cell) -> bool:
-        return _read(self.folder / cell.folder).get("status") in SETTLED
 
     def _check_folder(self) -> None:
         """Refuses the folder of another sweep; a grid that holds all of the old one's cells extends it."""
@@ -254,11 +259,13 @@ def interruptible(running: Any) -> Iterator[list[int]]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """Returns a run's results; of none or a damaged one, nothing."""
+    """Returns a run's results; of none nothing, and of a damaged one what is damaged."""
+    if not (folder / "results.json").is_file():
+        return {}
     try:
         return read_results(folder)
-    except UserError:
-        return {}
+    except UserError as error:
+        return {"status": "damaged", "error": str(error)}
 
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
@@ -317,9 +324,9 @@ def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan], times: 
     trials = sweep.search.trials * len({digest(cell.arm) for cell in grid.cells}) if sweep.search else 0
     tokens = sum(plan.tokens for plan in plans)
     searched = f", and at most {trials} runs to search the learning rate" if trials else ""
-    say(
-        f"{len(grid.cells)} runs, {len(grid.cells) - len(todo)} done before{searched}; about {tokens:,} training tokens"
-    )
+    before = f"{len(grid.cells) - len(todo) - sweep.damaged} done before"
+    before += f", {sweep.damaged} damaged" if sweep.damaged else ""
+    say(f"{len(grid.cells)} runs, {before}{searched}; about {tokens:,} training tokens")
     if todo:
         say(f"time: {told(sweep, todo, lengths)}")
 

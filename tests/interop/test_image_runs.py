@@ -102,3 +102,19 @@ def test_the_harness_of_texts_is_refused(trained, capsys):
     said = capsys.readouterr().err
     assert "--engine lm_eval asks models that write texts, got task=images (classify_images)" in said
     assert said.count("\n") == 1
+
+
+def test_a_loss_of_images_is_per_image_in_the_report_and_on_the_card(trained, tmp_path, capsys):
+    run, _ = trained
+    runs = tmp_path / "runs"
+    for name in ("one", "two"):
+        shutil.copytree(run, runs / name)
+    other = json.loads((runs / "two" / "results.json").read_text())
+    (runs / "two" / "results.json").write_text(json.dumps({**other, "config_hash": "0" * 64}))
+    capsys.readouterr()
+    assert main(["report", str(runs)]) == 0
+    page = (runs / "report" / "index.html").read_text()
+    assert "nats per example" in page
+    assert "per token" not in page
+    assert main(["export", str(run), "--format", "peft", "--out", str(tmp_path / "peft")]) == 0
+    assert "loss (nats per image)" in (tmp_path / "peft" / "README.md").read_text()

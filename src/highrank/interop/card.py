@@ -33,7 +33,7 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
         **({"base_model": model["hub"]} if model.get("hub") else {}),
         "tags": ["highrank", run.method.name],
     }
-    params = results.get("params", {})
+    params, per = results.get("params", {}), "image" if run.task.kind == "classify_images" else "token"
     facts = {
         "method": f"{run.method.name}: {formula(run.method)}",
         "fields": _listed(run.resolved["method"], "name"),
@@ -55,7 +55,7 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
     rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in facts.items() if value)
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {run.name}\n\n{WHAT[library]}\n\n"
-        f"| | |\n| --- | --- |\n{rows}{_scores(results.get('metrics', {}))}{_command(run, results)}"
+        f"| | |\n| --- | --- |\n{rows}{_scores(results.get('metrics', {}), per)}{_command(run, results)}"
     )
 
 
@@ -77,14 +77,14 @@ def formula(method: Any) -> str:
     return next((line.strip() for line in doc if line.startswith("    ") and "=" in line), doc[0] if doc else "")
 
 
-def _scores(metrics: Mapping[str, Any]) -> str:
+def _scores(metrics: Mapping[str, Any], per: str) -> str:
     rows = [
         f"| {name} | {when} | {_listed(set_metrics)} |\n"
         for when, label in (("before training", "before"), ("after training", "final"))
         for name, set_metrics in metrics.get(label, {}).get("sets", {}).items()
     ]
     return (
-        "\n## Scores\n\nIn percent, but for counts, loss (nats per token) and perplexity.\n\n| set | | |\n| --- | --- | --- |\n"
+        f"\n## Scores\n\nIn percent, but for counts, loss (nats per {per}) and perplexity.\n\n| set | | |\n| --- | --- | --- |\n"
         + "".join(rows)
         if rows
         else ""

@@ -193,7 +193,7 @@ def retained(results: Results) -> tuple[str, str, str, Figure] | None:
     """What was gained on the trained task against what was lost on others and on general text, in scores and in losses."""
     by_arm = [(arm, changes) for arm, changes in zip(results.arms, map(means, results.arms), strict=True) if changes]
     panels: list[tuple[str, str, list[tuple[Arm, float, float]]]] = []
-    for kind, sign, unit in (("score", 1, "points"), (LOSS, -1, "nats per token")):
+    for kind, sign, unit in (("score", 1, "points"), (LOSS, -1, results.unit)):
         names = {
             name: None for _, changes in by_arm for name, of in changes if name != OWN and (of == kind or name == TEXT)
         }
@@ -205,7 +205,7 @@ def retained(results: Results) -> tuple[str, str, str, Figure] | None:
                 if (name, loss) in changes and (OWN, kind) in changes
             ]
             if len(points) > 1:
-                lost = f"lost on {name}, {'nats per token' if loss == LOSS else 'points'}"
+                lost = f"lost on {name}, {('nats per token' if name == TEXT else results.unit) if loss == LOSS else 'points'}"
                 panels.append((lost, f"gained on the trained task, {unit}", points))
     if not panels:
         return None
@@ -294,7 +294,7 @@ def curve(results: Results, key: str) -> tuple[str, str, str, Figure] | None:
 def lengths(results: Results) -> tuple[str, str, str, Figure] | None:
     """Score and test loss against the length of the tested examples, where a task groups its test sets by it."""
     panels: dict[str, dict[str, dict[int, float]]] = {}
-    for arm, (title, key) in itertools.product(results.arms, (("score, %", ""), ("test loss, nats per token", LOSS))):
+    for arm, (title, key) in itertools.product(results.arms, (("score, %", ""), (f"test loss, {results.unit}", LOSS))):
         pattern = re.compile(rf"{re.escape(key or arm.records[0].metric)}_(\d+)")
         finals = [record.results["metrics"]["final"] for record in arm.records]
         sizes = {name: int(match[1]) for name in finals[0] if (match := pattern.fullmatch(name))}

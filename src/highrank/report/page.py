@@ -75,8 +75,8 @@ def report(
         if not baseline or any(is_arm(item, baseline) for item in loss_entries):
             compare(loss_entries, shape, baseline, lower=True)
         scores += tables.score_tables(loss, loss_entries, shape, against)
-        comparisons.append(tables.comparison_table(loss_entries, shape, against, lower=True))
-        sentence += " " + finding(loss_entries, shape.compared, against, lower=True)
+        comparisons.append(tables.comparison_table(loss_entries, shape, against, loss.unit))
+        sentence += " " + finding(loss_entries, shape.compared, against, loss.unit)
     costs = [t for t in (tables.cost_table(results), tables.search_table(results)) if t]
     details = [
         *comparisons,
@@ -140,15 +140,16 @@ def _template() -> jinja2.Template:
     return environment.from_string((files("highrank.report") / "page.html").read_text(encoding="utf-8"))
 
 
-def finding(entries: Sequence[Item], compared: Sequence[str], baseline: str | None, lower: bool = False) -> str:
-    """Returns the report's answer in a sentence: what is best, with `lower` in loss, and whether that is more than chance."""
+def finding(entries: Sequence[Item], compared: Sequence[str], baseline: str | None, loss: str | None = None) -> str:
+    """Returns the report's answer in a sentence: what is best, of losses in the unit `loss` what is lowest, and whether
+    that is more than chance."""
     last = entries[-1].at
     group = [item for item in entries if all(item.at[key] == last[key] for key in last if key not in compared)]
-    best = best_of(group, lower)
+    best = best_of(group, lower=loss is not None)
     score, name = best.score, str(last["set"])
     where = {"average": "on average"}.get(name, f"on {name}")
-    form, unit = (".4f", "nats per token") if lower else (".1f", "%")
-    text = f"{'Lowest test loss' if lower else 'Best'} {where}: {best.arm.label}, {score.mean:{form}} {unit}"
+    form, unit = (".4f", loss) if loss else (".1f", "%")
+    text = f"{'Lowest test loss' if loss else 'Best'} {where}: {best.arm.label}, {score.mean:{form}} {unit}"
     if score.low is not None:
         text += f" [{score.low:{form}}, {score.high:{form}}]"
     others = [item for item in group if item is not best]

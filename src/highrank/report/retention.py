@@ -47,7 +47,7 @@ def table(results: Results) -> Table | None:
         rows.append(cells)
     heads = [f"{name}: {kind} {when}" for name, kind in keys for when in ("before", "after", "change")]
     caption = (
-        "Means over an arm's runs. Scores in percent, the unweighted mean over a task's test sets; losses in nats per token. Before: "
-        "the model as training began; of general text, without the adapter."
+        f"Means over an arm's runs. Scores in percent, the unweighted mean over a task's test sets; losses in {results.unit}. "
+        "Before: the model as training began; of general text, without the adapter."
     )
     return Table("retention", "Gained and forgotten", caption, [*results.keys, *heads], rows, [], len(results.keys))

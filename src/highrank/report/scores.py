@@ -105,7 +105,14 @@ class Results:
     notes: list[str] = field(default_factory=list)
     """What a reader must know about these numbers."""
     lower: bool = False
-    """Whether less is better: losses in nats per token, where scores are in percent."""
+    """Whether less is better: losses in nats, where scores are in percent."""
+    per: str = "token"
+    """Of what a loss is the mean: of the gold answers' tokens, or of examples whose answer is one class, as images."""
+
+    @property
+    def unit(self) -> str:
+        """In what losses are."""
+        return f"nats per {self.per}"
 
     @property
     def columns(self) -> list[str]:
@@ -166,7 +173,17 @@ def collect(records: Sequence[Record], mix: Iterable[str] = ()) -> Results:
     ]
     if any(len(score.seeds) == 1 for arm in arms for score in arm.scores.values()):
         notes.append("Arms with one seed: no deviation, interval or test over seeds is claimed.")
-    return Results(arms, keys, sets, metrics, _untuned(done, sets), _majority(done), [*notes, *_said(unusable)])
+    notes += _said(unusable)
+    return Results(arms, keys, sets, metrics, _untuned(done, sets), _majority(done), notes, per=_per(done, sets))
+
+
+def _per(records: Sequence[Record], sets: Sequence[str]) -> str:
+    """Returns of what the losses are means, as far as predictions tell: of examples where each answer is one target."""
+    found = set()
+    for name in sets:
+        rows = next(filter(None, (record.predictions(name) for record in records if name in record.final)), [])
+        found.add("example" if {row.get("target_tokens") for row in rows} == {1} else "token")
+    return " or ".join(sorted(found, reverse=True))
 
 
 def losses(results: Results) -> Results | None:
@@ -190,7 +207,8 @@ def losses(results: Results) -> Results | None:
         notes.append(
             "Gold answers of other tokens: the losses per token of these arms do not compare, nor are they tested."
         )
-    return Results(arms, results.keys, sets, dict.fromkeys(sets, LOSS), _untuned(records, sets, LOSS), {}, notes, True)
+    metrics, untuned = dict.fromkeys(sets, LOSS), _untuned(records, sets, LOSS)
+    return Results(arms, results.keys, sets, metrics, untuned, {}, notes, True, _per(records, sets))
 
 
 def _said(unusable: Mapping[str, Sequence[str]]) -> list[str]:

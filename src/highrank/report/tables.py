@@ -176,7 +176,8 @@ def _score_caption(results: Results, entries: Sequence[Item], shape: Pivot, base
     seeds = sorted({len(item.score.seeds) for item in entries})
     metric = " and ".join(dict.fromkeys(results.metrics.values()))
     n = f"n = {ns[0]:,}" if len(ns) == 1 else f"n = {ns[0]:,} to {ns[-1]:,}"
-    unit = "nats per token of the gold answers, less is better" if results.lower else "percent"
+    of = " of the gold answers" if results.per != "example" else ""
+    unit = f"{results.unit}{of}, less is better" if results.lower else "percent"
     text = f"{metric.capitalize()} in {unit}; mean over {_range(seeds)} seed{'s' if seeds != [1] else ''}, {n} test examples{' per set' if sets else ''}."
     if "set" not in (*shape.rows, *shape.columns):
         text += (
@@ -368,7 +369,7 @@ def measures_table(results: Results) -> Table | None:
     ]
     caption = "Means over seeds, in percent. clean: without the questions that occur in the training data; leaked: their number. "
     if any(key.startswith((LOSS, "perplexity")) for _, key in columns):
-        caption += "Losses are in nats per token of the gold answers, perplexity their exponential; loss left out, cut: of how many answers the cut-off left nothing, or a part. "
+        caption += f"Losses are in {results.unit}, perplexity their exponential; loss left out, cut: of how many answers the cut-off left nothing, or a part. "
     caption += "Measures named after a rule read the same outputs by that second answer rule."
     return Table("measures", "Other measures", caption, heads, rows, [], len(results.keys))
 
@@ -388,8 +389,10 @@ def _clean(record: Record, name: str) -> float | None:
     return metrics.get(f"{record.metric}_clean", None if metrics.get("leaked") else metrics.get(record.metric))
 
 
-def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None, lower: bool = False) -> Table | None:
-    """Returns every paired test, with `lower` of losses; None if there was none."""
+def comparison_table(
+    entries: Sequence[Item], shape: Pivot, baseline: str | None, loss: str | None = None
+) -> Table | None:
+    """Returns every paired test, or of losses in the unit `loss`; None if there was none."""
     others = [key for key in entries[0].at if key not in shape.compared]
     rows = []
     for item in entries:
@@ -402,7 +405,7 @@ def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None
                 TableCell(item.arm.label, item.arm.label),
                 *(word(item.at[key]) for key in others),
                 word(real or "not tested"),
-                number(score.difference, "+.4f" if lower else "+.2f"),
+                number(score.difference, "+.4f" if loss else "+.2f"),
                 TableCell()
                 if score.p is None
                 else TableCell(score.p, f"{score.p:.3f}" if score.p >= 0.001 else "< 0.001"),
@@ -410,9 +413,9 @@ def comparison_table(entries: Sequence[Item], shape: Pivot, baseline: str | None
         )
     if not rows:
         return None
-    unit = "nats per token, below 0 where the arm is better," if lower else "points"
+    unit = f"{loss}, below 0 where the arm is better," if loss else "points"
     caption = f"Difference in {unit} to {baseline or 'the best arm'}; p two-sided, paired over seeds and examples (min F'), corrected by Holm within a column of the table."
-    name, title = ("loss_tests", "Paired tests of the test loss") if lower else ("tests", "Paired tests")
+    name, title = ("loss_tests", "Paired tests of the test loss") if loss else ("tests", "Paired tests")
     return Table(name, title, caption, ["arm", *others, "verdict", "difference", "p"], rows, [], 2 + len(others))
 
 

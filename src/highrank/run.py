@@ -16,7 +16,7 @@ from highrank.base.processes import total
 from highrank.config.run_config import Run
 from highrank.data.batches import EvalData, TrainingData
 from highrank.data.encoding import give_tokens, within
-from highrank.data.task import Task
+from highrank.data.task import Task, sources_of
 from highrank.model.adapters import Adapters
 from highrank.model.language import context_length
 from highrank.report.dashboard import hyperparameters, scalars, write_run
@@ -141,7 +141,7 @@ def prepare(
     share, eval_share = devices.share_of(run.trainer), devices.evaluation_share_of(run.trainer)
     lightning.seed_everything((core.seed + share.rank) % 2**32, verbose=False)
     backbone, adapters = begin(run, task)
-    model, sources = {"name": run.model["name"], **vars(backbone.source)}, task.sources()
+    model, sources = {"name": run.model["name"], **vars(backbone.source)}, sources_of(task)
     directory.open(directory.kept(earlier, model, sources))
     lost = {} if backbone.update_lost is None else {"update_lost": backbone.update_lost}
     start = {"start": {**plan.start, **lost}} if plan.start else {}

@@ -14,6 +14,8 @@ import safetensors.torch
 
 from highrank.base import registry
 from highrank.base.errors import UserError
+from highrank.data.scoring import MEASURES
+from highrank.data.task import MEASURED
 from highrank.model.adapters import attach
 from highrank.model.backbones import load_backbone
 
@@ -52,13 +54,13 @@ class Shift(Method):
 '''
 
 
-def install(folder, distribution, **entries):
-    """Makes `folder`, once on the path, look like it holds an installed distribution with these methods."""
+def install(folder, distribution, group="methods", **entries):
+    """Makes `folder`, once on the path, look like it holds an installed distribution with these plugins."""
     info = folder / f"{distribution}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
     lines = [f"{name} = {module}" for name, module in entries.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[highrank.methods]", *lines, ""]))
+    (info / "entry_points.txt").write_text("\n".join([f"[highrank.{group}]", *lines, ""]))
 
 
 @pytest.fixture
@@ -157,6 +159,73 @@ def test_a_class_is_checked_when_it_registers(site, case):
     with pytest.raises(UserError, match=f"^method shift: {message}") as error:
         registry.load("methods", "shift")
     assert "\n" not in str(error.value)
+
+
+TASK = '''
+"""rhyme: two words."""
+
+from dataclasses import dataclass
+
+from highrank.plugin import Example, Task, register_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class RhymeConfig:
+    n: int = 4
+
+
+@register_task(config=RhymeConfig)
+class Rhyme(Task):
+    kind = "generate"
+    family = "math"
+    version = 1
+    metrics = ("accuracy",)
+
+    def train(self):
+        return [Example(str(i), "What rhymes with cat?", "hat", "hat") for i in range(self.cfg.n)]
+
+    def test(self):
+        return {"rhyme": [Example("a", "What rhymes with log?", "dog", "dog")]}
+
+    def sources(self):
+        return [{"name": "rhyme", "rows": self.cfg.n, "sha256": "0"}]
+'''
+BAD_TASKS = {
+    "right": ("metrics", "metrics", ""),
+    "no base": ("class Rhyme(Task)", "class Rhyme", "a task derives from Task of highrank.plugin, got class Rhyme"),
+    "no config": ("config=RhymeConfig", "config=None", "its config is a dataclass, got config=None"),
+    "no family": ("    family =", "    familly =", "the class must define family, got none in Rhyme"),
+    "no version": ("    version =", "    versoin =", "the class must define version, got none in Rhyme"),
+    "no sources": ("def sources", "def source", "the class must define sources, got none in Rhyme"),
+    "a number": ('family = "math"', "family = 3", "family is a text, as .*, got family=3"),
+    "a text": ("version = 1", 'version = "1"', "version is a whole number >= 1, got version='1'"),
+    "no kind": ('kind = "generate"', "pass", "kind is one of generate, classify, .*, got kind=None"),
+    "another kind": ('kind = "generate"', 'kind = "write"', "kind is one of generate, .*, got kind='write'"),
+    "one metric": ('("accuracy",)', '"accuracy"', "metrics is a tuple of names, .*, got metrics='accuracy'"),
+    "another metric": ('("accuracy",)', '("acuracy",)', "unknown metric, got metrics with acuracy; define it in"),
+    "one class": ('kind = "generate"', 'kind = "classify"', "num_labels is a whole number >= 2 .* got num_labels=1"),
+    "other sources": ('"rows": self.cfg.n, ', "", r"sources\(\) returns a list of mappings .*, got no \[0\]\.rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TASKS)
+def test_a_task_is_checked_before_it_trains(site, case, run_cli, monkeypatch):
+    right, wrong, message = BAD_TASKS[case]
+    assert right in TASK
+    (site / "mine").mkdir()
+    (site / "mine" / "rhyme.py").write_text(TASK.replace(right, wrong))
+    install(site, "mine", group="tasks", rhyme="mine.rhyme")
+    if message:
+        monkeypatch.setattr("highrank.run.train", lambda *_: pytest.fail("trained"))
+    status, _, err = run_cli("task=rhyme", "model=tiny_llama", "max_steps=1", "eval_before=false")
+    assert status == (2 if message else 0), err
+    if message:
+        (line,) = [line for line in err.splitlines() if "error" in line]
+        assert re.search(f"^error: task rhyme: {message}", line)
+
+
+def test_the_metrics_that_need_no_measure_are_those_there_are():
+    assert set(MEASURES) == set(MEASURED)
 
 
 BAD_ADAPTERS = {

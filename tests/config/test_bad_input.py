@@ -115,6 +115,7 @@ BAD = [
     ("model.shape={model_type:foo}", "shape must be a config that transformers knows, got model.shape="),
     ("model.name=tiny_foo", "model: unknown tiny model, got model.name=tiny_foo; it is one of: tiny_llama, "),
     ("model=tiny_llama model.name=foo", "model: its config.json is needed, got model=foo"),
+    ("model=hf:no/such", "model: its config.json is needed, got model=hf:no/such and no answer from"),
     ("placement=5", "placement: give a set such as fc_qkv, or a list such as [q,down], got placement=5"),
     ("placement=null", "or a list such as [q,down], got placement=None"),
     ("placement=[[q]]", "placement: unknown set or part, got placement=['q']"),

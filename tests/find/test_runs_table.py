@@ -128,3 +128,9 @@ def test_some_keys_of_a_config_are_read_as_in_the_whole(two_runs, tmp_path):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(UserError, match=r"run: config\.yaml is damaged"):
             read_config(tmp_path)
+
+
+def test_a_value_that_no_run_has_is_said_with_those_there_are(outputs, highrank):
+    status, out, err = highrank("runs", "--where", "method=bitfit")
+    assert (status, out.count("\n")) == (0, 1)
+    assert "no run has method=bitfit; there are: hira, lora\n" in err

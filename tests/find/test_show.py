@@ -103,3 +103,13 @@ def test_a_run_against_itself_and_against_one_that_is_going(outputs, highrank):
     assert status == 0
     assert "status\tdone\trunning\t" in out
     assert "steps\t3\t–\t" in out
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "adapter/adapter.json"])
+def test_a_run_that_has_lost_a_file_says_so_and_offers_nothing_that_needs_it(outputs, highrank, name):
+    run = outputs / "2026-01-01/lora"
+    (run / name).unlink()
+    status, out, _ = highrank("show", run)
+    assert status == 0
+    assert f"missing: {name}, without which it is neither evaluated nor merged; bring it back\n" in out
+    assert "highrank eval" not in out

@@ -246,6 +246,7 @@ def test_terms_are_told_from_words(tmp_path, monkeypatch):
         "run=half": "a weight is a number, got run=half; give run=0.5",
         "run=nan": "a weight is a number, got run=nan",
         "run=inf": "a weight is a number, got run=inf",
+        "run=0": "a weight of 0 adds nothing, got run=0; leave the run out",
     }.items():
         with pytest.raises(UserError, match=message):
             terms_and_words([word])
@@ -254,7 +255,7 @@ def test_terms_are_told_from_words(tmp_path, monkeypatch):
 BAD = {
     "unknown": (
         ("linaer", [("a", 1), ("b", 1)]),
-        "--how is one of linear, ties, dare, got --how linaer; did you mean 'linear'",
+        "unknown way to combine, got --how linaer; did you mean 'linear'",
     ),
     "one": (("linear", [("a", 1)]), "at least two runs are needed, each with its weight, got a=1"),
     "none": (("linear", []), "at least two runs are needed, each with its weight, got nothing"),

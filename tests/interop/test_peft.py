@@ -546,3 +546,16 @@ def test_a_base_model_in_a_folder(tmp_path):
 
     words = _base_words({"base_model_name_or_path": str(tmp_path)})
     assert compose_run(words).core.path == str(tmp_path)
+
+
+def test_an_adapter_that_names_another_base_is_taken_with_a_warning(make_run, tmp_path, capsys):
+    run, _ = make_run("method=lora", "r=2", "model=tiny_llama")
+    export_run(run, tmp_path / "peft")
+    for model, warned in (("tiny_qwen2", True), ("tiny_llama", False)):
+        capsys.readouterr()
+        out = tmp_path / model
+        assert main(["import", str(tmp_path / "peft"), "--out", str(out), f"model={model}"]) == 0
+        said = capsys.readouterr().err
+        assert (
+            "warning: the adapter names another base, got model=tiny_qwen2 for base_model_name_or_path=" in said
+        ) == warned

@@ -106,10 +106,19 @@ def register_method(config: type) -> Callable[[type], type]:
 
 
 def register_task(config: type) -> Callable[[type], type]:
-    """Class decorator: makes a `Task` known under its file's name, with `config` as its fields."""
+    """Class decorator: makes a `Task` known under its file's name, with `config` as its fields.
+
+    Raises:
+        UserError: for a class that is no task, or not what the contract says.
+    """
 
     def decorate(cls: Any) -> Any:
         cls.name, cls.config = cls.__module__.rsplit(".", 1)[-1], config
+        if not hasattr(cls, "check_class"):
+            raise UserError(
+                f"task {cls.name}: a task derives from Task of highrank.plugin, got class {cls.__qualname__}"
+            )
+        cls.check_class()
         _register("tasks", cls.name, cls)
         return cls
 

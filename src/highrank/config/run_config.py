@@ -245,7 +245,9 @@ class Run:
 
     def make_task(self) -> Task:
         """Returns the run's task; its data are read when they are asked for."""
-        return self.task(self.task_cfg, self.core.seed)
+        task = self.task(self.task_cfg, self.core.seed)
+        task.check()
+        return task
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The contract of a task: data, and how a model's output is scored."""
 
+import dataclasses
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import path_field
+from highrank.base.shapes import amount, plain, shaped
 from highrank.data.sources import MissingData, Source, SourceTable, as_text, data_folder, find, read
 
 
@@ -79,6 +82,11 @@ TEXTS = {"id", "instruction", "output", "answer", "input", "text"}
 """What is a text in every record."""
 
 
+KINDS = ("generate", "classify", "regress", "classify_images")
+MEASURED = ("accuracy", "matthews", "f1", "pearson", "spearman")
+"""Metrics that need no `measure` of the task's own."""
+
+
 class Task:
     """One data set family with its scorer; subclasses live in `tasks/` under `@register_task`.
 
@@ -112,6 +120,37 @@ class Task:
     def __init__(self, cfg: Any, seed: int):
         self.cfg, self.seed = cfg, seed
 
+    @classmethod
+    def check_class(cls) -> None:
+        """Raises UserError for the first thing of the class that is not what the contract says."""
+        if not (inspect.isclass(cls.config) and dataclasses.is_dataclass(cls.config)):
+            raise UserError(f"task {cls.name}: its config is a dataclass, got config={cls.config!r}; decorate it")
+        for name in ("family", "version", "train", "test", "sources"):
+            if not any(name in vars(base) for base in cls.__mro__ if base is not Task):
+                raise UserError(f"task {cls.name}: the class must define {name}, got none in {cls.__qualname__}")
+        texts = isinstance(cls.family, str) and cls.family
+        _need(cls, bool(texts), "family", 'is a text, as "math"')
+        _need(cls, isinstance(cls.version, int) and cls.version >= 1, "version", "is a whole number >= 1")
+        listed = (
+            isinstance(cls.examples, Sequence) and cls.examples and all(isinstance(e, Mapping) for e in cls.examples)
+        )
+        _need(cls, bool(listed), "examples", "is a tuple of at least one mapping of fields, as ({},)")
+
+    def check(self) -> None:
+        """Raises UserError for the first thing of the task, made with its config, that is not what the contract says."""
+        _need(self, getattr(self, "kind", None) in KINDS, "kind", f"is one of {', '.join(KINDS)}")
+        metrics = self.metrics
+        named = isinstance(metrics, tuple) and metrics and all(isinstance(name, str) for name in metrics)
+        _need(self, bool(named), "metrics", 'is a tuple of names, as ("accuracy",)')
+        own = [name for name in metrics if name not in MEASURED]
+        if own and type(self).measure is Task.measure:
+            raise UserError(
+                f"task {self.name}: unknown metric, got metrics with {own[0]}; define it in `measure`, or take of "
+                f"{', '.join(MEASURED)}"
+            )
+        classes = not self.kind.startswith("classify") or (isinstance(self.num_labels, int) and self.num_labels >= 2)
+        _need(self, classes, "num_labels", "is a whole number >= 2 for classes")
+
     @property
     def metric(self) -> str:
         return self.metrics[0]
@@ -141,6 +180,26 @@ class Task:
     def sources(self) -> list[dict[str, Any]]:
         """Returns, per file or generator read: name, sha256 and rows."""
         raise NotImplementedError
+
+
+def _need(task: Any, ok: bool, attribute: str, rule: str) -> None:
+    if not ok:
+        raise UserError(f"task {task.name}: {attribute} {rule}, got {attribute}={getattr(task, attribute, None)!r}")
+
+
+def sources_of(task: Task) -> list[dict[str, Any]]:
+    """Returns what the task says that it read.
+
+    Raises:
+        UserError: if that is not what the contract says.
+    """
+    try:
+        found: list[dict[str, Any]] = shaped(task.sources(), [{"name": str, "rows": amount, "sha256": str, ...: plain}])
+    except ValueError as error:
+        raise UserError(
+            f"task {task.name}: sources() returns a list of mappings with name, rows and sha256, got {error}"
+        ) from error
+    return found
 
 
 @contextmanager

@@ -28,6 +28,8 @@ SORTS: dict[str, Callable[[Found, int, float], Any]] = {
     "size": lambda run, size, written: size,
 }
 """By what the lines can be ordered, the greatest last: nearest to the prompt."""
+MOST_VALUES = 10
+"""How many of a key's values are named where none is the one that was asked for."""
 
 
 def command(words: list[str]) -> int:
@@ -98,7 +100,12 @@ def _with_value(runs: Sequence[Found], key: str, wanted: str) -> list[Found]:
     if runs and not values:
         known = {"status", *LATER}.union(*(read(run.path).config for run in runs[-1:]))
         raise UserError(f"runs: no run has the key {key}, got --where {key}={wanted}{suggest(key, known)}")
-    return [run for run, value in values if same(value, wanted)]
+    kept = [run for run, value in values if same(value, wanted)]
+    if values and not kept:
+        there = sorted({"null" if value is None else str(value) for _, value in values})
+        more = f" and {len(there) - MOST_VALUES} more" if len(there) > MOST_VALUES else ""
+        print(f"no run has {key}={wanted}; there are: {', '.join(there[:MOST_VALUES])}{more}", file=sys.stderr)
+    return kept
 
 
 def same(value: Any, text: str) -> bool:

@@ -132,8 +132,11 @@ def _change(measure: str, before: Any, after: Any) -> str:
 def _next(run: Found) -> Iterator[str]:
     place = shlex.quote(shown(run.path))
     if run.status == "done":
+        if lacking := [name for name in ("config.yaml", "adapter/adapter.json") if not (run.path / name).is_file()]:
+            yield f"missing: {', '.join(lacking)}, without which it is neither evaluated nor merged; bring it back"
         yield "next:"
-        yield f"  highrank eval {place}"
+        if not lacking:
+            yield f"  highrank eval {place}"
         yield f"  tensorboard --logdir {place}"
     elif run.status == "running":
         yield f"next: highrank watch {place}"

@@ -71,9 +71,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.how not in DENSITY:
-            raise UserError(
-                f"combine: --how is one of {', '.join(DENSITY)}, got --how {self.how}{suggest(self.how, DENSITY)}"
-            )
+            raise UserError(f"combine: unknown way to combine, got --how {self.how}{suggest(self.how, DENSITY)}")
         if len(self.terms) < 2:
             given = " ".join(f"{folder}={weight}" for folder, weight in self.terms) or "nothing"
             raise UserError(
@@ -128,6 +126,8 @@ def terms_and_words(given: Sequence[str]) -> tuple[list[tuple[str, float]], list
             weight = math.nan
         if not math.isfinite(weight):
             raise UserError(f"combine: a weight is a number, got {word}; give {folder}=0.5")
+        if weight == 0:
+            raise UserError(f"combine: a weight of 0 adds nothing, got {word}; leave the run out")
         terms.append((str(fetched("combine", folder)) if on_hub(folder) else folder, weight))
     return terms, words
 

@@ -303,6 +303,16 @@ def import_adapter(folder: Path | str, out: Path | str, words: Sequence[str] = (
             )
     backbone, adapters = build_model(run, task)
     adapters.load_state_dict(from_peft(adapters, config, tensors))
+    stated_base = config.get("base_model_name_or_path")
+    if "model" in given and stated_base not in (
+        None,
+        run.model["name"],
+        run.model.get("hub"),
+        backbone.source.location,
+    ):
+        say(
+            f"warning: the adapter names another base, got model={run.model['name']} for base_model_name_or_path={stated_base}"
+        )
     with written_whole("import", out_folder) as ready:
         directory = RunDirectory(run, ready)
         directory.open()

@@ -181,7 +181,8 @@ def _per(records: Sequence[Record], sets: Sequence[str]) -> str:
     """Returns of what the losses are means, as far as predictions tell: of examples where each answer is one target."""
     found = set()
     for name in sets:
-        rows = next(filter(None, (record.predictions(name) for record in records if name in record.final)), [])
+        read = (record.predictions(name) for record in records if name in record.final)
+        rows: list[dict[str, Any]] = next(filter(None, read), [])
         found.add("example" if {row.get("target_tokens") for row in rows} == {1} else "token")
     return " or ".join(sorted(found, reverse=True))
 

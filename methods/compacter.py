@@ -30,8 +30,7 @@ Reference code: rabeehk/compacter, seq2seq/hypercomplex (phm_rule = A, W_left = 
 reduction 32, rate 3e-3); adapter-hub/adapters @ 88f18eb, methods/modeling.py (PHMLayer, whose s and t are normal, not uniform).
 Differences: both codes make the d x m matrices in every step; here h, folded to (n, d/n), goes through the factors, n (d + m) +
 n³ products a token in the place of d m. The paper trains the model's norms too. Its m of 24 to 96 is d / 32 to d / 8 of
-T5-base; the default here is `bottleneck`'s d / 16, since n = 4 does not divide 1/32 of SmolLM2's 576. The default learning rate
-is `bottleneck`'s too, and not searched for this method.
+T5-base; the default here is `bottleneck`'s d / 16, since n = 4 does not divide 1/32 of SmolLM2's 576.
 """
 
 import math

@@ -136,8 +136,14 @@ class LoRA(Method):
     )
     peft = PeftForm(
         type="LORA",
-        fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-        computed={"r": lambda cfg: _peft_rank(cfg), "lora_alpha": lambda cfg: cfg.s * _peft_rank(cfg)},
+        fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "scaling": "use_rslora"},
+        values={"scaling": {"alpha_over_r": False, "rs": True}},
+        absent={"use_rslora": False},
+        computed={
+            "r": lambda cfg: _peft_rank(cfg),
+            "lora_alpha": lambda cfg: cfg.s * _peft_rank(cfg),
+            "use_rslora": lambda cfg: False,  # s is in lora_alpha, whatever rank joined pairs have
+        },
         tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
         factors=("B", "A"),
         converted=lambda p: _with_start(p) if "A0" in p else p,

@@ -12,7 +12,8 @@
 
 Patterns: `plain`, the diagonal, so that W' has the singular values |σ_i + m_i|; `banded`, the diagonal and d more on each
 side; `random`, as many places of the q q, each with the same chance; `top_k`, as many with the largest |u_iᵀ v_j|, for a
-square W. Signs of the singular vectors: the largest entry of each u_i is positive.
+square W. Signs of the singular vectors: the largest entry of each u_i is positive. They are computed from W in fp64, again
+when an adapter is loaded: in fp32 another machine's would differ, and m mean another ΔW.
 
 Trainable: q (2d + 1) - d (d + 1) per weight, with d = 0 for plain; frozen: q (n + k), twice to three times W, and p places
 (none for plain). W' = W at the start because M = 0. rank(ΔW) <= min(p, q). With d = q - 1 M is any matrix, and ΔW any
@@ -75,16 +76,16 @@ class SVFT(Method):
 
     def reset_parameters(self, W: Tensor, site: Site) -> None:
         nn.init.zeros_(self.m)
-        U, _, Vt = torch.linalg.svd(W.to(self.U.dtype), full_matrices=False)
+        U, _, Vt = torch.linalg.svd(W.double(), full_matrices=False)
         signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
         self.U.copy_(U * signs)
         self.Vt.copy_(Vt * signs.T)
         if self.cfg.pattern != "plain":
-            self.places.copy_(self._order(site)[: len(self.m)].sort().values)
+            self.places.copy_(self._order(U, Vt, site)[: len(self.m)].sort().values)
 
-    def _order(self, site: Site) -> Tensor:
+    def _order(self, U: Tensor, Vt: Tensor, site: Site) -> Tensor:
         """Returns places of M, row by row, those to train first."""
-        q = len(self.Vt)
+        q = len(Vt)
         match self.cfg.pattern:
             case "banded":
                 i = torch.arange(q)
@@ -92,7 +93,7 @@ class SVFT(Method):
             case "random":
                 return torch.randperm(q * q, generator=torch.Generator().manual_seed(site.seed))
             case _:
-                return (self.Vt @ self.U).T.abs().flatten().sort(descending=True, stable=True).indices
+                return (Vt @ U).T.abs().flatten().sort(descending=True, stable=True).indices
 
     def update(self, m: Tensor) -> Tensor:
         M = sparse(m, self.places, len(self.Vt))
@@ -130,13 +131,13 @@ class SVFT(Method):
     @classmethod
     def validate(cls, in_features: int, out_features: int, cfg: SVFTConfig) -> None:
         shape = (out_features, in_features)
-        if cfg.d >= min(shape):
-            raise DoesNotFit(cls, cfg, "d", "must be < min(out, in)", shape, most=min(shape) - 1)
         if cfg.pattern == "top_k" and in_features != out_features:
             raise UserError(
                 f"svft: pattern=top_k needs a square weight, got pattern=top_k for a weight of shape {shape}; use "
-                "pattern=random"
+                "pattern=random, or placement=[q,o] where these are square"
             )
+        if cfg.d >= min(shape):
+            raise DoesNotFit(cls, cfg, "d", "must be < min(out, in)", shape, most=min(shape) - 1)
 
     @classmethod
     def num_trainable(cls, in_features: int, out_features: int, cfg: SVFTConfig) -> int:

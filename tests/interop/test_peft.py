@@ -208,6 +208,7 @@ def test_butterfly_factors_multiply_as_in_peft(make_run, tmp_path, monkeypatch):
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 FROM_PEFT = {
     "lora": ("LoraConfig", {"r": 3, "lora_alpha": 7, "lora_dropout": 0.1, "target_modules": LINEAR}),
+    "lora_rs": ("LoraConfig", {"r": 3, "lora_alpha": 7, "use_rslora": True, "target_modules": LINEAR}),
     "lora_all": ("LoraConfig", {"r": 2, "target_modules": "all-linear", "init_lora_weights": "gaussian"}),
     "lora_one_layer": ("LoraConfig", {"r": 2, "target_modules": LINEAR, "layers_to_transform": [1]}),
     "dora": ("LoraConfig", {"r": 2, "use_dora": True, "target_modules": LINEAR}),
@@ -368,7 +369,8 @@ BAD_CONFIG = [
     ({"peft_type": "ADALORA"}, "peft_type=ADALORA"),
     ({"peft_type": "POLY"}, "peft_type=POLY; it is one of"),
     ({"rank_pattern": {"q_proj": 4}}, "rank_pattern="),
-    ({"use_rslora": True}, "use_rslora=True"),
+    ({"use_rslora": True, "use_dora": True}, "use_rslora=True"),
+    ({"use_rslora": "yes"}, "use_rslora=yes"),
     ({"bias": "all"}, "bias=all"),
     ({"lora_bias": True}, "lora_bias=True"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
@@ -403,6 +405,13 @@ def test_options_without_counterpart_are_named(lora, tmp_path, monkeypatch, chan
     with pytest.raises(UserError, match=message):
         import_adapter(lora, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_from_before_there_was_an_option(lora, tmp_path):
+    config = json.loads((lora / "adapter_config.json").read_text())
+    assert config.pop("use_rslora") is False
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    assert load_run(import_adapter(lora, tmp_path / "run"))[2].cfg.scaling == "alpha_over_r"
 
 
 def rewrite(folder, change):

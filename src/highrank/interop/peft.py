@@ -396,6 +396,7 @@ def read_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
     method = max(readers[kind], key=fit)
     form = readers[kind][method]
+    config = {**form.absent, **config}
     for key, value in config.items():
         same = key in form.fixed and value == form.fixed[key]
         known = same or key in HARMLESS or key in form.ignored or key in form.fields.values()
@@ -543,7 +544,7 @@ def from_peft(adapters: Adapters, config: Mapping[str, Any], tensors: Mapping[st
     for key, tensor in drawn.items():
         saved = rest.pop(key, None)
         if saved is not None and not torch.equal(saved.to(tensor.dtype), tensor.cpu()):
-            given = ", ".join(f"{theirs}={config[theirs]}" for theirs in form.fields.values())
+            given = ", ".join(f"{theirs}={config.get(theirs)}" for theirs in form.fields.values())
             raise UserError(
                 f"import: {key} must be what {given} gives on this base, got other numbers of shape {tuple(saved.shape)}"
             )

@@ -17,6 +17,8 @@ class PeftForm:
     """Our field -> PEFT's option."""
     values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     """Our field -> {our value: PEFT's}, for a field whose values go by other names there."""
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    """PEFT's option -> what a file without it means: it was written before there was the option."""
     computed: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     """PEFT's option -> what our config gives it, where that is more than the field's own value."""
     fixed: Mapping[str, Any] = field(default_factory=dict)

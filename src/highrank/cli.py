@@ -28,6 +28,8 @@ highrank: parameter-efficient fine-tuning methods, each in one file, compared fa
   highrank report SWEEP                tables with intervals, figures, one page to send around
   highrank analyze RUN... [--full RUN] ranks, energy and spectra of what training changed, tables and figures
   highrank doctor                      versions, devices, caches, network, write access: each with the fix
+  highrank new method|task NAME        a package of your own: one file, its entry point and its test
+  highrank check NAME                  whether a method or task, a plugin of yours above all, keeps its contract
   highrank completion bash|zsh|fish    a script that completes commands, keys, values and run folders
 
 examples
@@ -47,6 +49,8 @@ COMMANDS = {
     "show": "highrank.find.show:command",
     "watch": "highrank.find.watch:command",
     "doctor": "highrank.find.doctor:command",
+    "check": "highrank.testing:command",
+    "new": "highrank.scaffold:command",
     "completion": "highrank.find.completion:command",
     "merge": "highrank.interop.commands:merge",
     "export": "highrank.interop.commands:export",

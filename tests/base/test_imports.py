@@ -13,6 +13,8 @@ KNOWS = {
     **{"worker": (*CORE, "report", "analysis", "run"), "sweep": (*CORE, "report", "find")},
     "library": CORE,
     "find": CORE,
+    "testing": (*CORE, "library"),
+    "scaffold": CORE,
     "__init__": ("library",),
     "methods": ("plugin", "model.kernels", "model.backbones", "model.placement"),
     "methods.__init__": ("base.registry",),

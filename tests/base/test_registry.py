@@ -4,9 +4,11 @@ import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ import safetensors.torch
 
 from highrank.base import registry
 from highrank.base.errors import UserError
+from highrank.cli import main
 from highrank.data.scoring import MEASURES
 from highrank.data.task import MEASURED
 from highrank.model.adapters import attach
 from highrank.model.backbones import load_backbone
+from highrank.testing import check_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,6 +226,107 @@ def test_a_task_is_checked_before_it_trains(site, case, run_cli, monkeypatch):
     if message:
         (line,) = [line for line in err.splitlines() if "error" in line]
         assert re.search(f"^error: task rhyme: {message}", line)
+
+
+BROKEN = {
+    "forward": (
+        "    def effective_weight",
+        "    def forward(self, x, W, bias=None):\n        return x @ W.T\n\n    def effective_weight",
+    ),
+    "raises": ("        return W", "        return W / nothing"),
+    "count": ("return 1", "return 2"),
+}
+SAID = {
+    "forward": "method shift: forward must be F.linear with effective_weight, got a difference of",
+    "raises": r"method shift: it must not raise, got NameError: name 'nothing' is not defined at .*shift.py:\d+",
+    "count": "method shift: num_trainable must be what trains, got 2 for 1",
+}
+
+
+@pytest.mark.parametrize("case", ["", *BROKEN])
+def test_a_method_from_outside_is_held_to_the_contract(site, case, capsys):
+    right, wrong = BROKEN.get(case, ("", ""))
+    assert right in METHOD
+    (site / "mine").mkdir()
+    (site / "mine" / "shift.py").write_text(METHOD.replace(right, wrong) if case else METHOD)
+    install(site, "mine", shift="mine.shift")
+    status = main(["check", "shift"])
+    out, err = capsys.readouterr()
+    if not case:
+        assert (status, err) == (0, "")
+        assert "ok\tshift: forward is effective_weight\n" in out
+        assert "ok\tshift: its adapter is saved and loaded\n" in out
+    else:
+        assert status == 2
+        assert re.match(f"error: {SAID[case]}", err)
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("Example(str(i)", 'Example("i"', "task rhyme: every id must be given once, got one again in train"),
+        ("range(self.cfg.n)", "range(0)", "task rhyme: a set must hold examples, got none in train"),
+        (
+            '[Example("a", "What rhymes with log?", "dog", "dog")]',
+            '["dog"]',
+            "has Example as records, got str in rhyme",
+        ),
+        ('return {"rhyme"', "return {rhyme", "it must not raise, got NameError"),
+    ],
+)
+def test_a_task_from_outside_is_held_to_the_contract(site, right, wrong, message):
+    assert right in TASK
+    (site / "mine").mkdir()
+    (site / "mine" / "rhyme.py").write_text(TASK)
+    install(site, "mine", group="tasks", rhyme="mine.rhyme")
+    assert check_task("rhyme")[-1] == "rhyme: 4 examples to train on, 1 test sets, the same each time"
+    del sys.modules["mine.rhyme"]
+    (site / "mine" / "rhyme.py").write_text(TASK.replace(right, wrong) + "\n\n# changed")
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=message):
+        check_task("rhyme")
+
+
+@pytest.mark.parametrize("kind", ["method", "task"])
+def test_a_new_package_keeps_the_contract_and_runs(site, kind, monkeypatch, capsys, run_cli):
+    monkeypatch.chdir(site)
+    assert main(["new", kind, "my_own"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "highrank-my-own"
+    package = site / "highrank-my-own"
+    project = tomllib.loads((package / "pyproject.toml").read_text())
+    assert project["project"]["entry-points"] == {f"highrank.{kind}s": {"my_own": "highrank_my_own.my_own"}}
+    monkeypatch.syspath_prepend(str(package))
+    install(site, "mine", group=f"{kind}s", my_own="highrank_my_own.my_own")
+    test = runpy.run_path(str(package / "tests" / "test_my_own.py"))
+    test["test_it_keeps_the_contract"]()
+    words = [f"{kind}=my_own", "model=tiny_llama", "max_steps=1", "eval_before=false"]
+    assert run_cli(*words, *(["task.n_test=2"] if kind == "task" else ["task.n_train=4", "task.n_test=2"]))[0] == 0
+    assert main(["new", kind, "my_own", "--out", "elsewhere"]) == 2
+    assert "which there is already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "new: the following arguments are required: kind, name; use: highrank new method|task NAME"),
+        (["methd", "x"], "new: a method or a task can be made, got methd; did you mean 'method'?"),
+        (["method", "My-Own"], "new: a name is a Python name in small letters, digits and _, got My-Own; as my_method"),
+        (["task", "class"], "new: a name is a Python name in small letters, digits and _, got class; as my_task"),
+        (["method", "hira"], "new: a name belongs to one plugin, got hira, which there is already"),
+        (["method", "other", "--out", "full"], "new: the output folder must be new or empty, got --out full"),
+        (["method", "other", "--out", "full/file"], "new: the output folder must be new or empty, got --out full/file"),
+    ],
+)
+def test_what_cannot_be_made_is_one_error_and_nothing_is_written(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    assert main(["new", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["full", "full/file"]
 
 
 def test_the_metrics_that_need_no_measure_are_those_there_are():

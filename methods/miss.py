@@ -73,7 +73,7 @@ class MiSS(Method):
     examples = (
         {"r": 4},
         {"r": 7},
-        {"r": 4, "type": "mini", "mini_r": 6},
+        {"r": 4, "type": "mini", "mini_r": 8},
         {"r": 4, "type": "bat"},
         {"r": 8, "type": "bat"},
     )

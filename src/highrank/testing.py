@@ -5,6 +5,7 @@ A method is checked on one small weight with each of its `examples`, and on a ti
 `examples`, on what rows it has here.
 """
 
+import itertools
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ from highrank.base import registry
 from highrank.base.errors import UserError, described, suggest
 from highrank.base.fields import dataclass_from
 from highrank.base.options import Words
+from highrank.data.sources import MissingData
 from highrank.data.task import Example, LabelledImage, LabelledText, sources_of
 from highrank.library import attach
 from highrank.model.backbones import load_backbone
 from highrank.model.method import Site
+from highrank.train.effect import check_decoding
 
 OUT, IN = 24, 16
 """Rows and columns of the small weight."""
@@ -31,6 +34,8 @@ NEAR = 1e-5
 """Error allowed in fp32, relative to the largest entry: a few dozen roundings."""
 MODELS = ("tiny_llama", "tiny_qwen2")
 """The models tried: the second has biases."""
+PLACEMENTS = ("fc_qkv", "up")
+"""The placements tried on each: all of the second are as large as the small weight, and wider."""
 RECORDS = {
     "generate": Example,
     "classify": LabelledText,
@@ -128,10 +133,13 @@ def _on_a_weight(cls: Any, cfg: Any, of: str) -> Iterator[str]:
         _near(y, wanted, f"method {of}: forward must be F.linear with effective_weight")
     yield f"{of}: forward is effective_weight"
     parameters = dict(adapter.train().named_parameters())
+    longhand = _gradients(lambda: F.linear(x, adapter.effective_weight(W), bias), parameters)
     for key, gradient in _gradients(lambda: adapter(x, W, bias), parameters).items():
         if gradient is None or not gradient.isfinite().all():
             raise UserError(f"method {of}: every parameter must get a finite gradient, got none in {key}")
-    yield f"{of}: every parameter gets a gradient"
+        if (wanted := longhand[key]) is not None:
+            _near(gradient, wanted, f"method {of}: the gradient of {key} must be that through effective_weight")
+    yield f"{of}: every parameter gets its gradient"
     other = _move(made(seed=7))
     other.load_state_dict(adapter.state_dict())
     _near(other(x, W, bias), adapter(x, W, bias), f"method {of}: its state must be all that it has learned")
@@ -173,6 +181,9 @@ def _on_a_model(name: str, fields: Any, of: str) -> Iterator[str]:
     if not after.isfinite().all():
         raise UserError(f"method {of}: two training steps must leave numbers, got logits that are none")
     yield f"{of}: trains two steps on a tiny model"
+    if adapters.num_positions:
+        check_decoding(adapters, ids[0].tolist())
+        yield f"{of}: decodes with the cache as without"
     with tempfile.TemporaryDirectory() as folder:
         adapters.save(Path(folder) / "adapter")
         again, loaded = _attached(name, fields)
@@ -187,14 +198,15 @@ def _on_a_model(name: str, fields: Any, of: str) -> Iterator[str]:
 
 def _attached(name: str, fields: Any) -> tuple[Any, Any]:
     """Returns a tiny model that the method fits, and its adapters on it."""
-    for place in MODELS:
+    refusals = []
+    for place, placement in itertools.product(MODELS, PLACEMENTS):
         backbone = load_backbone({"name": place, "dtype": "float32"}, None)
+        words = {"placement": placement, "tokenizer": backbone.tokenizer}
         try:
-            return backbone.model, attach(backbone.model, name, tokenizer=backbone.tokenizer, **fields)
-        except UserError:
-            if place == MODELS[-1]:
-                raise
-    raise AssertionError("there is a last model")
+            return backbone.model, attach(backbone.model, name, **words, **fields)
+        except UserError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 @torch.no_grad()
@@ -220,7 +232,11 @@ def _on_its_data(cls: Any, cfg: Any, of: str) -> Iterator[str]:
     if not task.has_data:
         yield f"{of}: its data are not on this machine, and were not looked at"
         return
-    sources_of(task)
+    try:
+        sources_of(task)
+    except MissingData as error:
+        yield f"{of}: its data are not whole on this machine, and were not looked at: {error}"
+        return
     yield f"{of}: says what it reads"
     sets, twice = ({"train": t.train(), **t.test()} for t in (task, again))
     for key, records in sets.items():

@@ -193,8 +193,9 @@ def sources_of(task: Task) -> list[dict[str, Any]]:
     Raises:
         UserError: if that is not what the contract says.
     """
+    stated = task.sources()
     try:
-        found: list[dict[str, Any]] = shaped(task.sources(), [{"name": str, "rows": amount, "sha256": str, ...: plain}])
+        found: list[dict[str, Any]] = shaped(stated, [{"name": str, "rows": amount, "sha256": str, ...: plain}])
     except ValueError as error:
         raise UserError(
             f"task {task.name}: sources() returns a list of mappings with name, rows and sha256, got {error}"

@@ -51,19 +51,19 @@ CASES = (
     ("lora", "lokr", "w1 a number", "test_lokr.py::test_a_split_of_one_is_lora_or_full"),
     ("full", "diablo", "one block", "test_diablo.py::test_one_block_reaches_every_update"),
     ("full", "c3a", "blocks of 1", "test_c3a.py::test_with_blocks_of_one_it_is_any_update"),
-    ("miss", "lora", "A = [I … I]", "test_miss.py::test_plain_is_lora_with_a_row_of_unit_matrices"),
+    ("miss", "lora", "plain, A = [I … I]", "test_miss.py::test_plain_is_lora_with_a_row_of_unit_matrices"),
     ("lora_xs", "lora", "A or B frozen", "test_lora_xs.py::test_is_lora_between_singular_vectors"),
     ("hilora", "sum", "hira and lora", "test_sum.py::test_hira_and_lora_are_hilora"),
     ("delora", "lora", "start = zeros", "test_delora.py::test_from_zeros_it_is_a_scaled_lora"),
-    ("vera", "randlora", "one basis", "test_randlora.py::test_with_one_basis_on_a_wide_weight_it_is_vera"),
-    ("oft", "boft", "m = 1, s = 1", "test_oft.py::test_exact_is_boft_with_one_factor"),
+    ("vera", "randlora", "r ≥ n < k, one basis", "test_randlora.py::test_with_one_basis_on_a_wide_weight_it_is_vera"),
+    ("oft", "boft", "exact, m = 1, s = 1", "test_oft.py::test_exact_is_boft_with_one_factor"),
     (
         "compacter",
         "bottleneck",
         "sums of Kronecker products",
         "test_compacter.py::test_compacter_is_bottleneck_with_sums_of_kronecker_products",
     ),
-    ("ia3", "boft", "R = 0", "test_identities.py::test_boft_with_R_0_is_hyperadapt_with_b_1"),
+    ("ia3", "boft", "side = out, R = 0", "test_identities.py::test_boft_with_R_0_is_ia3_and_hyperadapt_with_b_1"),
 )
 """Method, the method that holds it, when, the test."""
 FIELDS = {"sum": {"parts": ["hyperadapt", "lora"]}}

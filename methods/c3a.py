@@ -13,9 +13,9 @@ Source: Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution",
 by the fast Fourier transform) and 3.4 (eqs. 3-4, blocks; the division by k is of the code).
 Reference code: huggingface/peft 0.21, tuners/c3a (c3a_kernel = c).
 Differences: PEFT's backward gives x another gradient than its forward has: it reads c in the other direction, so that what
-lies below is trained by a wrong one. Here it is the derivative. PEFT starts c at random by default, U(±√(6 / (n + k))), with W' near W; here c = 0, which trains as well since
-ΔW is linear in c. It transforms x to complex numbers of full length and keeps them; here half of them are enough, and x is
-kept and transformed again in backward.
+lies below is trained by a wrong one. Here it is the derivative. PEFT starts c at random by default, U(±√(6 / (n + k))), with
+W' near W; here c = 0, which trains as well since ΔW is linear in c. It transforms x to complex numbers of full length and
+keeps them; here half of them are enough, and x is kept and transformed again in backward.
 """
 
 from dataclasses import dataclass

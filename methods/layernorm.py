@@ -13,9 +13,9 @@ Llama-3.2-3B (57 norms of 3072, without biases). The output is the base's at the
 
 Source: Zhao et al., "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", arXiv 2312.11420.
 Reference code: huggingface/peft 0.21, tuners/ln_tuning/layer.py (ln_tuning_layers.weight = g', ln_tuning_layers.bias = c').
-Differences: all norms train, where PEFT's default for Qwen2 names one of a block's two. g', c' and
-x̂ are fp32 whatever the base, and y is rounded once, since a small step on a bf16 weight, or beside a bf16 x̂, is rounded
-away. g' and c' do not decay: their neutral values are g and c.
+Differences: all norms train, where PEFT's default for Qwen2 names one of a block's two. g', c' and x̂ are fp32 whatever the
+base, and y is rounded once, since a small step on a bf16 weight, or beside a bf16 x̂, is rounded away. g' and c' do not
+decay: their neutral values are g and c.
 """
 
 from collections.abc import Iterator

@@ -22,9 +22,9 @@ Reference code: huggingface/peft 0.21, tuners/lora/layer.py (same names, lora_A 
 optimizers/loraplus.py. Dropout acts on the update's input only, as in LoRA's.
 Differences: PiSSA and OLoRA put W - s B0 A0 into the base, rounded to its dtype, and train A and B; here W stays, A0 and B0
 are made from it again when an adapter is loaded (in fp64, so that any device makes the same), and the update is computed as
-(B - B0) A + B0 (A - A0), which no rounding of A and B to 16 bits touches while they are near A0 and B0. For PEFT it is written as a plain
-LoRA of rank 2 r, A = [A; A0] and B = [B, -B0], and is read back as that. With these starts A and B do not decay: their neutral
-values are A0 and B0.
+(B - B0) A + B0 (A - A0), which no rounding of A and B to 16 bits touches while they are near A0 and B0. For PEFT it is
+written as a plain LoRA of rank 2 r, A = [A; A0] and B = [B, -B0], and is read back as that; scaling=rs is written as the
+alpha / r that it comes to. With these starts A and B do not decay: their neutral values are A0 and B0.
 """
 
 from collections.abc import Callable, Mapping

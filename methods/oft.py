@@ -58,6 +58,8 @@ class OFTConfig:
             )
         if self.terms < 4:
             raise UserError(f"oft: terms must be >= 4, got terms={self.terms}; PEFT's series of 3 terms is that of 4")
+        if not self.neumann and self.terms != 5:
+            raise UserError(f"oft: terms belongs to neumann=true, got terms={self.terms} with neumann=false")
         if self.terms > 100:
             raise UserError(f"oft: terms must be <= 100, got terms={self.terms}; neumann=false is the series' limit")
 
@@ -84,6 +86,8 @@ class OFT(Method):
             "neumann": "use_cayley_neumann",
             "terms": "num_cayley_neumann_terms",
         },
+        computed={"num_cayley_neumann_terms": lambda cfg: cfg.terms},
+        read=lambda fields, tensors: fields if fields["neumann"] else {**fields, "terms": 5},  # not used there
         fixed={"peft_version": "0.18.0"},  # PEFT asks for it
         since="0.18.0",  # before, the series had another last term
         ignored=("eps", "module_dropout"),  # eps is coft's

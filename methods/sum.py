@@ -7,8 +7,9 @@
 | W      | (n, k) | pretrained       | no      |
 | ΔW_i   | (n, k) | that of part i   | by what part i trains |
 
-Trainable: what the parts train, together. W' = W at the start if it is for each part. rank(ΔW) <= the sum of the parts'. One part is that method; hira and lora are HiLoRA (with R = W and s = alpha / r); hyperadapt and lora
-scale the rows and columns of W and add a low-rank update.
+Trainable: what the parts train, together. W' = W at the start if it is for each part. rank(ΔW) <= the sum of the parts'.
+One part is that method; hira and lora are HiLoRA (with R = W and s = alpha / r); hyperadapt and lora scale the rows and
+columns of W and add a low-rank update.
 
     method=sum parts=[hyperadapt,lora] parts.lora.r=8
 
@@ -57,7 +58,13 @@ class SumConfig:
 
 
 def _config(name: str, fields: Any) -> Any:
-    method: Any = load("methods", name)
+    try:
+        method: Any = load("methods", name)
+    except UserError as error:
+        problem, _, near = str(error).partition("; ")
+        if "unknown name" not in problem:  # a plugin of one's own that fails says why
+            raise
+        raise UserError(f"sum: a part is a method, got parts={name}; {near}") from error
     if method.family is not Method.family or name == "sum":
         raise UserError(f"sum: a part changes a weight that stays as it is, and is no sum itself, got parts={name}")
     if not isinstance(fields, Mapping | method.config):

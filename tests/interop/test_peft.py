@@ -242,6 +242,16 @@ FROM_PEFT = {
     ),
     "lokr_lycoris": ("LoKrConfig", {"r": 8, "init_weights": "lycoris", "target_modules": LINEAR}),
     "oft": ("OFTConfig", {"r": 2, "oft_block_size": 0, "num_cayley_neumann_terms": 6, "target_modules": LINEAR}),
+    "oft_exact": (
+        "OFTConfig",
+        {
+            "oft_block_size": 4,
+            "r": 0,
+            "use_cayley_neumann": False,
+            "num_cayley_neumann_terms": 7,
+            "target_modules": LINEAR,
+        },
+    ),
     "randlora": ("RandLoraConfig", {"r": 3, "save_projection": False, "target_modules": LINEAR}),
     "fourierft": ("FourierFTConfig", {"n_frequency": 20, "random_loc_seed": 5, "target_modules": LINEAR}),
     "randlora_with_its_bases": ("RandLoraConfig", {"r": 3, "randlora_alpha": 6, "target_modules": LINEAR}),

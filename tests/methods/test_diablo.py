@@ -21,11 +21,16 @@ def test_formula(layer, agree_with_formula, N):
 
 
 def test_one_block_reaches_every_update(layer):
-    target = torch.randn(24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    adapter = layer.adapter("diablo", N=1)
+    """Whatever full fine-tuning makes of W, with its output and the gradient of that block."""
+    full, adapter = layer.adapter("full"), layer.adapter("diablo", N=1)
     with torch.no_grad():
-        adapter.D[0] = target
-    assert torch.equal(adapter.effective_weight(layer.W), layer.W + target)
+        adapter.D[0] = full.weight - layer.W
+    near = {"rtol": 1e-12, "atol": 1e-12}  # fp64, summed in another order
+    torch.testing.assert_close(adapter.effective_weight(layer.W), full.weight, **near)
+    for each in (full, adapter):
+        (each(layer.x, layer.W, layer.bias) * layer.dy).sum().backward()
+    torch.testing.assert_close(adapter(layer.x, layer.W), full(layer.x, layer.W), **near)
+    torch.testing.assert_close(adapter.D.grad[0], full.weight.grad, **near)
 
 
 def test_gralora_of_full_rank_blocks_with_its_diagonal_alone_is_diablo(layer):

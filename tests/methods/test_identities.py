@@ -79,9 +79,11 @@ def test_dora_with_m_the_norm_of_V_is_lora(W, x):
     assert_same(dora, lora, W, x)
 
 
-def test_boft_with_R_0_is_hyperadapt_with_b_1(W, x):
+def test_boft_with_R_0_is_ia3_and_hyperadapt_with_b_1(W, x):
     s = draw(N)
-    assert_same(fill(make("boft", W), s=s), fill(make("hyperadapt", W), a=s), W, x)
+    boft = fill(make("boft", W), s=s)
+    assert_same(boft, fill(make("hyperadapt", W), a=s), W, x)
+    assert_same(boft, fill(make("ia3", W, side="out"), l=s[:, None]), W, x)
 
 
 def test_full_rank_trunc_and_lone_smooth_are_w0(W, x):

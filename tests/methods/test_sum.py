@@ -175,6 +175,8 @@ def test_axes_within_parts():
         (["lora", "lora"], "parts is a list of different methods, got parts=['lora', 'lora']"),
         (["bitfit"], "a part changes a weight that stays as it is, and is no sum itself, got parts=bitfit"),
         (["full"], "got parts=full"),
+        (["lora", "lorra"], "a part is a method, got parts=lorra; did you mean 'lora'"),
+        ([None], "a part is a method, got parts=None; it is one of: abba"),
         ({"sum": {"parts": ["lora"]}}, "got parts=sum"),
         ({"lora": 3}, "a part's fields are given by name, got parts.lora=3"),
         ({"vera": {"dropout": 0.1}, "hira": {}}, "got parts.vera.dropout=0.1 beside hira"),

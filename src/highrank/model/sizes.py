@@ -39,7 +39,7 @@ class DoesNotFit(UserError):
         most: int | None = None,
     ):
         self.method, self.cfg, self.field, self.rule, self.shape = method, cfg, field, rule, shape
-        self.divides, self.most = divides, most
+        self.divides, self.most, self.blocked = divides, most, ""
         super().__init__(self.rule)
 
     def __str__(self) -> str:
@@ -52,16 +52,17 @@ class DoesNotFit(UserError):
         every = " for every adapted weight" if len(shapes) > 1 else ""
         if self.most is not None:
             most = self._most(shapes)
-            return start + (f"at most {self.field}={most}" if most else f"no {self.field} does{every}")
+            return start + (f"at most {self.field}={most}" if most else f"no {self.field} does{every}{self.blocked}")
         near = nearest_divisors(value, *self.divides, takes=lambda divisor: self._takes(divisor, shapes))
-        return start + (f"the nearest that do{every}: {near}" if near else f"no {self.field} does{every}")
+        return start + (f"the nearest that do{every}: {near}" if near else f"no {self.field} does{every}{self.blocked}")
 
     def _takes(self, value: int, shapes: Iterable[tuple[int, int]]) -> bool:
         try:
             cfg = dataclasses.replace(self.cfg, **{self.field: value})
             for n, k in shapes:
                 self.method.validate(k, n, cfg)
-        except UserError:
+        except UserError as error:
+            self._note(error)
             return False
         return True
 
@@ -71,11 +72,17 @@ class DoesNotFit(UserError):
         for n, k in shapes:
             try:
                 self.method.validate(k, n, dataclasses.replace(self.cfg, **{self.field: most}))
-            except DoesNotFit as error:
-                most = error.most or 0 if error.field == self.field else 0
-            except UserError:
-                return 0
+            except UserError as error:
+                self._note(error)
+                if not isinstance(error, DoesNotFit) or error.field != self.field:
+                    return 0
+                most = error.most or 0
         return most
+
+    def _note(self, error: UserError) -> None:
+        """Keeps what another field than this one has against a value, so that it is not looked for in this one."""
+        if isinstance(error, DoesNotFit) and error.field != self.field:
+            self.blocked = f" with {error.field}={getattr(error.cfg, error.field)}, which {error.rule}"
 
 
 def check_shapes(method: Any, shapes: Iterable[tuple[int, int]], cfg: Any) -> None:

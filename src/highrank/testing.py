@@ -137,8 +137,8 @@ def _on_a_weight(cls: Any, cfg: Any, of: str) -> Iterator[str]:
     for key, gradient in _gradients(lambda: adapter(x, W, bias), parameters).items():
         if gradient is None or not gradient.isfinite().all():
             raise UserError(f"method {of}: every parameter must get a finite gradient, got none in {key}")
-        if (wanted := longhand[key]) is not None:
-            _near(gradient, wanted, f"method {of}: the gradient of {key} must be that through effective_weight")
+        if (right := longhand[key]) is not None:
+            _near(gradient, right, f"method {of}: the gradient of {key} must be that through effective_weight")
     yield f"{of}: every parameter gets its gradient"
     other = _move(made(seed=7))
     other.load_state_dict(adapter.state_dict())

@@ -12,8 +12,8 @@ Trainable: n + k per weight. W' = W at the start because a = b = 1. rank(ΔW) <=
 n + k - 1 of the numbers count: (γ a, b / γ) is the same W' for every γ. This is HiRA of rank 2 with A = [a, -1] and
 B = [bᵀ; 1ᵀ].
 
-Ablations: with `sides` a or b the other vector is 1 and not there, so n or k numbers train and ΔW has rank up to rank(W);
-`init_std` draws a and b from N(1, init_std²), and W' differs from W at the start.
+Ablations: with `sides` a or b the other vector is 1 and not there, so n or k numbers train and ΔW has rank up to rank(W); in
+PEFT's HiRA it is written out. `init_std` draws a and b from N(1, init_std²), and W' differs from W at the start.
 
 Source: "HyperAdapt: Simple High-Rank Adaptation", arXiv 2509.18629, section 3 (W' and Lemma 1, the rank bound).
 Reference code: the listing in section 4 (diag_A = a as (n, 1), diag_B = b as (1, k)).
@@ -22,6 +22,7 @@ tensor's truth value, or reads a field that was never set); here neither is kept
 Neither a nor b decays: their neutral value is 1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,10 @@ class HyperAdaptConfig:
             raise UserError(f"hyperadapt: init_std must be >= 0, got init_std={self.init_std}")
 
 
+def _as_hira(a: Tensor, b: Tensor) -> Mapping[str, Tensor]:
+    return {"A": torch.stack([a, -torch.ones_like(a)], dim=1), "B": torch.stack([b, torch.ones_like(b)])}
+
+
 @register_method(config=HyperAdaptConfig)
 class HyperAdapt(Method):
     default_lr = 3e-3
@@ -59,11 +64,9 @@ class HyperAdapt(Method):
         tensors={"A": "hira_B", "B": "hira_A"},
         factors=("A", "B"),
         one_way=True,
-        lacks=lambda cfg: "" if cfg.sides == "ab" else f"HiRA is made of both vectors, got sides={cfg.sides}",
-        converted=lambda p: {
-            "A": torch.stack([p["a"], -torch.ones_like(p["a"])], dim=1),
-            "B": torch.stack([p["b"], torch.ones_like(p["b"])]),
-        },
+        converted=lambda adapter, p: _as_hira(
+            p.get("a", torch.ones(adapter.out_features)), p.get("b", torch.ones(adapter.in_features))
+        ),
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: HyperAdaptConfig, shared: nn.Module | None = None):

@@ -146,7 +146,7 @@ class LoRA(Method):
         },
         tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
         factors=("B", "A"),
-        converted=lambda p: _with_start(p) if "A0" in p else p,
+        converted=lambda adapter, p: _with_start(p) if "A0" in p else p,
     )
 
     def __init__(self, in_features: int, out_features: int, cfg: LoRAConfig, shared: nn.Module | None = None):

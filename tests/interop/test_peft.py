@@ -65,6 +65,8 @@ CASES = {
 }
 ONE_WAY = {
     "hyperadapt": ["method=hyperadapt", "placement=all"],
+    "hyperadapt_rows": ["method=hyperadapt", "placement=all", "sides=a"],
+    "hyperadapt_columns": ["method=hyperadapt", "placement=all", "sides=b"],
     "lora_rs": ["method=lora", "r=3", "scaling=rs", "placement=all"],
     "lora_pissa": ["method=lora", "r=3", "init=pissa", "placement=all"],
     "lora_olora": ["method=lora", "r=3", "init=olora", "alpha=5", "scaling=rs", "placement=all"],
@@ -104,7 +106,7 @@ def test_export_and_back(make_run, tmp_path, case):
     if case in ("lora_pissa", "lora_olora"):  # read back as a plain LoRA of twice the rank
         (r,) = {len(adapter.A) for adapter in adapters.by_view.values()}
         assert (adapters.method.name, adapters.cfg.init, r) == ("lora", "kaiming", 6)
-    elif case not in ("p_tuning", "hyperadapt"):  # read back as prompt_tuning and hira
+    elif not case.startswith(("p_tuning", "hyperadapt")):  # read back as prompt_tuning and hira
         assert {k: v.tolist() for k, v in tensors(back).items()} == {k: v.tolist() for k, v in tensors(run).items()}
         assert adapters.method.name == read_card(run / "adapter")["method"]
 
@@ -305,6 +307,28 @@ def test_what_is_another_function_here_is_refused(tmp_path, name, fields, model,
     assert not (tmp_path / "run").exists()
 
 
+TOO_LARGE = [
+    ("method=shira r=2 mask_seed=5", {"r": 500}, "shira: r must be <= .* got r=500 .*; at most r=5$"),
+    (
+        "method=fourierft n_frequency=20",
+        {"n_frequency": 10**6},
+        "fourierft: n_frequency must be .*at most n_frequency=128$",
+    ),
+    ("method=c3a block_size=4", {"block_size": 5}, "c3a: block_size must divide .* every adapted weight: 4 or 8$"),
+    ("method=oft block_size=4", {"oft_block_size": 5}, "oft: block_size must divide .* every adapted weight: 4 or 8$"),
+    ("method=miss r=4", {"r": 64}, "miss: r must be <= in_features, got r=64"),
+]
+
+
+@pytest.mark.parametrize(("words", "change", "message"), TOO_LARGE, ids=[case[0] for case in TOO_LARGE])
+def test_options_that_do_not_fit_the_weights_are_refused(make_run, tmp_path, words, change, message):
+    run, _ = make_run(*words.split(), "model=tiny_llama")
+    file = export_run(run, tmp_path / "peft") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        import_adapter(tmp_path / "peft", tmp_path / "back", ["model=tiny_llama"])
+
+
 def test_files_of_a_version_with_another_meaning_are_refused(make_run, tmp_path):
     run, _ = make_run("method=oft", "block_size=4", "model=tiny_llama")
     folder = export_run(run, tmp_path / "peft")
@@ -345,7 +369,6 @@ NO_TYPE = [
     (["method=full"], "no type for this method, got method=full"),
     (["method=bitfit", "model=tiny_qwen2"], "no type for this method, got method=bitfit"),
     (["method=hira", "r=2", "R=ones"], "PEFT's HiRA has R = W in full precision, got R=ones"),
-    (["method=hyperadapt", "sides=a"], "HiRA is made of both vectors, got sides=a"),
     (["method=hira", "r=2", "official_numerics=true"], "got official_numerics=True"),
     (
         ["method=vera", "r=2", "model=tiny_phi3", "placement=qv"],

@@ -128,8 +128,16 @@ def test_no_value_is_named_that_none_takes():
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("miss", {"r": 10**4, "type": "mini", "mini_r": 5}, "no r does .* with mini_r=5, which must divide out_features$"),
-        ("boft", {"block_size": 5, "butterfly_factor": 9}, "no block_size does .* with butterfly_factor=9, which must "),
+        (
+            "miss",
+            {"r": 10**4, "type": "mini", "mini_r": 5},
+            "no r does .* with mini_r=5, which must divide out_features$",
+        ),
+        (
+            "boft",
+            {"block_size": 5, "butterfly_factor": 9},
+            "no block_size does .* with butterfly_factor=9, which must ",
+        ),
     ],
     ids=["miss", "boft"],
 )

@@ -162,6 +162,7 @@ def test_merging_says_into_which_base(run_cli, tmp_path, capsys, kind):
     status, out, err = run_cli(*words, "task.n_train=4", "task.n_test=2", "eval_before=false", "lr=1e-2")
     assert status == 0, err
     run = out.strip().splitlines()[-1]
+    assert f"highrank merge {run} --out {run}/merged model.quantize=null\n" in out  # what to try next
     assert main(["merge", run, "--out", str(tmp_path / "any")]) == 2
     err = capsys.readouterr().err
     assert f"got model.quantize={kind}; add model.quantize=null" in err
@@ -177,12 +178,19 @@ def test_merging_says_into_which_base(run_cli, tmp_path, capsys, kind):
 
 @kinds
 def test_trained_numbers_that_mean_something_beside_one_base_are_not_sent_to_another(run_cli, tmp_path, kind):
+    from highrank.interop.combine import check_combine
     from highrank.interop.hub_model import merge_run
+    from highrank.train.saved import read_run
 
     words = ["model=tiny_llama", "method=lora_xs", f"model.quantize={kind}", "r=2", "max_steps=2", "batch_size=2"]
     status, out, err = run_cli(*words, "task.n_train=4", "task.n_test=2", "eval_before=false")
     assert status == 0, err
     run = out.strip().splitlines()[-1]
+    assert f"highrank merge {run} --out {run}/merged model.quantize={kind}\n" in out  # what to try next
+    with pytest.raises(
+        UserError, match=rf"lora_xs with .* alone: highrank merge {run} --out DIR model.quantize={kind}$"
+    ):
+        check_combine({run: read_run(run)})
     match = rf"got model.quantize={kind}; add model.quantize={kind} for the dequantised ones$"
     with pytest.raises(UserError, match=match):
         merge_run(run, tmp_path / "out")

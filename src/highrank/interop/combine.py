@@ -197,9 +197,15 @@ def check_combine(runs: Mapping[str, Run]) -> None:
     for folder, run in runs.items():
         check_holds("combine", run, folder)
         if kind := run.model.get("quantize"):
+            exact = run.method.exact_base(run.method_cfg)
             raise UserError(
-                f"combine: updates are combined on the unquantised base, got model.quantize={kind} in {folder}; add "
-                "model.quantize=null"
+                f"combine: updates are combined on the unquantised base, got model.quantize={kind} in {folder}; "
+                + (
+                    f"{run.method.name} with these fields means something beside the quantised one alone: highrank merge "
+                    f"{folder} --out DIR model.quantize={kind}"
+                    if exact
+                    else "add model.quantize=null"
+                )
             )
     base = read_results(Path(first))["model"]
     for folder in others:

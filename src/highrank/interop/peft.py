@@ -226,7 +226,7 @@ def _parameters(adapters: WeightAdapters, view: WeightView, form: PeftForm) -> M
     named = [*adapter.named_parameters(), *(adapter.named_buffers() if form.converted else ())]
     parameters = {name: p.detach().float().cpu() for name, p in named}
     shaped = {name: p.view(form.shapes.get(name, p.shape)) for name, p in parameters.items()}
-    return form.converted(shaped) if form.converted else shaped
+    return form.converted(adapter, shaped) if form.converted else shaped
 
 
 def _frozen(adapters: WeightAdapters, view: WeightView, form: PeftForm) -> Mapping[str, Tensor]:

@@ -35,8 +35,8 @@ class PeftForm:
     """Frozen tensor common to all adapters -> PEFT's name of it; a file may have it once more for every weight."""
     factors: tuple[str, str] | None = None
     """Our names of a low-rank pair, (n, r) and (r, k), if pairs on slices of a matrix can be joined to one."""
-    converted: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
-    """For a method that PEFT has only as a case of another: makes that one's tensors of ours."""
+    converted: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    """For a method that PEFT has only as a case of another: makes that one's tensors of an adapter and ours."""
     one_way: bool = False
     """Whether an adapter so written is read back as another method."""
     also_reads: tuple[str, ...] = ()

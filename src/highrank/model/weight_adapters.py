@@ -157,6 +157,7 @@ class WeightAdapters(Adapters):
 
     def put_on(self, tokenizer: Any) -> None:
         model, views, method, cfg = self.model, self.views, self.method, self.cfg
+        check_shapes(method, [view.shape for view in views], cfg)
         for path in dict.fromkeys(view.path.rsplit(".", 2)[0] for view in views if view.part == EXPERTS):
             self.experts[path] = Experts(model.get_submodule(path))
             set_module(model, path, self.experts[path])

@@ -119,7 +119,9 @@ def show_results(plan: Plan, results: dict[str, Any], note: str = "") -> None:
 def show_next(run: Run, folder: Path) -> None:
     """Prints up to three commands that a finished run can be given to next, as they are typed."""
     place, method = shlex.quote(str(folder)), run.method
-    base = " model.quantize=null" if run.model.get("quantize") else ""
+    kind = run.model.get("quantize")
+    into = kind if method.exact_base(run.method_cfg) else "null"
+    base = f" model.quantize={into}" if kind else ""
     commands = [f"tensorboard --logdir {place}", f"highrank eval {place}"]
     if method.mergeable:
         commands.insert(0, f"highrank merge {place} --out {shlex.quote(str(folder / 'merged'))}{base}")

@@ -29,7 +29,6 @@ from highrank.config.words import compose_run
 from highrank.data.encoding import IGNORED
 from highrank.model.adapters import Adapters, attach
 from highrank.model.backbones import DTYPES
-from highrank.model.placement import resolve
 from highrank.train.loss import language_model_loss
 
 keep_freed_memory()  # as a run does; it serves every side alike
@@ -88,6 +87,10 @@ def cases(keys: str | None = None, r: int = 16, vera_r: int = 256, b: int = 4, f
         Case("delora", f"DeLoRA r={r}", "delora", {"r": r, "start": "zeros"}),
         Case("lora_xs", f"LoRA-XS r={2 * r}", "lora_xs", {"r": 2 * r}),
         Case("pissa", f"PiSSA r={r}", "lora", {"r": r, "init": "pissa"}),
+        Case("layernorm", "LayerNorm tuning", "layernorm"),
+        Case("bottleneck", "Bottleneck m=d/16", "bottleneck"),
+        Case("parallel", "Bottleneck m=d/16 parallel", "bottleneck", {"form": "parallel"}),
+        Case("compacter", "Compacter m=d/8", "compacter", {"reduction": 8}),
         Case("sum", f"HyperAdapt + LoRA r={r}", "sum", {"parts": {"hyperadapt": {}, "lora": {"r": r}}}),
     ]
     if keys is None:
@@ -120,7 +123,9 @@ def add_peft(model: nn.Module, label: str, ours: Adapters) -> Any:
     peft, form = import_peft(), ours.method.peft
     if form is None or form.one_way or form.lacks(ours.cfg):
         raise Gap(f"PEFT has no {label.split()[0]}")
-    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[form.type](target_modules=TARGETS, **form.options(ours.cfg))
+    owned = _by_module(ours)
+    targets = TARGETS if ours.views else sorted({path for path, _ in owned})
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[form.type](target_modules=targets, **form.options(ours.cfg))
     # silenced: PEFT tells of BOFT's missing extension in warnings, and prints the compiler's complaint
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -129,26 +134,39 @@ def add_peft(model: nn.Module, label: str, ours: Adapters) -> Any:
         except (AttributeError, TypeError, ValueError) as error:
             raise Gap(f"PEFT {peft.__version__}: {error}") from error
     trainable = {key: p for key, p in found.named_parameters() if p.requires_grad}
-    for view in ours.views:
-        parameters = dict(ours.by_view[view.name].named_parameters())
-        for own, source in parameters.items():
-            theirs = form.tensors[own]
-            part = theirs.removesuffix(".weight")  # which stands behind the adapter's name there
-            match = [key for key in trainable if f".{view.path}." in key and f".{part}." in f"{key}."]
-            target = trainable.pop(match[0])
-            if target.numel() != source.numel():
-                raise Gap(
-                    "PEFT runs factor 1 without its CUDA extension" if ours.method.name == "boft" else "another shape"
-                )
-            with torch.no_grad():
-                target.copy_(source.view_as(target))
+    for (path, own), source in owned.items():
+        theirs = form.tensors[own]
+        part = theirs.removesuffix(".weight")  # which stands behind the adapter's name there
+        match = [key for key in trainable if f".{path}." in key and f".{part}." in f"{key}."]
+        target = trainable.pop(match[0])
+        if target.numel() != source.numel():
+            raise Gap(
+                "PEFT runs factor 1 without its CUDA extension" if ours.method.name == "boft" else "another shape"
+            )
+        with torch.no_grad():
+            target.copy_(source.view_as(target))
     assert not trainable, f"parameters without a counterpart: {list(trainable)[:3]}"
     return found
 
 
-def add_ours(model: nn.Module, method: type, fields: Mapping[str, Any], seed: int = 0) -> Adapters:
+def _by_module(ours: Adapters) -> dict[tuple[str, str], Tensor]:
+    """Returns what trains by the path of the module that it belongs to and its own name."""
+    if ours.views:
+        return {
+            (view.path, own): parameter
+            for view in ours.views
+            for own, parameter in ours.by_view[view.name].named_parameters()
+        }
+    names = {name: name.split(".") for name, _ in ours.named_parameters()}  # method.norms.<path, its dots as />.<own>
+    return {
+        (names[name][-2].replace("/", "."), names[name][-1]): parameter for name, parameter in ours.named_parameters()
+    }
+
+
+def add_ours(model: nn.Module, method: Any, fields: Mapping[str, Any], seed: int = 0) -> Adapters:
     """Attaches adapters to `model` and moves them off their start by NOISE."""
-    adapters = attach(model, resolve(model, PLACEMENT), method, method.config(**fields), seed)
+    views = method.family.views_in(model, PLACEMENT, "all", "auto", None)
+    adapters = attach(model, views, method, method.config(**fields), seed)
     move_off_start(adapters)
     return adapters
 

@@ -47,7 +47,7 @@ class SumConfig:
             given = {str(name): {} for name in given}
         if not given:
             raise UserError("sum: at least one part is needed, got parts=[]; e.g. parts=[hyperadapt,lora]")
-        object.__setattr__(self, "parts", {name: _config(name, fields) for name, fields in given.items()})
+        object.__setattr__(self, "parts", {str(name): _config(str(name), fields) for name, fields in given.items()})
         main = _main(self.parts)
         dropped = [name for name in main if getattr(self.parts[name], "dropout", 0)]
         if dropped and len(main) > 1:
@@ -69,7 +69,9 @@ def _config(name: str, fields: Any) -> Any:
         raise UserError(f"sum: a part changes a weight that stays as it is, and is no sum itself, got parts={name}")
     if not isinstance(fields, Mapping | method.config):
         raise UserError(f"sum: a part's fields are given by name, got parts.{name}={fields}; e.g. parts.{name}={{}}")
-    return dataclass_from(method.config, fields, name) if isinstance(fields, Mapping) else fields
+    if not isinstance(fields, Mapping):
+        return fields
+    return dataclass_from(method.config, {str(key): value for key, value in fields.items()}, name)
 
 
 def _main(parts: Mapping[str, Any]) -> list[str]:

@@ -176,6 +176,7 @@ def test_axes_within_parts():
         (["bitfit"], "a part changes a weight that stays as it is, and is no sum itself, got parts=bitfit"),
         (["full"], "got parts=full"),
         (["lora", "lorra"], "a part is a method, got parts=lorra; did you mean 'lora'"),
+        ({4: {}}, "a part is a method, got parts=4; it is one of: abba"),
         ([None], "a part is a method, got parts=None; it is one of: abba"),
         ({"sum": {"parts": ["lora"]}}, "got parts=sum"),
         ({"lora": 3}, "a part's fields are given by name, got parts.lora=3"),
@@ -187,6 +188,12 @@ def test_bad_parts(parts, message):
         load("methods", "sum").config(parts=parts)
     assert str(error.value).startswith("sum: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["rank", 4])
+def test_a_field_that_a_part_lacks_is_named(key):
+    with pytest.raises(UserError, match=rf"^lora has no field '{key}'; it has: r, alpha"):
+        load("methods", "sum").config(parts={"lora": {key: 4}})
 
 
 def test_a_part_that_does_not_fit_a_weight_says_so():

@@ -85,6 +85,17 @@ def test_an_example_with_a_field_that_must_be_given_is_a_run():
     assert list(compose_run(shlex.split(shlex.join(words))).method_cfg.parts) == ["hira", "lora"]
 
 
+def test_a_member_of_a_task_is_asked_for_as_it_is_typed(highrank):
+    status, out, _ = highrank("tasks", "glue/stsb")
+    assert status == 0
+    assert "kind: numbers" in out
+    assert "measured: pearson, spearman" in out
+    assert "example: highrank run task=glue/stsb" in out
+    status, out, err = highrank("tasks", "glue/stbs")
+    assert (status, out) == (2, "")
+    assert "task glue: unknown member, got member=stbs" in err
+
+
 @pytest.mark.parametrize("name", sorted(registry.available("tasks")))
 def test_a_tasks_page_has_its_records_fields_and_a_run_as_example(name, highrank):
     status, out, _ = highrank("tasks", name)

@@ -57,10 +57,12 @@ def tasks(words: list[str]) -> int:
     if name is None:
         show(["task", "what", "fields (defaults)"], list(_plugins("tasks", _title)), "highrank tasks NAME says more")
         return 0
+    name, _, member = name.partition("/")
     source = _source("tasks", name)
+    facts = list(_task_facts(name, member, source.doc))
     say(f"{source.doc}\n")
     _show_fields(source.fields(source.config), "task.")
-    show_facts(_task_facts(name, source.doc))
+    show_facts(facts)
     return 0
 
 
@@ -264,17 +266,18 @@ def method_facts(name: str, fields: Sequence[Field]) -> Iterator[tuple[str, str]
         yield "beside another", f"highrank run -m method={name},{other} seed=0,1,2 lr_search=5"
 
 
-def _task_facts(name: str, doc: str) -> Iterator[tuple[str, str]]:
+def _task_facts(name: str, member: str, doc: str) -> Iterator[tuple[str, str]]:
     from highrank.base.fields import dataclass_from
 
     cls: Any = registry.load("tasks", name)
-    task = cls(dataclass_from(cls.config, {}, name), 0)
+    task = cls(dataclass_from(cls.config, {"member": member} if member else {}, name), 0)
     yield "kind", KINDS[task.kind]
     yield "protocols treat it as", task.family
     yield "measured", ", ".join(task.metrics)
     yield "version", str(task.version)
     shown = re.search(rf"`(task={name}(?:/\w+)?(?: task\.[^`]+)?)`", " ".join(doc.split()))
-    yield "example", f"highrank run {shown[1] if shown else f'task={name}'}{MODELS[task.kind]}"
+    words = f"task={name}/{member}" if member else shown[1] if shown else f"task={name}"
+    yield "example", f"highrank run {words}{MODELS[task.kind]}"
 
 
 def _model_facts(name: str) -> Iterator[tuple[str, str]]:

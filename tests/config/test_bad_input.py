@@ -20,7 +20,7 @@ BAD = [
     ("method=hyperadapt r=16", "hyperadapt has no field 'r'; it has: sides, init_std"),
     ("method=lora R=w0", "lora has no field 'R'; it has: r, alpha, dropout, scaling, init, lr_ratio"),
     ("method=sum", "sum: parts must be given, got none"),
-    ("method=sum parts=[hria]", "method: unknown name, got method=hria; did you mean 'hira'"),
+    ("method=sum parts=[hria]", "sum: a part is a method, got parts=hria; did you mean 'hira'"),
     ("method=sum parts=[hira] parts.hira.rr=8", "hira has no field 'rr'; it has: r, R,"),
     (
         "method=sum parts=[hira,lora] parts.dora.r=8",

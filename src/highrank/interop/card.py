@@ -33,7 +33,7 @@ def model_card(run: Run, folder: Path, library: str, extra: Mapping[str, Any] | 
         **({"base_model": model["hub"]} if model.get("hub") else {}),
         "tags": ["highrank", run.method.name],
     }
-    params, per = results.get("params", {}), "image" if run.task.kind == "classify_images" else "token"
+    params, per = results.get("params", {}), "image" if run.make_task().kind == "classify_images" else "token"
     facts = {
         "method": f"{run.method.name}: {formula(run.method)}",
         "fields": _listed(run.resolved["method"], "name"),

@@ -18,13 +18,16 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pdoc
 from pdoc.render_helpers import to_html
 
 import highrank
+import highrank.model
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = runpy.run_path(str(ROOT / "docs" / "methods.py"))
@@ -174,9 +177,14 @@ def open_library() -> list[str]:
     """Puts what `highrank` gives only when it is asked for on its page of the reference; returns the names."""
     entries = {name: getattr(highrank, name) for name in highrank._LIBRARY}
     vars(highrank).update(entries)
-    modules = [module.name for module in pkgutil.iter_modules(highrank.__path__) if not module.name.startswith("_")]
-    highrank.__all__ = [*entries, *modules, "methods"]
+    highrank.__all__ = [*entries, *_modules(highrank), "methods"]
+    if find_spec("triton") is None:  # it comes with PyTorch's builds for a GPU
+        highrank.model.__all__ = [name for name in _modules(highrank.model) if name != "triton_kernels"]
     return list(entries)
+
+
+def _modules(package: Any) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
 
 
 def main(folder: Path) -> None:

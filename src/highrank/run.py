@@ -203,7 +203,7 @@ def evaluate_before(job: Prepared, trainer: lightning.Trainer, batch_size: int) 
 
 
 def evaluate_others(
-    job: Prepared, trainer: lightning.Trainer, batch_size: int, answer: Any = answer, ending: str = ""
+    job: Prepared, trainer: lightning.Trainer, batch_size: int, by: Any = answer, ending: str = ""
 ) -> dict[str, Any]:
     """Evaluates the model on the tasks of eval_also; returns their metrics by name, predictions in <task>.<set><ending>."""
     found = {}
@@ -215,7 +215,7 @@ def evaluate_others(
                 tests,
                 batch_size,
                 lambda of, rows, name=name: job.directory.write_predictions(f"{name}.{of}{ending}", rows),  # type: ignore[misc]  # a default value binds the loop's
-                answer,
+                by,
             )
     return found
 

@@ -67,6 +67,13 @@ def install(folder, distribution, group="methods", **entries):
     (info / "entry_points.txt").write_text("\n".join([f"[highrank.{group}]", *lines, ""]))
 
 
+def plug_in(site, name, text, group="methods"):
+    """Installs a plugin whose module holds this text."""
+    (site / "mine").mkdir()
+    (site / "mine" / f"{name}.py").write_text(text)
+    install(site, "mine", group=group, **{name: f"mine.{name}"})
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """An empty folder on the import path; what plugins register here is forgotten afterwards."""
@@ -157,9 +164,7 @@ def test_a_class_is_checked_when_it_registers(site, case):
     right, wrong, message = BAD_CLASSES[case]
     source = METHOD.replace("    def __init__", NEW).replace("import torch\n", "import torch\nimport highrank.plugin\n")
     assert source.count(right) == 1
-    (site / "mine").mkdir()
-    (site / "mine" / "shift.py").write_text(source.replace(right, wrong))
-    install(site, "mine", shift="mine.shift")
+    plug_in(site, "shift", source.replace(right, wrong))
     with pytest.raises(UserError, match=f"^method shift: {message}") as error:
         registry.load("methods", "shift")
     assert "\n" not in str(error.value)
@@ -216,9 +221,7 @@ BAD_TASKS = {
 def test_a_task_is_checked_before_it_trains(site, case, run_cli, monkeypatch):
     right, wrong, message = BAD_TASKS[case]
     assert right in TASK
-    (site / "mine").mkdir()
-    (site / "mine" / "rhyme.py").write_text(TASK.replace(right, wrong))
-    install(site, "mine", group="tasks", rhyme="mine.rhyme")
+    plug_in(site, "rhyme", TASK.replace(right, wrong), group="tasks")
     if message:
         monkeypatch.setattr("highrank.run.train", lambda *_: pytest.fail("trained"))
     status, _, err = run_cli("task=rhyme", "model=tiny_llama", "max_steps=1", "eval_before=false")
@@ -247,9 +250,7 @@ SAID = {
 def test_a_method_from_outside_is_held_to_the_contract(site, case, capsys):
     right, wrong = BROKEN.get(case, ("", ""))
     assert right in METHOD
-    (site / "mine").mkdir()
-    (site / "mine" / "shift.py").write_text(METHOD.replace(right, wrong) if case else METHOD)
-    install(site, "mine", shift="mine.shift")
+    plug_in(site, "shift", METHOD.replace(right, wrong) if case else METHOD)
     status = main(["check", "shift"])
     out, err = capsys.readouterr()
     if not case:
@@ -277,9 +278,7 @@ def test_a_method_from_outside_is_held_to_the_contract(site, case, capsys):
 )
 def test_a_task_from_outside_is_held_to_the_contract(site, right, wrong, message):
     assert right in TASK
-    (site / "mine").mkdir()
-    (site / "mine" / "rhyme.py").write_text(TASK)
-    install(site, "mine", group="tasks", rhyme="mine.rhyme")
+    plug_in(site, "rhyme", TASK, group="tasks")
     assert check_task("rhyme")[-1] == "rhyme: 4 examples to train on, 1 test sets, the same each time"
     del sys.modules["mine.rhyme"]
     (site / "mine" / "rhyme.py").write_text(TASK.replace(right, wrong) + "\n\n# changed")
@@ -349,9 +348,7 @@ def test_an_adapter_is_compared_with_its_class_when_it_is_attached(site, case, r
     right, wrong, message = BAD_ADAPTERS[case]
     source = METHOD.replace("    def __init__", NEW)
     assert source.count(right) == 1
-    (site / "mine").mkdir()
-    (site / "mine" / "shift.py").write_text(source.replace(right, wrong))
-    install(site, "mine", shift="mine.shift")
+    plug_in(site, "shift", source.replace(right, wrong))
     status, _, err = run_cli("method=shift", "model=tiny_llama", "task.n_train=4", "task.n_test=2", "max_steps=1")
     assert status == 2
     (line,) = [line for line in err.splitlines() if "error" in line]

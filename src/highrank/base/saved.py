@@ -84,6 +84,16 @@ def read_results(folder: Path, needed: Collection[str] = ()) -> dict[str, Any]:
     return results
 
 
+def state_of(folder: Path) -> dict[str, Any]:
+    """Returns a run's results; of no run nothing, and of a damaged one its status and what is damaged."""
+    if not (folder / "results.json").is_file():
+        return {}
+    try:
+        return read_results(folder)
+    except UserError as error:
+        return {"status": "damaged", "error": str(error)}
+
+
 def read_config(folder: Path, keys: Collection[str] | None = None) -> dict[str, Any]:
     """Returns what config.yaml in a run directory holds, as it stands; nothing where there is none yet.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from highrank.base.errors import UserError, suggest
 from highrank.base.files import path_field
@@ -82,7 +82,8 @@ TEXTS = {"id", "instruction", "output", "answer", "input", "text"}
 """What is a text in every record."""
 
 
-KINDS = ("generate", "classify", "regress", "classify_images")
+Kind = Literal["generate", "classify", "regress", "classify_images"]
+"""What a model is asked for: to write a text, the class of a text, a number for a text, the class of an image."""
 MEASURED = ("accuracy", "matthews", "f1", "pearson", "spearman")
 """Metrics that need no `measure` of the task's own."""
 
@@ -95,8 +96,7 @@ class Task:
 
     name: ClassVar[str]
     config: ClassVar[type]
-    kind: Literal["generate", "classify", "regress", "classify_images"]
-    """What a model is asked for: to write a text, the class of a text, a number for a text, the class of an image."""
+    kind: Kind
     family: ClassVar[str]
     """Under which heading a protocol treats it, e.g. math: the `families` of its YAML."""
     version: ClassVar[int]
@@ -138,7 +138,8 @@ class Task:
 
     def check(self) -> None:
         """Raises UserError for the first thing of the task, made with its config, that is not what the contract says."""
-        _need(self, getattr(self, "kind", None) in KINDS, "kind", f"is one of {', '.join(KINDS)}")
+        kinds = get_args(Kind)
+        _need(self, getattr(self, "kind", None) in kinds, "kind", f"is one of {', '.join(kinds)}")
         metrics = self.metrics
         named = isinstance(metrics, tuple) and metrics and all(isinstance(name, str) for name in metrics)
         _need(self, bool(named), "metrics", 'is a tuple of names, as ("accuracy",)')

@@ -69,8 +69,8 @@ def model_config(spec: Mapping[str, Any], path: str | None) -> Any:
                 raise ValueError("no hub name")
             return AutoConfig.from_pretrained(spec["hub"], revision=spec.get("revision"), trust_remote_code=False)
         except (OSError, ValueError) as error:
-            of_hub = (spec.get("hub") or "").rpartition("/")[2] == spec["name"]
-            named = f"hf:{spec['hub']}" if of_hub and spec.get("hub") else spec["name"]
+            hub_name = spec.get("hub") or ""
+            named = f"hf:{hub_name}" if hub_name.rpartition("/")[2] == spec["name"] else spec["name"]
             raise UserError(
                 f"model: its config.json is needed, got model={named} and no answer from cache or Hub "
                 f"({reason or type(error).__name__}); give a folder with path=<folder>"

@@ -15,7 +15,7 @@ from typing import Any
 
 from highrank.base.errors import UserError
 from highrank.base.files import digest
-from highrank.base.saved import read_results
+from highrank.base.saved import state_of
 from highrank.sweep.grid import Cell, Grid, typed
 from highrank.train.plan import make_plan
 
@@ -114,10 +114,7 @@ def record(cell: Cell, trials: Sequence[tuple[float, Cell]], folder: Path) -> di
     the last of them, so that a better one may lie outside."""
     rows = []
     for rate, trial_cell in trials:
-        try:
-            results = read_results(folder / trial_cell.folder)
-        except UserError:
-            results = {"status": "damaged" if (folder / trial_cell.folder / "results.json").exists() else "missing"}
+        results = {"status": "missing", **state_of(folder / trial_cell.folder)}
         loss = results.get("validation", {}).get("loss") if results["status"] == "done" else None
         rows.append({"lr": rate, "loss": loss, "run": trial_cell.folder, "status": results["status"]})
     usable = [row for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]

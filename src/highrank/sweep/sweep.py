@@ -24,7 +24,7 @@ from rich.text import Text
 from highrank.base.console import console, duration, say
 from highrank.base.errors import UserError
 from highrank.base.files import digest, shown, write_atomic
-from highrank.base.saved import SWEEP, read_results
+from highrank.base.saved import SWEEP, state_of
 from highrank.base.shapes import read_json
 from highrank.config.words import given_text, key_of, scaled
 from highrank.report import dashboard
@@ -69,8 +69,6 @@ class Sweep:
         self.folder = Path(sweep_dir or self.output / f"{self.name}_{key[:8]}")
         self.plans: dict[str, Plan] = {}
         """By arm: its seeds cost the same."""
-        self.damaged = 0
-        """How many cells cannot be read."""
 
     @property
     def folders(self) -> list[Path]:
@@ -78,14 +76,13 @@ class Sweep:
         inside = self.folder.resolve().is_relative_to(self.output.resolve())
         return [self.output] if inside else [self.output, self.folder]
 
-    def plan(self) -> tuple[list[Cell], list[Plan]]:
-        """Returns the cells that are to be started, with their plans.
+    def plan(self) -> tuple[list[Cell], list[Plan], int]:
+        """Returns the cells that are to be started, their plans, and how many cells cannot be read.
 
         Raises:
             UserError: naming every cell that cannot run.
         """
-        states = [_read(self.folder / cell.folder).get("status") for cell in self.grid.cells]
-        self.damaged = states.count("damaged")
+        states = [state_of(self.folder / cell.folder).get("status") for cell in self.grid.cells]
         todo = [cell for cell, state in zip(self.grid.cells, states, strict=True) if state not in LEFT]
         plans = self.plans = {}
         problems = []
@@ -96,13 +93,13 @@ class Sweep:
             except UserError as error:
                 problems.append((cell.axes, error))
         refuse(problems)
-        return todo, [plans[digest(cell.arm)] for cell in todo]
+        return todo, [plans[digest(cell.arm)] for cell in todo], states.count("damaged")
 
     def execute(self) -> int:
         """Runs what is not done yet; returns 0, 1 if a run neither ended nor diverged, or 128 + the signal that stopped the sweep."""
-        todo, plans = self.plan()
+        todo, plans, damaged = self.plan()
         times = Times(self.folders)
-        show_grid(self, todo, plans, times)
+        show_grid(self, todo, plans, damaged, times)
         if self.dry_run:
             return 0
         self._check_folder()
@@ -129,7 +126,7 @@ class Sweep:
             if not stopped:
                 self._write(known, search)
                 self._run([cell for cell, _ in known], self.folder, "runs", times, stopped)
-            rows = [(cell, _read(self.folder / cell.folder)) for cell, _ in known]
+            rows = [(cell, state_of(self.folder / cell.folder)) for cell, _ in known]
             write_atomic(self.folder / "table.csv", table(self.grid, rows).encode())
             if (self.folder / "sweep.json").is_file():  # not before the learning-rate search is over
                 dashboard.write(self.folder)
@@ -139,7 +136,7 @@ class Sweep:
 
     def _run(self, cells: Sequence[Cell], folder: Path, what: str, times: Times, stopped: Sequence[int]) -> None:
         """Runs the cells that are not done; a run that fails is recorded, a damaged one is left, and the rest goes on."""
-        earlier = {folder / cell.folder: _read(folder / cell.folder) for cell in cells}
+        earlier = {folder / cell.folder: state_of(folder / cell.folder) for cell in cells}
         jobs = [
             Job(
                 cell.settled_words,
@@ -160,7 +157,7 @@ class Sweep:
                 say(f"warning: {path.name} is left as it is: {results['error']}")
         with board.shown():
             for job, note in self.launcher.run(jobs):
-                results = _read(Path(job.run_dir))
+                results = state_of(Path(job.run_dir))
                 if results.get("status") not in (*LEFT, "failed", "oom", "interrupted"):
                     results = {**results, "status": "failed", "error": note, "config_hash": job.config_hash}
                     Path(job.run_dir).mkdir(parents=True, exist_ok=True)
@@ -258,16 +255,6 @@ def interruptible(running: Any) -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """Returns a run's results; of none nothing, and of a damaged one what is damaged."""
-    if not (folder / "results.json").is_file():
-        return {}
-    try:
-        return read_results(folder)
-    except UserError as error:
-        return {"status": "damaged", "error": str(error)}
-
-
 def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Returns the final metrics of a run as {set/metric: value}, {metric: value} of the macro average, and the loss on
     held-out training examples as validation/loss."""
@@ -301,7 +288,7 @@ def table(grid: Grid, rows: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
     return out.getvalue()
 
 
-def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan], times: Times) -> None:
+def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan], damaged: int, times: Times) -> None:
     """Prints the cells to run with their counts and cost, and how long they will take, where that has been measured."""
     grid = sweep.grid
     threads = sweep.launcher.threads
@@ -324,8 +311,8 @@ def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan], times: 
     trials = sweep.search.trials * len({digest(cell.arm) for cell in grid.cells}) if sweep.search else 0
     tokens = sum(plan.tokens for plan in plans)
     searched = f", and at most {trials} runs to search the learning rate" if trials else ""
-    before = f"{len(grid.cells) - len(todo) - sweep.damaged} done before"
-    before += f", {sweep.damaged} damaged" if sweep.damaged else ""
+    before = f"{len(grid.cells) - len(todo) - damaged} done before"
+    before += f", {damaged} damaged" if damaged else ""
     say(f"{len(grid.cells)} runs, {before}{searched}; about {tokens:,} training tokens")
     if todo:
         say(f"time: {told(sweep, todo, lengths)}")

@@ -1,6 +1,6 @@
 """Evaluation: a model's outputs for every record, its loss on the gold answers, and their scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,10 +92,16 @@ def _by_place(
     return outputs, batch_size
 
 
-def answer(trainer: lightning.Trainer, module: FineTuner, data: EvalData, batch_size: int) -> tuple[Answers, int]:
+def answer(
+    trainer: lightning.Trainer,
+    module: FineTuner,
+    data: EvalData,
+    test_sets: Mapping[str, Sequence[Any]],
+    batch_size: int,
+) -> tuple[Answers, int]:
     """Returns what the model answers to every test set, and the batch size that fitted into memory."""
     answers = {}
-    for name, records in data.task.test().items():
+    for name, records in test_sets.items():
         outputs, batch_size = predict(trainer, module, data, name, records, batch_size)
         losses = None
         if data.task.kind == "generate":
@@ -110,9 +116,9 @@ def evaluate(
     data: EvalData,
     batch_size: int,
     save: Callable[..., None],
-    answer: Callable[..., tuple[Answers, int]] = answer,
+    by: Callable[..., tuple[Answers, int]] = answer,
 ) -> tuple[dict[str, Any], int]:
-    """Evaluates every test set and saves the predictions; `answer` is where the model's answers come from.
+    """Evaluates every test set and saves the predictions; `by` gives the model's answers, as `answer` does.
 
     Returns metrics per set and their macro averages, and the batch size that fitted into memory.
 
@@ -123,7 +129,7 @@ def evaluate(
     test_sets = data.task.test()
     first = next(iter(test_sets.values()))[0]
     check_decoding(module.adapters, data.question(first).input_ids)
-    answers, batch_size = answer(trainer, module, data, batch_size)
+    answers, batch_size = by(trainer, module, data, test_sets, batch_size)
     by_set = {}
     for name, records in test_sets.items():
         rows, by_set[name] = evaluate_rows(data, name, records, *answers[name])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -39,21 +39,26 @@ class Untouched:
         """The tasks whose answers an earlier run had kept."""
 
     def answer(
-        self, trainer: lightning.Trainer, module: FineTuner, data: EvalData, batch_size: int
+        self,
+        trainer: lightning.Trainer,
+        module: FineTuner,
+        data: EvalData,
+        test_sets: Mapping[str, Sequence[Any]],
+        batch_size: int,
     ) -> tuple[Answers, int]:
         """Returns what the untouched model answers to every test set, and the batch size that fitted into memory."""
         if self.run.core.start_as == "adapter":
-            return answer(trainer, module, data, batch_size)
+            return answer(trainer, module, data, test_sets, batch_size)
         if not self._can_be_kept(trainer, data):
             with self.adapters.untouched():
-                return answer(trainer, module, data, batch_size)
-        file = cache_dir() / "untouched" / f"{self._key(data, batch_size)}.json"
+                return answer(trainer, module, data, test_sets, batch_size)
+        file = cache_dir() / "untouched" / f"{self._key(data, test_sets, batch_size)}.json"
         if (kept := read_kept(file)) is not None:
             say(f"{data.task.name}: the untouched model's answers are kept from an earlier run")
             self.reused.append(data.task.name)
             return _unpack(json.loads(kept)), batch_size
         with self.adapters.untouched():
-            answers, fitting = answer(trainer, module, data, batch_size)
+            answers, fitting = answer(trainer, module, data, test_sets, batch_size)
         if fitting == batch_size:
             keep(file, json.dumps(answers).encode())
         return answers, fitting
@@ -61,7 +66,7 @@ class Untouched:
     def _can_be_kept(self, trainer: lightning.Trainer, data: EvalData) -> bool:
         return trainer.world_size == 1 and self.source["kind"] != "random" and data.task.kind != "classify_images"
 
-    def _key(self, data: EvalData, batch_size: int) -> str:
+    def _key(self, data: EvalData, test_sets: Mapping[str, Sequence[Any]], batch_size: int) -> str:
         core, draws = self.run.core, data.protocol.do_sample or bool(self.adapters.heads)
         return digest(
             {
@@ -78,7 +83,7 @@ class Untouched:
                 "protocol": asdict(data.protocol),
                 "task": [data.task.kind, data.task.num_labels, data.task.max_new_tokens],
                 "batch_size": batch_size,
-                "questions": {name: [asdict(each) for each in records] for name, records in data.task.test().items()},
+                "questions": {name: [asdict(each) for each in records] for name, records in test_sets.items()},
             }
         )
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from scipy import stats
 
 from highrank.base.errors import UserError
 from highrank.cli import main
-from highrank.report import tables
+from highrank.config.words import compose_run
+from highrank.report import figures, tables
 from highrank.report.page import read, report
 from highrank.report.published import ROWS, beside, elsewhere
 from highrank.report.runs import differences, read_runs, read_sweep
@@ -543,11 +545,20 @@ def test_printed_rows_are_complete():
     assert {source.partition(", ")[2]: n for source, n in count.items()} == {
         **{"Table 1": 14, "Table 2": 14, "Table 3": 14, "Table 4": 1, "Table 5": 7, "Table 6": 8, "Table 12": 2},
         **{"Table 13": 3, "Table 14": 1, "Figure 6": 1, "Figure 9": 16},
-        **{"arithmetic table": 17, "commonsense table": 15, "GLUE table": 18, "MetaMathQA benchmark": 7},
+        **{"arithmetic table": 17, "commonsense table": 15, "GLUE table": 18, "MetaMathQA benchmark": 23},
     }
     transfer = {m: [r for r in ROWS if "Figure 9" in r.source and r.method == m] for m in ("lora", "hira")}
     own = {m: np.mean([r.scores[r.label] for r in rows]) for m, rows in transfer.items()}
     assert own == pytest.approx({"lora": 81.28, "hira": 83.39}, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.source.startswith("PEFT")], ids=lambda row: f"{row.method}-{row.scores}"
+)
+def test_a_row_of_pefts_board_is_a_run_that_can_be(row):
+    words = [f"{key}={value}" for key, value in row.variant.items()]
+    run = compose_run([f"method={row.method}", f"model={row.model}", f"task={row.task}", *words])
+    assert row.matches(run.resolved)
 
 
 @pytest.mark.parametrize(
@@ -564,8 +575,6 @@ def test_printed_rows_are_complete():
     ],
 )
 def test_printed_rows_find_their_runs(words, average):
-    from highrank.config.words import compose_run
-
     config = compose_run(["model=llama3_8b", *words]).resolved
     assert [row.average for row in beside(config) if row.average is not None] == average
     config["model"]["name"] = "smollm2_135m"
@@ -672,6 +681,34 @@ def test_the_page_stands_alone_and_is_whole(grid):
         assert len({len(row) for row in rows}) == 1
     targets = {load[1:] for load in page.loads if load.startswith("#") and load[1:]}
     assert targets <= set(re.findall(r'id="([^"]+)"', text))
+
+
+def test_every_figure_is_a_file_that_can_be_shown_anywhere(grid):
+    page = write(grid)
+    files = {file.stem: file.read_text() for file in page.parent.glob("*.svg")}
+    assert set(files) == drawn(page) == {"pareto", "curve-r", "bars-method"}
+    for text in files.values():
+        root = ElementTree.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root[0].attrib == {"width": "100%", "height": "100%", "fill": "white"}
+        assert "currentColor" not in text
+        assert ">score, %<" in text
+
+
+def test_arms_that_share_a_colour_have_other_markers():
+    assert len({(figures._style(i)["color"], figures._marker(i)) for i in range(64)}) == 64
+    assert [figures._marker(i) for i in range(8)] == list(figures.MARKERS)
+
+
+def test_many_arms_have_their_names_beside_their_points(fake):
+    names = [f"method{i}" for i in range(12)]
+    for i, name in enumerate(names):
+        for seed in range(2):
+            fake.run({"method": name, "r": i + 1, "seed": seed}, 0.3 + 0.05 * i)
+    page = write(fake.close())
+    svg = (page.parent / "pareto.svg").read_text()
+    assert all(f">{name}" in svg for name in names)
+    assert svg.count("legend") == 0
 
 
 def test_the_page_shows_what_csv_holds(grid):

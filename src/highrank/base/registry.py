@@ -6,9 +6,12 @@ group `highrank.methods` or `highrank.tasks`, `name = "package.module"`.
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
+import os
 import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +30,7 @@ def available(group: str) -> dict[str, str]:
     package = importlib.import_module(f"highrank.{group}")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
     modules = {name: f"highrank.{group}.{name}" for name in names}
-    for entry in importlib.metadata.entry_points(group=f"highrank.{group}"):
+    for entry in _entry_points(f"highrank.{group}", tuple((path, _changed(path)) for path in sys.path)):
         if entry.name in modules and modules[entry.name] != entry.value:
             raise UserError(
                 f"{group}: a name belongs to one plugin, got {entry.name!r} from both {modules[entry.name]} and "
@@ -35,6 +38,20 @@ def available(group: str) -> dict[str, str]:
             )
         modules[entry.name] = entry.value
     return modules
+
+
+@functools.cache
+def _entry_points(group: str, places: tuple[tuple[str, int], ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
+    """Returns what is installed in `group`; read once for `places`, the import path and when its folders changed, since
+    that reads every installed package's metadata and a sweep asks for each of its cells."""
+    return tuple(importlib.metadata.entry_points(group=group))
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def first_lines(group: str) -> dict[str, str]:

@@ -32,6 +32,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK = "#123456"
 """Stands for the page's text colour."""
+DARK = "#1b1f24"
+"""The text colour of a figure's own file."""
 STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -58,6 +60,11 @@ class Drawing:
     title: str
     caption: str
     svg: str
+
+    def image(self) -> str:
+        """Returns it as an SVG file of its own: dark on white paper, whatever the colours of the page that shows it."""
+        start, rest = self.svg.replace("currentColor", DARK).split(">", 1)
+        return f'{start}><rect width="100%" height="100%" fill="white"/>{rest}'
 
 
 def draw(results: Results) -> list[Drawing]:
@@ -122,7 +129,7 @@ def _point(axis: Axes, x: Any, scores: Sequence[Score], i: int, name: str | None
         [score.mean for score in scores],
         yerr=errors if errors.any() else None,
         color=PALETTE[i % len(PALETTE)],
-        marker=MARKERS[i % len(MARKERS)],
+        marker=_marker(i),
         linestyle=line,
         label=name,
         capsize=2,
@@ -162,16 +169,17 @@ def pareto(results: Results) -> tuple[str, str, str, Figure] | None:
     figure = Figure(figsize=(max(5.5, 3.7 * len(panels)), 4.1), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     kinds = list(dict.fromkeys(_kind(arm) for arm in arms))
+    named = len(kinds) > MOST_LINES  # more than colours tell apart: each point has its name beside it
     for axis, (name, x, log) in zip(axes, panels, strict=True):
         for i, kind in enumerate(kinds):
             indices = [j for j, arm in enumerate(arms) if _kind(arm) == kind]
-            _point(axis, [x[j] for j in indices], [arms[j].scores[results.headline] for j in indices], i, kind)
-        for arm, at in zip(arms, x, strict=True) if len(arms) <= MOST_NAMED else ():
-            rest = (
-                label({key: value for key, value in arm.axes.items() if key != "method"}) if len(arm.axes) > 1 else ""
-            )
+            scores = [arms[j].scores[results.headline] for j in indices]
+            _point(axis, [x[j] for j in indices], scores, 0 if named else i, kind)
+        for arm, at in zip(arms, x, strict=True) if named or len(arms) <= MOST_NAMED else ():
+            rest = {key: value for key, value in arm.axes.items() if key != "method"}
+            text = arm.label if named else label(rest) if len(arm.axes) > 1 else ""
             point: Any = (at, arm.scores[results.headline].mean)
-            axis.annotate(rest, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axis.annotate(text, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
         values: list[Any] = list(x)
         front = _front(values, [arm.scores[results.headline].mean for arm in arms])
         axis.plot(
@@ -184,7 +192,8 @@ def pareto(results: Results) -> tuple[str, str, str, Figure] | None:
         axis.set_xlabel(name)
         axis.grid(color="#888888", alpha=0.25, linewidth=0.6)
     axes[0].set_ylabel("score, %")
-    _legend(figure, axes[0])
+    if not named:
+        _legend(figure, axes[0])
     caption = f"What a score costs; up and to the left is better. Dotted: the best score at no more than that cost. {_said(results)}"
     return "pareto", "Score against cost", caption, figure
 
@@ -326,7 +335,12 @@ def lengths(results: Results) -> tuple[str, str, str, Figure] | None:
 
 
 def _style(i: int) -> dict[str, Any]:
-    return {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 1.4}
+    return {"color": PALETTE[i % len(PALETTE)], "marker": _marker(i), "markersize": 5, "linewidth": 1.4}
+
+
+def _marker(i: int) -> str:
+    """Returns the marker of the i-th arm; those that share a colour have different ones."""
+    return MARKERS[(i + i // len(PALETTE)) % len(MARKERS)]
 
 
 def _number(value: Any) -> bool:

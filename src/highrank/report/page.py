@@ -1,4 +1,4 @@
-"""`highrank report`: a folder with one page that stands alone, and every table as CSV, Markdown and LaTeX.
+"""`highrank report`: a folder with one page that stands alone, every table as CSV, Markdown and LaTeX, and every figure as SVG.
 
 highrank report SWEEP_OR_RUN... [--out DIR] [--mix protocols|data] [--rows KEY,... --columns KEY,...] [--baseline KEY=VALUE,...]
 """
@@ -85,6 +85,7 @@ def report(
         tables.pattern_table(results),
     ]
     kept = [t for t in details if t]
+    drawings = figures.draw(results)
     page = _template().render(
         title=source.title,
         lead=_lead(source, results),
@@ -93,7 +94,7 @@ def report(
         scores=scores,
         costs=costs,
         details=kept,
-        drawings=figures.draw(results),
+        drawings=drawings,
         wide=WIDE,
         formats=tables.FORMATS,
         absent=source.absent,
@@ -103,6 +104,8 @@ def report(
     for table in (*scores, *costs, *kept):
         for suffix, write in tables.FORMATS.items():
             write_atomic(source.out / f"{table.name}.{suffix}", write(table).encode())
+    for drawing in drawings:
+        write_atomic(source.out / f"{drawing.name}.svg", drawing.image().encode())
     write_atomic(source.out / "index.html", page.encode())
     return source.out / "index.html"
 

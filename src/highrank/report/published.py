@@ -205,15 +205,32 @@ LoRA (copied) | lora | r=8 placement=qv | 96.2±0.5 90.2±1.0 68.2±1.9 94.8±0.
 HyperAdapt | hyperadapt | placement=qkvo | 96.2±0.4 89.8±0.7 65.3±0.7 94.0±0.3 81.6±0.8 91.5±0.3 86.4
 """
 
-# PEFT's MetaMathQA benchmark, Llama-3.2-3B, tested on GSM8K: method | keys | score.
+# PEFT's MetaMathQA benchmark, Llama-3.2-3B, tested on GSM8K (method_comparison/MetaMathQA/results): method | keys | score. (IA)³
+# scales the inputs of feed-forward weights there, not their outputs.
 PEFT = """
 hira | r=32 placement=qv | 51.3
+lora | r=64 alpha=64 scaling=rs placement=qv | 51.3
+shira | r=32 placement=qv | 51.0
+miss | r=64 type=bat placement=qv | 50.4
+gralora | r=32 alpha=64 K=2 placement=qv | 49.5
+oft | block_size=0 block_num=32 placement=qv | 49.1
+c3a | block_size=64 placement=qv | 48.8
+miss | r=64 type=plain placement=qv | 48.7
 lora | r=32 placement=qv | 47.8
+randlora | r=32 alpha=640 placement=qv | 47.8
+lora | r=64 placement=qv | 47.4
 full | | 47.2
 dora | r=32 placement=qv | 46.9
+delora | r=32 placement=qv | 46.8
+lokr | r=32 alpha=64 factor=4 placement=qv | 46.6
+ia3 | placement=all | 45.5
+loha | r=32 alpha=64 placement=qv | 39.3
+miss | r=64 type=mini mini_r=64 placement=qv | 38.0
 vera | r=256 placement=qv | 35.4
 p_tuning | | 35.0
 boft | placement=qv | 34.3
+fourierft | n_frequency=5000 placement=qv | 9.6
+layernorm | | 0.0
 """
 
 

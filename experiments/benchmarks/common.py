@@ -21,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -387,6 +388,11 @@ def note(text: str) -> None:
 
 def ratio(found: Mapping[str, float] | None) -> str:
     return "–" if found is None else f"{found['median']:.3f} ({found['q1']:.3f} to {found['q3']:.3f})"
+
+
+def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
+    """Returns the slope of log seconds against log value, by least squares: cost grows as value to that power."""
+    return float(np.polyfit(np.log(values), np.log(seconds), 1)[0]) if len(set(values)) > 1 else float("nan")
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -4,7 +4,8 @@
 
 One axis moves, everything else stays at the values that the options give. At each point a round is the frozen step and
 every method's step (see step_cost.py for what a step is), once each in shuffled order; cells are medians of the ratios
-to the frozen step of the same round, for time and for tensors saved for backward.
+to the frozen step of the same round, for time and for tensors saved for backward. The last row has the exponents of the
+seconds themselves: the slope of log seconds against log value.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from common import (
     arguments,
     cases,
     environment,
+    exponent,
     interleave,
     model_arguments,
     note,
@@ -93,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", help="as for step_cost.py (default all)")
     parser.add_argument("--r-values", default="4,16,64,256")
     parser.add_argument("--hidden-values", default="192,576,1152")
-    parser.add_argument("--tokens-values", default="64,256,1024")
+    parser.add_argument("--tokens-values", default="64,256,1024,4096")
     parser.add_argument("--layers-values", default="2,4,8")
     parser.add_argument("--factor-values", default="1,2,3,4,5")
     args = parser.parse_args(words)
@@ -104,15 +106,21 @@ def main(words: Sequence[str] | None = None) -> None:
         if axis not in AXES:
             parser.error(f"unknown axis, got {axis}; known: {', '.join(AXES)}")
         keys: list[str] = []
-        rows = []
+        rows: list[list[Any]] = []
+        seconds: dict[str, list[tuple[int, float]]] = {}
         for value, at, chosen in points(args, axis):
             found = measure(at, chosen)
             gc.collect()
             keys = [case.key for case in chosen]
             results.append({"axis": axis, "value": value, "methods": found})
+            for key in (FROZEN, *keys):
+                seconds.setdefault(key, []).append((value, found[key]["seconds"]["median"]))
             cells = [f"{found[key]['time']['median']:.2f}, {found[key]['saved']:.2f}" for key in keys]
             rows.append([value, f"{1000 * found[FROZEN]['seconds']['median']:.0f} ms", *cells])
             note(f"{axis} = {value}")
+        slopes = {key: exponent(*zip(*of, strict=True)) for key, of in seconds.items()}
+        results.append({"axis": axis, "exponents": slopes})
+        rows.append(["exponent", *(f"{slopes[key]:.2f}" for key in (FROZEN, *keys))])
         labels = ["boft" if axis == "factor" else key for key in keys]
         show_table([axis, "frozen step", *(f"{label}: step, saved" for label in labels)], rows)
     write_json(args, "scaling", env, results)

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from highrank.config.words import compose_run
+from highrank.sweep.grid import expand
+
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 SHAPE = ["--hidden=32", "--inter=64", "--heads=2", "--kv-heads=1", "--vocab=64", "--layers=1", "--batch=2"]
 TINY = [*SHAPE, "--sequence=8", "--device=cpu", "--warmups=0"]
@@ -29,7 +32,7 @@ def bench(scripts):
         out, found = run_script(name, *words)
         assert found["benchmark"] == name
         stated = {"device", "threads", "torch", "peft"} | (
-            {"dtype"} if name not in ("startup", "sweep_overhead") else set()
+            {"dtype"} if name not in ("startup", "sweep_overhead", "run_scaling") else set()
         )
         assert stated <= found["environment"].keys()
         assert all(f"{key} " in out.splitlines()[0] for key in stated)
@@ -98,13 +101,52 @@ def test_hadamard(bench):
 
 def test_scaling(bench):
     values = ["--r-values=2,4", "--hidden-values=32", "--tokens-values=4", "--layers-values=1", "--factor-values=1,2"]
-    _, results = bench("scaling", *TINY, *values, "--rounds=1", "--methods=lora,boft4")
+    out, results = bench("scaling", *TINY, *values, "--rounds=1", "--methods=lora,boft4")
+    slopes = {row["axis"]: row["exponents"] for row in results if "exponents" in row}
+    assert {axis: set(of) for axis, of in slopes.items()} == {
+        **{axis: {"frozen", "lora", "boft4"} for axis in ("hidden", "tokens", "layers")},
+        "r": {"frozen", "lora"},
+        "factor": {"frozen", "boft4"},
+    }
+    assert f"| exponent | {slopes['r']['frozen']:.2f} | {slopes['r']['lora']:.2f} |" in out
+    results = [row for row in results if "methods" in row]
     assert [(row["axis"], row["value"]) for row in results] == [
         *[("r", 2), ("r", 4), ("hidden", 32), ("tokens", 4), ("layers", 1), ("factor", 1), ("factor", 2)]
     ]
     for row in results:
         for found in row["methods"].values():
             positive(found["time"])
+
+
+def test_an_exponent_is_the_power_with_which_cost_grows(bench):
+    common = importlib.import_module("common")
+    assert common.exponent([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    assert common.exponent([64, 256], [2.0, 2.0]) == pytest.approx(0)
+    assert math.isnan(common.exponent([4], [1.0]))
+
+
+def test_run_scaling(bench):
+    words = ["model=tiny_llama", "method=lora", "r=2", "max_steps=2", "task.n_test=2", "task.n_train=8"]
+    out, results = bench("run_scaling", "--axes=cells", "--cells-values=1,2", "--rounds=1", *words, "eval_before=false")
+    (cells,) = results
+    assert [(point["value"], point["wall"]["median"] > point["train"]["median"] > 0) for point in cells["points"]] == [
+        (1, True),
+        (2, True),
+    ]
+    assert f"| exponent | {cells['exponents']['wall']:.2f} |" in out
+
+
+@pytest.mark.parametrize("axis", ["rows", "length", "cells", "processes"])
+def test_every_point_of_an_axis_is_a_run_that_can_be(bench, axis):
+    script = importlib.import_module("run_scaling")
+    values = list(map(int, script.AXES[axis].split(",")))
+    runs = [
+        expand(words[1:]).cells if (words := script.words(axis, v, 4))[0] == "-m" else [compose_run(words)]
+        for v in values
+    ]
+    assert len({len(run) for run in runs}) == (len(values) if axis == "cells" else 1)
+    if axis == "processes":
+        assert [run.core.batch_size * run.trainer["devices"] for (run,) in runs] == [4, 4]
 
 
 def test_startup(bench):

@@ -2,9 +2,10 @@
 
     python experiments/findings.py        # writes the tables of experiments/README.md anew
 
-An experiment's claim is a comparison of arms. It agrees where every difference has the paper's sign and the arms' 95 %
-intervals, over seeds and examples, lie apart; it disagrees where one lies apart the other way round; else nothing can be
-told. A claim that two arms are level can be refuted so, not shown.
+An experiment's claim is one or several differences between arms. A difference agrees where it has the paper's sign and the
+arms' 95 % intervals, over seeds and examples, lie apart; it disagrees where they lie apart the other way round; else nothing
+can be told. A claim agrees or disagrees if none of its differences says otherwise, and agrees in part if some do. What was
+measured once has no interval, and the row says so.
 """
 
 import csv
@@ -19,7 +20,7 @@ from pathlib import Path
 from scipy.stats import t
 
 HERE = Path(__file__).parent
-START, END = "<!-- from the results: python experiments/findings.py -->\n", "<!-- end -->\n"
+START, END = "<!-- from the results: python experiments/findings.py -->", "<!-- end -->"
 YES, NO, PART, UNKNOWN, ABSENT = "yes", "no", "in part", "cannot tell", "not run"
 MINUS = "\u2013"
 
@@ -65,18 +66,18 @@ def above(higher: Arm, lower: Arm, less_is_better: bool = False) -> str:
     return NO if higher.high < lower.low else UNKNOWN
 
 
-def level(a: Arm, b: Arm) -> str:
-    """Says whether two arms are refuted to be level."""
-    return UNKNOWN if above(a, b) == UNKNOWN else NO
+def within(points: float, low: Arm, high: Arm) -> str:
+    """Says whether the first arm is less than so many points below the second, wherever in their intervals both are."""
+    if high.high - low.low < points:
+        return YES
+    return NO if high.low - low.high > points else UNKNOWN
 
 
 def together(verdicts: Sequence[str]) -> str:
-    """Returns the verdict over a claim's comparisons."""
-    if NO in verdicts:
-        return NO if YES not in verdicts else PART
-    if UNKNOWN not in verdicts:
-        return YES
-    return PART if YES in verdicts else UNKNOWN
+    """Returns the verdict over a claim's differences."""
+    if YES in verdicts:
+        return YES if set(verdicts) == {YES} else PART
+    return NO if NO in verdicts else UNKNOWN
 
 
 def ordered(column: str, *arms: tuple[str, Mapping[str, str]]) -> Callable[[Path], Found]:
@@ -84,18 +85,27 @@ def ordered(column: str, *arms: tuple[str, Mapping[str, str]]) -> Callable[[Path
 
     def judge(folder: Path) -> Found:
         read = [score(folder, name, column, cells) for name, cells in arms]
-        verdict = together([above(a, b) for a, b in itertools.pairwise(read)])
-        return ", ".join(map(str, read)), verdict
+        return ", ".join(map(str, read)), together([above(a, b) for a, b in itertools.pairwise(read)])
 
     return judge
 
 
-def tied(column: str, *arms: tuple[str, Mapping[str, str]]) -> Callable[[Path], Found]:
-    """Returns the judge of "the first arm is level with each other one"."""
+def best(column: str, *arms: tuple[str, Mapping[str, str]]) -> Callable[[Path], Found]:
+    """Returns the judge of "the first arm is better than each other one"."""
 
     def judge(folder: Path) -> Found:
         first, *others = (score(folder, name, column, cells) for name, cells in arms)
-        return ", ".join(map(str, [first, *others])), together([level(first, other) for other in others])
+        return ", ".join(map(str, [first, *others])), together([above(first, other) for other in others])
+
+    return judge
+
+
+def near(points: float, column: str, *arms: tuple[str, Mapping[str, str]]) -> Callable[[Path], Found]:
+    """Returns the judge of "the first arm is less than so many points below each other one"."""
+
+    def judge(folder: Path) -> Found:
+        first, *others = (score(folder, name, column, cells) for name, cells in arms)
+        return ", ".join(map(str, [first, *others])), together([within(points, first, other) for other in others])
 
     return judge
 
@@ -135,7 +145,10 @@ def printed(folder: Path, *columns: str) -> dict[str, dict[str, float]]:
             row = dict(zip(heads, cells, strict=True))
             r = row.get("r", MINUS)
             key = row["method"] if r == MINUS else f"{row['method']} r={r}"
-            found[key] = {column: float(re.sub("[^0-9.e-]", "", row[column].split(" ")[0])) for column in columns}
+            found[key] = {
+                column: float(re.sub("[^0-9.e-]", "", row[column].split(" ")[0].replace("\u2212", "-")))
+                for column in columns
+            }
     return found
 
 
@@ -152,34 +165,35 @@ def _held_out(folder: Path, method: str) -> Arm:
 
 def _table3(folder: Path) -> Found:
     hira, lora = (_held_out(folder, method) for method in ("hira", "lora"))
-    return f"held-out loss, rates not searched: {hira}, {lora}", above(hira, lora, less_is_better=True)
+    return f"held-out loss {hira}, {lora}; rates were not searched, so that the order says nothing", UNKNOWN
 
 
 def _table12(folder: Path) -> Found:
-    time = "time of 10 steps, s"
-    costs = printed(folder, time)
-    ratio = costs["hira r=32"][time] / costs["lora r=32"][time]
-    return f"HiRA takes {ratio:.2f} times LoRA's time (bf16 on a CPU, one run each)", YES if ratio < 1 else NO
+    time, memory = "time of 10 steps, s", "peak memory of the process, GiB"
+    hira, lora = (printed(folder, time, memory)[arm] for arm in ("hira r=32", "lora r=32"))
+    ratios = [hira[column] / lora[column] for column in (time, memory)]
+    verdict = together([YES if ratio < 1 else NO for ratio in ratios])
+    return f"{ratios[0]:.2f} times LoRA's time, {ratios[1]:.2f} times its memory; bf16 on a CPU, measured once", verdict
 
 
 def _ranks(folder: Path) -> Found:
     ranks = {arm: row["rank"] for arm, row in printed(folder, "rank").items()}
     hira = [rank for arm, rank in ranks.items() if arm.startswith("hira")]
     lora = {float(arm.split("=")[1]): rank for arm, rank in ranks.items() if arm.startswith("lora")}
-    full = ranks["full"]
-    verdict = YES if min(hira) > 0.99 * full and all(abs(rank - r) < 0.5 for r, rank in lora.items()) else NO
-    return (
-        f"rank of HiRA's update {min(hira):.0f} to {max(hira):.0f} of 384 at any r, LoRA's {', '.join(f'{x:.0f}' for x in lora.values())}; "
-        f"MoRA's {ranks['mora r=2']:.0f} too",
-        verdict,
+    verdict = together(
+        [YES if min(hira) > 0.99 * ranks["full"] else NO, *(YES if abs(x - r) < 0.5 else NO for r, x in lora.items())]
     )
+    text = f"rank of HiRA's update {min(hira):.0f} to {max(hira):.0f}, LoRA's {', '.join(f'{x:.0f}' for x in lora.values())}"
+    return f"{text}, full fine-tuning's {ranks['full']:.0f}, MoRA's r=2 {ranks['mora r=2']:.0f}; one seed", verdict
 
 
 def _directions(folder: Path) -> Found:
-    ranks = {arm: row["effective rank"] for arm, row in printed(folder, "effective rank", "energy").items()}
-    hira, lora, full = ranks["hira r=32"], ranks["lora r=32"], ranks["full"]
-    verdict = YES if abs(hira - full) < abs(lora - full) else NO
-    return f"effective rank: HiRA {hira:.0f}, LoRA {lora:.0f}, full fine-tuning {full:.0f}", verdict
+    measures = ("σ > 0.005", "effective rank", "energy")
+    found = printed(folder, *measures)
+    hira, lora, full = (found[arm] for arm in ("hira r=32", "lora r=32", "full"))
+    verdict = together([YES if abs(hira[m] - full[m]) < abs(lora[m] - full[m]) else NO for m in measures])
+    text = "; ".join(f"{m}: HiRA {hira[m]:g}, LoRA {lora[m]:g}, full {full[m]:g}" for m in measures)
+    return f"{text}; r=32, one seed", verdict
 
 
 def _normalised(folder: Path) -> Found:
@@ -187,17 +201,16 @@ def _normalised(folder: Path) -> Found:
     ranks = {arm: row[column] for arm, row in printed(folder, column).items()}
     ours, lora, full = ranks["hyperadapt"], ranks["lora r=32"], ranks["full"]
     verdict = YES if ours > 0.9 and lora < 0.5 else NO
-    return f"normalised rank: HyperAdapt {ours:.2f}, LoRA r=32 {lora:.2f}, full fine-tuning {full:.2f}", verdict
+    return (
+        f"normalised rank: HyperAdapt {ours:.2f}, LoRA r=32 {lora:.2f}, full fine-tuning {full:.2f}; one seed",
+        verdict,
+    )
 
 
 def _rates(folder: Path) -> Found:
-    rates = ("0.0003", "0.001", "0.003", "0.01", "0.03")
-    usable = {}
-    for method in ("hyperadapt", "lora"):
-        scores = [score(folder, method, f"lr={rate}", {"method": method}).mean for rate in rates]
-        usable[method] = [rate for rate, mean in zip(rates, scores, strict=True) if mean > max(scores) / 2]
-    text = "; ".join(f"{method} above half its best at {', '.join(at)}" for method, at in usable.items())
-    return text, YES if len(usable["hyperadapt"]) > len(usable["lora"]) else NO
+    rates = ("0.0003", "0.001", "0.003", "0.01")
+    *flat, higher = (score(folder, f"at {rate}", f"lr={rate}", {"method": "hyperadapt"}) for rate in rates)
+    return ", ".join(map(str, [*flat, higher])), together([above(arm, higher) for arm in flat])
 
 
 def _r(r: int) -> tuple[str, dict[str, str]]:
@@ -213,7 +226,7 @@ HIRA = (
         "Table 1: commonsense",
         "table1_commonsense170k",
         "HiRA answers more than LoRA",
-        ordered("average", _method("hira"), _method("lora")),
+        best("average", _method("hira"), _method("lora")),
     ),
     Row(
         "Table 2: dialogue",
@@ -226,38 +239,49 @@ HIRA = (
         "Table 4: random R",
         "table4_random",
         "R = W0 is better than a random R",
-        ordered("stsb", ("W0", {"R": "w0"}), ("random", {"R": "random_uniform"})),
+        best(
+            "stsb",
+            ("W0", {"R": "w0"}),
+            ("the paper's", {"R": "random_uniform"}),
+            ("of W0's size", {"R": "random_scaled"}),
+        ),
     ),
     Row(
         "Table 5: placement",
         "table5_placement",
-        "both kinds of weights beat the feed-forward ones, these beat attention",
-        ordered("stsb", *((name, {"placement": name}) for name in ("fc_qkv", "fc", "qkv"))),
+        "all weights beat the feed-forward ones, these beat attention's",
+        ordered("stsb", *((name, {"placement": name}) for name in ("fc_qkv", "fc", "qv"))),
     ),
     Row(
         "Table 6: HiLoRA",
         "table6_hilora",
-        "half HiRA, half LoRA is better than HiRA alone",
-        ordered("stsb", ("mixture", {"r1": "8", "r2": "8"}), ("HiRA", {"r1": "16", "r2": "0"})),
+        "a mixture is better than LoRA and no worse than HiRA",
+        best(
+            "stsb",
+            *(
+                (name, {"r1": r1, "r2": r2})
+                for name, r1, r2 in (("half each", "8", "8"), ("LoRA", "0", "16"), ("HiRA", "16", "0"))
+            ),
+        ),
     ),
     Row(
         "Table 9, Figure 2: LoRA's rank",
         "table9_fig2_lora_rank",
-        "LoRA gains nothing from a high rank",
-        ordered("stsb", _r(16), _r(256)),
+        "a higher rank does not help LoRA",
+        near(2, "stsb", _r(16), _r(64)),
     ),
-    Row("Table 12: cost", "table12_cost", "HiRA is no slower than LoRA", _table12),
+    Row("Table 12: cost", "table12_cost", "HiRA takes less time and memory than LoRA", _table12),
     Row(
         "Table 13: rank of R",
         "table13_rank",
         "an R of low rank is worse than W0",
-        ordered("stsb", ("W0", {"R": "w0"}), ("rank 3", {"R_rank": "3"})),
+        best("stsb", ("W0", {"R": "w0"}), ("rank 3", {"R_rank": "3"})),
     ),
     Row(
         "Table 14: smoothed R",
         "table14_smooth",
         "a smoothed W0 is worse than W0",
-        ordered("stsb", ("W0", {"R": "w0"}), ("smoothed", {"R": "w0_smooth"})),
+        best("stsb", ("W0", {"R": "w0"}), ("smoothed", {"R": "w0_smooth"})),
     ),
     Row(
         "Figures 1, 7: rank of the update",
@@ -268,10 +292,10 @@ HIRA = (
     Row(
         "Figures 4, 5, 8, 10, 11: spectra",
         "fig4_fig5_fig8_fig10_fig11_spectra",
-        "HiRA's update spreads as full fine-tuning's does",
+        "HiRA's update is nearer to full fine-tuning's than LoRA's is",
         _directions,
     ),
-    Row("Figure 6: accuracy against r", "fig6_rank", "HiRA gains from r", ordered("stsb", _r(16), _r(1))),
+    Row("Figure 6: accuracy against r", "fig6_rank", "HiRA gains from r", best("stsb", _r(16), _r(1))),
     Row(
         "Figure 9: transfer",
         "fig9_transfer",
@@ -283,14 +307,22 @@ HYPERADAPT = (
     Row(
         "GLUE table",
         "glue",
-        "HyperAdapt is level with LoRA and full fine-tuning",
-        tied("average", *map(_method, ("hyperadapt", "lora", "full"))),
+        "HyperAdapt is less than two points below LoRA and full fine-tuning",
+        near(2, "average", *map(_method, ("hyperadapt", "lora", "full"))),
     ),
     Row(
         "Arithmetic table",
         "math10k",
-        "HyperAdapt is level with LoRA",
-        tied("wordmath", *map(_method, ("hyperadapt", "lora"))),
+        "HyperAdapt is level with LoRA, within two points",
+        near(2, "wordmath", *map(_method, ("hyperadapt", "lora"))),
+    ),
+    Row(
+        "Commonsense table",
+        "commonsense170k",
+        "LoRA is ahead of HyperAdapt",
+        lambda folder: best("average", _method("lora"), _method("hyperadapt"))(
+            HERE / "hira" / "table1_commonsense170k"
+        ),
     ),
     Row(
         "Figures 3, 4: directions of the update",
@@ -298,12 +330,7 @@ HYPERADAPT = (
         "HyperAdapt moves nearly all directions, LoRA few",
         _normalised,
     ),
-    Row(
-        "Figure 5: learning rate",
-        "fig5_lr_sensitivity",
-        "HyperAdapt trains over a wider range of rates than LoRA",
-        _rates,
-    ),
+    Row("Figure 5: learning rate", "fig5_lr_sensitivity", "HyperAdapt is best from 3e-4 to 3e-3", _rates),
 )
 
 
@@ -318,17 +345,16 @@ def table(paper: str, rows: Sequence[Row]) -> Iterator[str]:
 def tables() -> str:
     """Returns both papers' tables in Markdown."""
     hira, hyperadapt = "\n".join(table("hira", HIRA)), "\n".join(table("hyperadapt", HYPERADAPT))
-    return f"\n### HiRA (ICLR 2025)\n\n{hira}\n\n### HyperAdapt (arXiv 2509.18629)\n\n{hyperadapt}\n\n"
+    return f"\n\n### HiRA (ICLR 2025)\n\n{hira}\n\n### HyperAdapt (arXiv 2509.18629)\n\n{hyperadapt}\n\n"
 
 
 def main() -> None:
     file = HERE / "README.md"
-    text = file.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        sys.exit(
-            f"error: findings: the tables stand between {START.strip()} and {END.strip()}, got {file} without them"
-        )
-    file.write_text(text.split(START)[0] + START + tables() + END + text.split(END)[1], encoding="utf-8")
+    before, start, rest = file.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        sys.exit(f"error: findings: the tables stand between {START} and {END}, got {file} without them")
+    file.write_text(before + start + tables() + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Words of `run.py` are handed on to every run. A point is a fresh process each time, from the command to its end; in a round
 every point of an axis runs once, in shuffled order. An exponent is the slope of log seconds against log value: 1 is
-proportional, 0 is no growth. Processes are gloo's on one machine, with the same batch in all: what they save is the slope's sign.
+proportional, 0 is no growth, -1 would be half the time with two processes. Processes are gloo's on one machine and share
+one batch, so that every point does the same work.
 """
 
 import argparse
@@ -80,6 +81,8 @@ def main(given: Sequence[str] | None = None) -> None:
         if axis not in AXES:
             parser.error(f"unknown axis, got {axis}; known: {', '.join(AXES)}")
         values = list(map(int, getattr(args, f"{axis}_values").split(",")))
+        if axis == "processes" and (odd := [value for value in values if args.batch_size % value]):
+            parser.error(f"processes share a batch, got --batch-size {args.batch_size} with {odd[0]} processes")
         found = measure(axis, values, args, run_words)
         slopes = {part: exponent(values, [row[part]["median"] for row in found]) for part in ("wall", "train")}
         results.append({"axis": axis, "points": found, "exponents": slopes})

@@ -38,8 +38,9 @@ def test_a_difference_counts_where_intervals_lie_apart(findings):
     assert findings.above(low, high) == findings.NO
     assert findings.above(middle, low) == findings.above(low, middle) == findings.UNKNOWN
     assert findings.above(low, high, less_is_better=True) == findings.YES
-    assert findings.level(low, high) == findings.NO
-    assert findings.level(low, middle) == findings.UNKNOWN
+    assert findings.within(20, low, high) == findings.YES
+    assert findings.within(3, low, high) == findings.NO
+    assert findings.within(8, low, high) == findings.UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,8 @@ def test_a_difference_counts_where_intervals_lie_apart(findings):
         (["yes", "cannot tell"], "in part"),
         (["yes", "no"], "in part"),
         (["no", "cannot tell"], "no"),
+        (["no", "no"], "no"),
+        (["cannot tell", "cannot tell"], "cannot tell"),
         (["cannot tell"], "cannot tell"),
     ],
 )
@@ -63,6 +66,7 @@ def test_an_arm_is_one_row(findings, tmp_path):
     assert findings.score(tmp_path, "r=4", "stsb", {"r": "4"}) == findings.Arm("r=4", 80, 79, 81)
     found, verdict = findings.ordered("stsb", findings._r(4), findings._r(1))(tmp_path)
     assert (found, verdict) == ("r=4 80.0 [79.0, 81.0], r=1 70.0 [69.0, 71.0]", findings.YES)
-    assert findings.tied("stsb", findings._r(4), findings._r(1))(tmp_path)[1] == findings.NO
+    assert findings.best("stsb", findings._r(1), findings._r(4))(tmp_path)[1] == findings.NO
+    assert findings.near(5, "stsb", findings._r(1), findings._r(4))(tmp_path)[1] == findings.NO
     with pytest.raises(ValueError, match="unpack"):
         findings.score(tmp_path, "all", "stsb", {})

@@ -226,9 +226,11 @@ lokr | r=32 alpha=64 factor=4 placement=qv | 46.6
 ia3 | placement=all | 45.5
 loha | r=32 alpha=64 placement=qv | 39.3
 miss | r=64 type=mini mini_r=64 placement=qv | 38.0
+prompt_tuning | | 39.1
 vera | r=256 placement=qv | 35.4
 p_tuning | | 35.0
 boft | placement=qv | 34.3
+prefix | | 14.7
 fourierft | n_frequency=5000 placement=qv | 9.6
 layernorm | | 0.0
 """

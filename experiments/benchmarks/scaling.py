@@ -107,20 +107,21 @@ def main(words: Sequence[str] | None = None) -> None:
             parser.error(f"unknown axis, got {axis}; known: {', '.join(AXES)}")
         keys: list[str] = []
         rows: list[list[Any]] = []
-        seconds: dict[str, list[tuple[int, float]]] = {}
+        measured: list[tuple[int, dict[str, Any]]] = []
         for value, at, chosen in points(args, axis):
             found = measure(at, chosen)
             gc.collect()
             keys = [case.key for case in chosen]
             results.append({"axis": axis, "value": value, "methods": found})
-            for key in (FROZEN, *keys):
-                seconds.setdefault(key, []).append((value, found[key]["seconds"]["median"]))
+            measured.append((value, found))
             cells = [f"{found[key]['time']['median']:.2f}, {found[key]['saved']:.2f}" for key in keys]
             rows.append([value, f"{1000 * found[FROZEN]['seconds']['median']:.0f} ms", *cells])
             note(f"{axis} = {value}")
-        slopes = {key: exponent(*zip(*of, strict=True)) for key, of in seconds.items()}
-        results.append({"axis": axis, "exponents": slopes})
-        rows.append(["exponent", *(f"{slopes[key]:.2f}" for key in (FROZEN, *keys))])
+        if measured:  # not every method has every axis
+            values = [value for value, _ in measured]
+            slopes = {k: exponent(values, [f[k]["seconds"]["median"] for _, f in measured]) for k in (FROZEN, *keys)}
+            results.append({"axis": axis, "exponents": slopes})
+            rows.append(["exponent", *(f"{slope:.2f}" for slope in slopes.values())])
         labels = ["boft" if axis == "factor" else key for key in keys]
         show_table([axis, "frozen step", *(f"{label}: step, saved" for label in labels)], rows)
     write_json(args, "scaling", env, results)

@@ -118,6 +118,12 @@ def test_scaling(bench):
             positive(found["time"])
 
 
+def test_a_method_without_an_axis_has_no_exponent_there(bench):
+    out, results = bench("scaling", *TINY, "--axes=factor,layers", "--layers-values=1", "--rounds=1", "--methods=lora")
+    assert [row["axis"] for row in results] == ["layers", "layers"]
+    assert out.count("| exponent |") == 1
+
+
 def test_an_exponent_is_the_power_with_which_cost_grows(bench):
     common = importlib.import_module("common")
     assert common.exponent([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from scipy.stats import t
 
+from highrank.report.tables import DASH
+
 HERE = Path(__file__).parent
 START, END = "<!-- from the results: python experiments/findings.py -->", "<!-- end -->"
 YES, NO, PART, UNKNOWN, ABSENT = "yes", "no", "in part", "cannot tell", "not run"
-MINUS = "\u2013"
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def printed(folder: Path, *columns: str) -> dict[str, dict[str, float]]:
             heads = cells
         elif set(columns) <= set(heads) and not set("".join(cells)) <= set("-: "):
             row = dict(zip(heads, cells, strict=True))
-            r = row.get("r", MINUS)
-            key = row["method"] if r == MINUS else f"{row['method']} r={r}"
+            r = row.get("r", DASH)
+            key = row["method"] if r == DASH else f"{row['method']} r={r}"
             found[key] = {
                 column: float(re.sub("[^0-9.e-]", "", row[column].split(" ")[0].replace("\u2212", "-")))
                 for column in columns

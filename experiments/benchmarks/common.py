@@ -10,7 +10,9 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +36,7 @@ from highrank.train.loss import language_model_loss
 
 keep_freed_memory()  # as a run does; it serves every side alike
 
+ROOT = Path(__file__).parents[2]
 PLACEMENT = "fc_qkv"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 """The modules of PLACEMENT, as PEFT is told."""
@@ -388,6 +391,21 @@ def note(text: str) -> None:
 
 def ratio(found: Mapping[str, float] | None) -> str:
     return "–" if found is None else f"{found['median']:.3f} ({found['q1']:.3f} to {found['q3']:.3f})"
+
+
+def run_py(words: Sequence[str]) -> tuple[float, list[dict[str, Any]]]:
+    """Executes `run.py` in a folder of its own; returns the seconds from the command to its end, and each run's results,
+    of a sweep without the trials of its search."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder, "runs")
+        place = f"sweep_dir={runs}" if "-m" in words else f"run_dir={runs / 'run'}"
+        command = [sys.executable, str(ROOT / "run.py"), *words, place, f"output={folder}"]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wall = time.perf_counter() - start
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}: {done.stderr or done.stdout}")
+        return wall, [json.loads(file.read_text()) for file in runs.glob("*/results.json")]
 
 
 def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:

@@ -9,19 +9,12 @@ one batch, so that every point does the same work.
 """
 
 import argparse
-import json
 import random
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from common import arguments, environment, exponent, note, show_environment, show_table, summary, write_json
+from common import arguments, environment, exponent, note, run_py, show_environment, show_table, summary, write_json
 
-ROOT = Path(__file__).parents[2]
 AXES = {"rows": "128,256,512", "length": "512,1024,2048,4096", "cells": "1,2,4", "processes": "1,2"}
 """Each axis with its values unless others are given."""
 
@@ -41,26 +34,13 @@ def words(axis: str, value: int, batch_size: int) -> list[str]:
             return [*shared, f"batch_size={batch_size // value}"]
 
 
-def execute(given: Sequence[str]) -> dict[str, float]:
-    """Runs once in a folder of its own, and returns the seconds in all and those that its runs say they trained."""
-    with tempfile.TemporaryDirectory() as folder:
-        sweep = [f"sweep_dir={folder}/sweep"] if "-m" in given else []
-        command = [sys.executable, str(ROOT / "run.py"), *given, *sweep, f"output={folder}"]
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wall = time.perf_counter() - start
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}: {done.stderr or done.stdout}")
-        runs = [json.loads(file.read_text()) for file in Path(folder).rglob("results.json")]
-    return {"wall": wall, "train": sum(run["time"]["train_s"] for run in runs)}
-
-
 def measure(axis: str, values: Sequence[int], args: argparse.Namespace, given: Sequence[str]) -> list[dict[str, Any]]:
     times: dict[int, list[dict[str, float]]] = {value: [] for value in values}
     for number in range(args.rounds):
         for value in random.Random(number).sample(values, len(values)):
-            times[value].append(execute([*given, *words(axis, value, args.batch_size)]))
-            note(f"{axis} = {value}: {times[value][-1]['wall']:.1f} s")
+            wall, runs = run_py([*given, *words(axis, value, args.batch_size)])
+            times[value].append({"wall": wall, "train": sum(run["time"]["train_s"] for run in runs)})
+            note(f"{axis} = {value}: {wall:.1f} s")
     return [
         {"axis": axis, "value": value, **{part: summary([t[part] for t in of]) for part in ("wall", "train")}}
         for value, of in times.items()

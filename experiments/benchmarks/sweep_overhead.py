@@ -7,17 +7,10 @@ Its wall time, from the command to its end, stands over the sum of what its runs
 rest" is what no run counts: starting them, imports, planning, writing tables.
 """
 
-import json
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from common import arguments, environment, show_environment, show_table, write_json
+from common import arguments, environment, run_py, show_environment, show_table, write_json
 
-ROOT = Path(__file__).parents[2]
 PARTS = {
     "setup_s": "model and data",
     "eval_before_s": "evaluation before",
@@ -30,14 +23,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args, sweep_words = arguments(__doc__, rounds=None, device=False).parse_known_args(words)
     env = environment("cpu")
     show_environment("sweep overhead", env)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "run.py"), "-m", *sweep_words, f"sweep_dir={folder}/sweep"]
-        start = time.perf_counter()
-        done = subprocess.run([*command, f"output={folder}"], capture_output=True, text=True, check=False)
-        wall = time.perf_counter() - start
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}: {done.stderr or done.stdout}")
-        runs = [json.loads(file.read_text()) for file in Path(folder, "sweep").glob("*/results.json")]
+    wall, runs = run_py(["-m", *sweep_words])
     seconds = {part: sum(run["time"].get(part, 0.0) for run in runs) for part in PARTS}
     seconds["rest_s"] = wall - sum(seconds.values())
     over = wall / (seconds["train_s"] + seconds["eval_final_s"])

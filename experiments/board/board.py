@@ -34,8 +34,7 @@ from highrank.config.run_config import flat
 from highrank.report import figures, page
 from highrank.report.published import ROWS
 from highrank.report.runs import Record
-from highrank.report.scores import Arm, Results, collect, items, losses, pivot
-from highrank.report.scores import compare as compare_arms
+from highrank.report.scores import Arm, collect, compare, items, losses, pivot
 from highrank.report.statistics import LOSS
 from highrank.report.tables import peak_gib
 
@@ -126,9 +125,10 @@ def collect_results(folders: Mapping[str, Path], out: Path) -> None:
         source = page.read([folder])
         print(page.report(source))
         results = collect(source.records)
-        by_loss = losses(results)
-        arms = [_arm(arm) for arm in _compared(by_loss or results, lower=by_loss is not None).arms]
-        halves[half] = sorted(arms, key=lambda row: row["score"] * (1 if by_loss else -1))
+        scored = losses(results) or results
+        shape = pivot(scored)
+        compare(items(scored, shape), shape, lower=scored.lower)
+        halves[half] = sorted(map(_arm, scored.arms), key=lambda row: row["score"] * (1 if scored.lower else -1))
         kept["runs"] += [_run(half, record) for arm in results.arms for record in arm.records]
         kept["absent"] += [
             {"half": half, "run": run, "status": status, "reason": why} for run, status, why in source.absent
@@ -137,13 +137,6 @@ def collect_results(folders: Mapping[str, Path], out: Path) -> None:
         _write(out / f"{half}.csv", ARM, arms)
     for name, rows in kept.items():
         _write(out / f"{name}.csv", list(dict.fromkeys(key for row in rows for key in row)) or ["half"], rows)
-
-
-def _compared(results: Results, lower: bool) -> Results:
-    """Returns the results after every arm was compared with the best."""
-    shape = pivot(results, (), ())
-    compare_arms(items(results, shape), shape, None, lower=lower)
-    return results
 
 
 def _arm(arm: Arm) -> dict[str, Any]:

@@ -189,6 +189,9 @@ def _modules(package: Any) -> list[str]:
 
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
+    # What Python says of other people's files where it is the first to compile them: pip may leave that to it, uv does.
+    warnings.simplefilter("ignore", SyntaxWarning)
+    warnings.filterwarnings("ignore", message="invalid (escape sequence|decimal literal)", category=DeprecationWarning)
     # What torch gives every subclass of Tensor has no source.
     warnings.filterwarnings("ignore", message=r"Cannot determine where highrank\.model\.quantised\.QuantisedWeight\.")
     pdoc.render.configure(docformat="google", template_directory=ROOT / "docs" / "templates")

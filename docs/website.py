@@ -9,6 +9,7 @@ stands there. A warning is an error, and so is a link, an anchor or such a name 
 """
 
 import functools
+import importlib
 import inspect
 import os
 import pkgutil
@@ -183,19 +184,24 @@ def open_library() -> list[str]:
     return list(entries)
 
 
+def import_all() -> None:
+    """Imports all of `highrank` while warnings are none of ours: other packages' first words are no fault of the site."""
+    for module in pkgutil.walk_packages(highrank.__path__, "highrank."):
+        if module.name != "highrank.model.triton_kernels":
+            importlib.import_module(module.name)
+
+
 def _modules(package: Any) -> list[str]:
     return [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
 
 
 def main(folder: Path) -> None:
-    warnings.simplefilter("error")
-    # What Python says of other people's files where it is the first to compile them: pip may leave that to it, uv does.
-    warnings.simplefilter("ignore", SyntaxWarning)
-    warnings.filterwarnings("ignore", message="invalid (escape sequence|decimal literal)", category=DeprecationWarning)
-    # What torch gives every subclass of Tensor has no source.
-    warnings.filterwarnings("ignore", message=r"Cannot determine where highrank\.model\.quantised\.QuantisedWeight\.")
     pdoc.render.configure(docformat="google", template_directory=ROOT / "docs" / "templates")
     entries = open_library()
+    import_all()
+    warnings.simplefilter("error")
+    # What torch gives every subclass of Tensor has no source.
+    warnings.filterwarnings("ignore", message=r"Cannot determine where highrank\.model\.quantised\.QuantisedWeight\.")
     # The methods are found among the names of highrank, the tasks are not.
     pdoc.pdoc("highrank", "highrank.tasks", output_directory=folder / "reference")
     said = {

@@ -95,7 +95,9 @@ def some_tokens(model: Any, n: int) -> Tensor:
     """Returns n tokens (1, n) from over the whole vocabulary, none of them one to pad with."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.linspace(0, vocabulary - 1, n + 2).long()[1:-1]
-    ids = torch.where(ids == model.config.pad_token_id, ids + 1, ids)
+    pad = getattr(model.config, "pad_token_id", None)  # which a run names, and a model in hand may not
+    if pad is not None:
+        ids = torch.where(ids == pad, ids + 1, ids)
     return ids[None].to(next(model.parameters()).device)
 
 

@@ -32,7 +32,9 @@ def bench(scripts):
         out, found = run_script(name, *words)
         assert found["benchmark"] == name
         stated = {"device", "threads", "torch", "peft"} | (
-            {"dtype"} if name not in ("startup", "sweep_overhead", "run_scaling") else set()
+            {"dtype"}
+            if name not in ("startup", "sweep_overhead", "run_scaling", "allocator", "memory_estimate")
+            else set()
         )
         assert stated <= found["environment"].keys()
         assert all(f"{key} " in out.splitlines()[0] for key in stated)
@@ -170,6 +172,26 @@ def test_sweep_overhead(bench):
     assert found["seconds"]["train_s"] > 0
     assert found["over"] > 1
     assert f"{found['over']:.2f} x training and evaluation after; 0 runs read" in " ".join(out.split())
+
+
+def test_allocator(bench):
+    words = ["model=tiny_llama", "--sequence=48", "--batch=1", "--steps=1", "--rounds=1"]
+    out, results = bench("allocator", *words)
+    assert [row["side"] for row in results] == ["kept", "above 1 MiB anew", "above 256 KiB anew"]
+    assert results[0]["over_kept"]["median"] == 1
+    for row in results:
+        positive(row["over_kept"])
+        positive(row["peak"])
+    assert "peak GiB" in out
+
+
+def test_memory_estimate(bench, tiny_sweep):
+    _, results = bench("memory_estimate", str(tiny_sweep))
+    assert {row["method"] for row in results} == {"hira", "lora", "hyperadapt"}
+    for row in results:
+        assert row["measured"] > 2**27
+        assert row["estimated"] == row["parts"]["peak"]
+        assert row["ratio"] == pytest.approx(row["estimated"] / row["measured"])
 
 
 def test_merged_latency(bench):

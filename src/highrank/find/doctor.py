@@ -22,7 +22,7 @@ from highrank.find.table import show
 
 ENOUGH_DISK = 2e9
 """Bytes that a first run writes into its caches, about twice over."""
-ENOUGH_MEMORY = 6e9
+ENOUGH_MEMORY = 4e9
 """Bytes that the default run takes at its peak, and some."""
 COLORS = {"ok": "green", "note": "yellow", "fix": "red"}
 
@@ -165,7 +165,9 @@ def _memory() -> Iterator[Line]:
         whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return
-    fix = "" if whole >= ENOUGH_MEMORY else "batch_size=2 accumulate=4, or checkpoint_activations=true"
+    fix = (
+        "" if whole >= ENOUGH_MEMORY else "batch_size=2 accumulate=4, checkpoint_activations=true, or preload tcmalloc"
+    )
     yield Line("note" if fix else "ok", "memory", f"{whole / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of it unused", fix)
 
 

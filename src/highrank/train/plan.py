@@ -10,15 +10,15 @@ from highrank.base.files import shown
 from highrank.config.run_config import Run
 from highrank.data.batches import hold_out
 from highrank.data.task import Task, reading
-from highrank.model.backbones import DTYPES, empty_model, head_modules, model_config
+from highrank.model.backbones import empty_model, head_modules, model_config
 from highrank.model.images import num_patches
 from highrank.model.language import context_length
 from highrank.model.placement import WeightView, notes
-from highrank.model.quantised import BITS, linears
-from highrank.model.transformers_internals import is_encoder_decoder, text_config
+from highrank.model.transformers_internals import is_encoder_decoder
 from highrank.model.whole_model import VirtualTokens
 from highrank.train.build import adapted_views
 from highrank.train.devices import num_processes
+from highrank.train.footprint import Evaluation, Lengths, memory
 from highrank.train.loggers import check_logger
 from highrank.train.optimizer import warmup_steps
 from highrank.train.start import check_start
@@ -59,7 +59,7 @@ class Plan:
     tokens: int
     """Training tokens, estimated at four characters per token, or counted in patches of images."""
     memory_bytes: dict[str, int]
-    """Estimated bytes: weights, adapters (fp32 value, gradient, two moments), activations kept for backward."""
+    """Estimated bytes of each part, and `peak`, the most at any time."""
     start: dict[str, Any] | None = None
     """The run that training goes on from, and how."""
     notes: tuple[str, ...] = ()
@@ -124,23 +124,15 @@ def make_plan(run: Run, task: Task) -> Plan:
     _check_reader(run, model)
     positions = _positions(run, task, model)
     with reading(task):
-        num_train, tokens_each, tokens = _training_size(task, run, num_patches(config))
+        num_train, lengths = _lengths(task, run, num_patches(config))
         if is_encoder_decoder(model.config) and task.has_data and getattr(task.train()[0], "messages", ()):
             raise _goes_on("a conversation", model)
-        if task.has_data or not core.dry_run:
-            task.test()  # what is wrong with a test set is said before weights load
+        # What is wrong with a test set is said before weights load.
+        tests = task.test() if task.has_data or not core.dry_run else {}
     _check_others(run, task, model)
     cuts = run.protocol.too_long == "cut" or not model.can_generate()
     steps = optimizer_steps(run, num_train)
-    width = 2 if run.model["dtype"] != "float32" else 4
-    hidden = max((view.in_features for view in views), default=text_config(config).hidden_size)
-    num_layers = len({view.layer for view in views}) or text_config(config).num_hidden_layers
-    trained = params.trainable + params.head
-    memory = {
-        "weights": weight_bytes(model, run.model) + 4 * params.frozen_extra,
-        "adapters": trained * 16,
-        "activations": int(core.batch_size * tokens_each * num_layers * hidden * 8 * width),
-    }
+    held = Evaluation(_rows_asked(run, tests), _virtual_tokens(run) + _new_tokens(run, task, model))
     return Plan(
         method=run.method.name,
         model=run.model["name"],
@@ -150,11 +142,13 @@ def make_plan(run: Run, task: Task) -> Plan:
         params=params,
         num_train=num_train,
         steps=steps,
-        tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * tokens_each),
-        memory_bytes=memory,
+        tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * lengths.mean),
+        memory_bytes=memory(run, model, lengths, held, params.trainable + params.head, params.frozen_extra),
         start=start,
         notes=tuple(notes(config, views)),
-        warnings=tuple(_warnings(run, start, num_train, steps, sum(n > positions for n in tokens), positions, cuts)),
+        warnings=tuple(
+            _warnings(run, start, num_train, steps, sum(n > positions for n in lengths.texts), positions, cuts)
+        ),
     )
 
 
@@ -199,8 +193,7 @@ def _positions(run: Run, task: Task, model: Any) -> int:
     Raises:
         UserError: if they leave no room for a prompt and its answer, or are fewer than the task's examples have tokens.
     """
-    longest, virtual = context_length(model), getattr(run.method_cfg, "num_virtual_tokens", 0)
-    new = (run.protocol.max_new_tokens or task.max_new_tokens) if model.can_generate() and run.core.eval_test else 0
+    longest, virtual, new = context_length(model), _virtual_tokens(run), _new_tokens(run, task, model)
     if virtual + new >= longest:
         raise UserError(
             f"run: the model's {longest} positions must hold a prompt, got num_virtual_tokens={virtual} and "
@@ -218,6 +211,23 @@ def _positions(run: Run, task: Task, model: Any) -> int:
             f"protocol.max_length={run.protocol.max_length}; give protocol.max_length={task.longest}"
         )
     return longest - virtual
+
+
+def _virtual_tokens(run: Run) -> int:
+    return int(getattr(run.method_cfg, "num_virtual_tokens", 0))
+
+
+def _rows_asked(run: Run, tests: Mapping[str, Sequence[Any]]) -> int:
+    """Returns how many examples an evaluation computes at a time; test sets that are not here are large enough."""
+    core, sets = run.core, [run.protocol.num_validation]
+    if core.eval_test:
+        sets += map(len, tests.values()) if tests else [core.eval_batch_size]
+    return min(core.eval_batch_size, max(sets))
+
+
+def _new_tokens(run: Run, task: Task, model: Any) -> int:
+    """Returns how many tokens an evaluation writes at most behind a prompt."""
+    return (run.protocol.max_new_tokens or task.max_new_tokens) if model.can_generate() and run.core.eval_test else 0
 
 
 def _warnings(
@@ -247,27 +257,21 @@ def _warnings(
         yield f"a step takes more examples than there are, got {step} of {num_train}: every step sees all of them"
 
 
-def weight_bytes(model: Any, spec: Mapping[str, Any]) -> int:
-    """Returns the bytes of a backbone's weights, quantised layers in their own bits."""
-    quantised = sum(m.weight.numel() for _, m in linears(model)) if spec.get("quantize") else 0
-    plain = sum(p.numel() for p in model.parameters()) - quantised
-    return plain * DTYPES[spec["dtype"]].itemsize + int(quantised * BITS.get(spec.get("quantize", ""), 0) / 8)
-
-
-def _training_size(task: Task, run: Run, patches: int) -> tuple[int, float, list[float]]:
-    """Returns the number of training examples, their mean tokens and the tokens of each text, at four characters per token;
-    an image has `patches`.
+def _lengths(task: Task, run: Run, patches: int) -> tuple[int, Lengths]:
+    """Returns the number of training examples and their lengths, at four characters per token; an image has `patches`.
 
     A dry run without the data takes the published number, each as long as the cut-off allows.
     """
-    longest = run.protocol.max_length
+    most = run.protocol.max_length
     if run.core.dry_run and not task.has_data and task.num_train is not None:
-        return task.num_train - run.protocol.num_validation, longest, []
+        return task.num_train - run.protocol.num_validation, Lengths(most, most, most)
     records, _ = hold_out(task.train(), run.protocol)
     if task.kind == "classify_images":
-        return len(records), patches, []
-    tokens = [_length(record, run) / 4 for record in records]
-    return len(records), min(longest, sum(tokens) / len(tokens)), tokens
+        return len(records), Lengths(patches, patches)
+    texts = [_length(record, run) / 4 for record in records]
+    targets = [len(getattr(record, "output", "")) / 4 for record in records] if run.protocol.mask_prompt else texts
+    mean = min(most, sum(texts) / len(texts))
+    return len(records), Lengths(mean, min(most, max(texts)), min(most, max(targets)), texts)
 
 
 def _length(record: Any, run: Run) -> int:

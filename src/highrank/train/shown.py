@@ -34,8 +34,8 @@ def show_plan(run: Run, plan: Plan, seconds: Expected | None) -> None:
     table.add_row("frozen extra", f"{params.frozen_extra:,}")
     table.add_row("head", f"{params.head:,}")
     table.add_row("training", f"{plan.num_train:,} examples, {plan.steps:,} steps, about {plan.tokens:,} tokens")
-    memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory_bytes.items())
-    table.add_row("memory, estimated", f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB ({memory})")
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory_bytes.items() if name != "peak")
+    table.add_row("memory, estimated", f"{plan.memory_bytes['peak'] / 2**30:.2f} GiB at the peak ({parts})")
     if seconds is not None:
         table.add_row("time, measured", f"{seconds}, {source(seconds.runs, run.core.output)}")
     elif run.core.dry_run:

@@ -243,6 +243,7 @@ def _core(key: str) -> dict[str, Field]:
     extra = {
         "scale": ("paper or small", "Of an experiment: as in the paper, or for two cores."),
         "lr_search": ("", "Of a sweep: learning rates to try per method, or how many."),
+        "lr_search_most": ("", "Of a sweep: to how many an arm's rates may grow while the best is the first or last."),
         "launcher": (f"one of {', '.join(launchers)}", "Of a sweep: where its runs execute."),
         "jobs": ("", "Of a sweep: runs at once."),
         "sweep_dir": ("", "Of a sweep: its folder."),

@@ -2,9 +2,11 @@
 
     python run.py -m method=hira,lora seed=0,1,2 lr_search=[1e-3,3e-3,1e-2]
     python run.py -m method=hira,lora seed=0,1,2 lr_search=5     # five per arm, a factor 10^0.5 apart around its default
+    python run.py -m method=hira,lora seed=0,1,2 lr_search=3 lr_search_most=7    # and on past an edge, to at most seven
 
 Every arm (a cell without its seed) gets the same number of trials, each a run as long as the real one with the sweep's
-first seed, trained on all but the held-out examples and not evaluated on a test set.
+first seed, trained on all but the held-out examples and not evaluated on a test set. With `lr_search_most` an arm whose best
+rate is its first or last one tries the next beyond, until a worse one stands on either side.
 """
 
 import dataclasses
@@ -46,6 +48,8 @@ class Search:
 
     given: tuple[float, ...] | int
     """The rates themselves, or how many around the method's default."""
+    most: int | None = None
+    """To how many an arm's rates may grow while the best is at an edge; None: they stay as given."""
 
     def rates(self, cell: Cell) -> list[float]:
         """Returns the rates for a cell's arm, in ascending order."""
@@ -56,37 +60,60 @@ class Search:
 
     @property
     def trials(self) -> int:
-        return self.given if isinstance(self.given, int) else len(self.given)
+        """How many an arm makes at most."""
+        return self.most or (self.given if isinstance(self.given, int) else len(self.given))
 
     def run(self, cells: Sequence[Cell], folder: Path, execute: Callable[[Sequence[Cell]], None]) -> SearchRecord:
         """Executes every arm's trials in `folder`, and returns what was found."""
         seed = cells[0].run.core.seed
         arms = {digest(cell.arm): cell for cell in cells}
-        trials = {
-            key: [(rate, base.with_words(f"lr={rate:g}")) for rate in self.rates(base)]
-            for key, base in ((key, trial(cell, seed)) for key, cell in arms.items())
-        }
-        execute([trial_cell for arm_trials in trials.values() for _, trial_cell in arm_trials])
-        records = {key: record(arms[key], arm_trials, folder) for key, arm_trials in trials.items()}
+        bases = {key: trial(cell, seed) for key, cell in arms.items()}
+        trials: dict[str, list[tuple[float, Cell]]] = {key: [] for key in arms}
+        records: dict[str, dict[str, Any]] = {}
+        asked = {key: self.rates(base) for key, base in bases.items()}
+        while asked:
+            new = {key: [(lr, bases[key].with_words(f"lr={lr:g}")) for lr in rates] for key, rates in asked.items()}
+            execute([cell for pairs in new.values() for _, cell in pairs])
+            for key, pairs in new.items():
+                trials[key] = sorted([*trials[key], *pairs], key=lambda pair: pair[0])
+                records[key] = record(arms[key], trials[key], folder)
+            asked = {key: [self.beyond(records[key])] for key in asked if self.goes_on(records[key])}
         chosen = [
             cell.with_words(f"lr={lr:g}") if (lr := records[digest(cell.arm)]["lr"]) is not None else None
             for cell in cells
         ]
         return SearchRecord(self.given, seed, list(records.values()), chosen)
 
+    def goes_on(self, found: dict[str, Any]) -> bool:
+        """Whether an arm, by its record so far, is to try a rate beyond its best."""
+        return bool(found["at_edge"]) and len(found["trials"]) < self.trials
 
-def parse(word: str | None, grid: Grid) -> Search | None:
-    """Returns the search that `lr_search=word` asks for, or None without one.
+    def beyond(self, found: dict[str, Any]) -> float:
+        """Returns the next rate past the edge at which an arm's best is: as far away as its neighbour, or 10^0.5."""
+        rates = [row["lr"] for row in found["trials"]]
+        low = found["lr"] == rates[0]
+        near = rates[1] / rates[0] if low else rates[-1] / rates[-2]
+        factor = STEP if isinstance(self.given, int) else near
+        return float(f"{rates[0] / factor:.2g}" if low else f"{rates[-1] * factor:.2g}")
+
+
+def parse(word: str | None, grid: Grid, most: str | None = None) -> Search | None:
+    """Returns the search that `lr_search=word` and `lr_search_most=most` ask for, or None without one.
 
     Raises:
-        UserError: if the word is neither a list of positive rates nor a whole number from 2 to 20, or lr is given too.
+        UserError: if the word is neither a list of positive rates nor a whole number from 2 to 20, or lr is given too; for
+            `most` without a search, or one that is no whole number from the search's to 20.
     """
     if word is None:
+        if most is not None:
+            raise UserError(
+                f"sweep: lr_search_most is how far a search may go, got lr_search_most={most} without lr_search; give both"
+            )
         return None
     given = typed(word)
     if isinstance(given, list):
         try:
-            given = tuple(float(rate) for rate in given)
+            given = tuple(dict.fromkeys(float(rate) for rate in given))
         except (TypeError, ValueError):
             given = ()
     good = len(given) >= 2 and min(given) > 0 if isinstance(given, tuple) else type(given) is int and 2 <= given <= 20
@@ -96,7 +123,15 @@ def parse(word: str | None, grid: Grid) -> Search | None:
         )
     if any(word.startswith("lr=") for cell in grid.cells for word in cell.words):
         raise UserError(f"sweep: the rate is either searched or given, got lr_search={word} and lr; leave one out")
-    return Search(given)
+    search = Search(given)
+    if most is None:
+        return search
+    number = typed(most)
+    if type(number) is not int or not search.trials <= number <= 20:
+        raise UserError(
+            f"sweep: lr_search_most is a whole number from lr_search's {search.trials} to 20, got lr_search_most={most}"
+        )
+    return Search(given, number)
 
 
 def trial(cell: Cell, seed: int) -> Cell:

@@ -35,9 +35,9 @@ from highrank.sweep.launch import Job, launcher
 from highrank.train.pace import Expected, Times, about, expected, kind_of, source
 from highrank.train.plan import Plan, make_plan, optimizer_steps
 
-SWEEP_KEYS = ("sweep_dir", "lr_search", "launcher", "jobs")
-"""Keys of a sweep as a whole: its folder, the rates or number of rates to try per arm, local, ray or slurm, how many
-runs at once."""
+SWEEP_KEYS = ("sweep_dir", "lr_search", "lr_search_most", "launcher", "jobs")
+"""Keys of a sweep as a whole: its folder, the rates or number of rates to try per arm and to how many they may grow, local, ray
+or slurm, how many runs at once."""
 SETTLED = ("done", "diverged")
 """How a cell has ended whose result stands: that its rate makes it diverge is one too."""
 LEFT = (*SETTLED, "damaged")
@@ -58,7 +58,7 @@ class Sweep:
             raise UserError("sweep: every run has a folder of its own in the sweep's, got run_dir; use sweep_dir")
         self.words, self.main = words, main
         self.grid: Grid = expand(words)
-        self.search = lr_search.parse(options.get("lr_search"), self.grid)
+        self.search = lr_search.parse(options.get("lr_search"), self.grid, options.get("lr_search_most"))
         self.launcher = launcher(options.get("launcher", "local"), options.get("jobs", "1"))
         self.dry_run = options.get("dry_run", "false").lower() == "true"
         preset = preset_of(words)
@@ -302,7 +302,7 @@ def show_grid(sweep: Sweep, todo: Sequence[Cell], plans: Sequence[Plan], damaged
             f"{plan.params.percent:.4f}",
             f"{plan.steps:,}",
             f"{plan.tokens:,}",
-            f"{sum(plan.memory_bytes.values()) / 2**30:.2f} GiB",
+            f"{plan.memory_bytes['peak'] / 2**30:.2f} GiB",
             *([duration(length.seconds) if length else ""] if any(lengths) else []),
         )
     console.print(table)

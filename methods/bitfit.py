@@ -17,6 +17,7 @@ the module returns; weight decay pulls it, not the bias, to 0.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,10 +50,10 @@ class BitFit(WholeModelMethod):
             nn.init.zeros_(delta)
 
     def hooks(self, model: Any) -> list[RemovableHandle]:
-        def add(key: str) -> Any:  # looked up in each call: a strategy may put a shard in the parameter's place
-            return lambda module, args, y: y + self.delta[key].to(y.dtype)
+        return [module.register_forward_hook(partial(self._add, _key(name))) for name, module in _biased(model)]
 
-        return [module.register_forward_hook(add(_key(name))) for name, module in _biased(model)]
+    def _add(self, key: str, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        return y + self.delta[key].to(y.dtype)  # looked up in each call: a strategy may put a shard in its place
 
     @torch.no_grad()
     def merge(self, model: Any) -> None:

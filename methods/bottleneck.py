@@ -28,6 +28,7 @@ residual stream before that norm.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -130,21 +131,15 @@ class BottleneckAdapters(WholeModelMethod):
         for first, last in _places(model, self.cfg):
             key = _key(last)
             if self.cfg.form == "parallel":
-                handles.append(model.get_submodule(first.path).register_forward_pre_hook(self._reading(key)))
-            handles.append(model.get_submodule(last.path).register_forward_hook(self._adding(key)))
+                handles.append(model.get_submodule(first.path).register_forward_pre_hook(partial(self._reads, key)))
+            handles.append(model.get_submodule(last.path).register_forward_hook(partial(self._adds, key)))
         return handles
 
-    def _reading(self, key: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._read[key] = args[0]
+    def _reads(self, key: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._read[key] = args[0]
 
-        return read
-
-    def _adding(self, key: str) -> Callable[..., Tensor]:
-        def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            return y + self.output(key, self._read.pop(key, y)).to(y.dtype)
-
-        return add
+    def _adds(self, key: str, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        return y + self.output(key, self._read.pop(key, y)).to(y.dtype)
 
     def output(self, key: str, h: Tensor) -> Tensor:
         """Returns A(h) of one of the networks."""

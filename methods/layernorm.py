@@ -20,7 +20,8 @@ decay: their neutral values are g and c.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,8 @@ class LayerNormTuning(WholeModelMethod):
         )
         self.no_decay = tuple(name for name, _ in self.named_parameters())
         self._before: list[Tensor] = []
+        self._own: dict[str, tuple[dict[str, Any], torch.dtype]] = {}
+        """What the norms that are being computed hold themselves, and the dtype in which they answer."""
 
     @torch.no_grad()
     def reset_parameters(self, model: Any, tokenizer: Any) -> None:
@@ -70,24 +73,25 @@ class LayerNormTuning(WholeModelMethod):
 
     def _hooks(self, norm: nn.Module, name: str) -> tuple[RemovableHandle, RemovableHandle]:
         """Puts the trained vectors in the norm's place for each of its calls, so that it computes as it always does."""
-        parameters: dict[str, Any] = {}
-        dtypes: list[torch.dtype] = []
-
-        def enter(norm: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            tuned: Any = self.norms[name]  # looked up in each call: it may have been sharded
-            parameters.update(norm.named_parameters(recurse=False))
-            dtypes[:] = [torch.promote_types(args[0].dtype, next(iter(parameters.values())).dtype)]
-            for key, parameter in tuned.items():
-                setattr(norm, key, parameter)
-            return (args[0].float(), *args[1:]) if args[0].dtype.itemsize < 4 else args
-
-        def leave(norm: Any, args: tuple[Any, ...], y: Tensor | None) -> Tensor | None:
-            for key, parameter in parameters.items():
-                setattr(norm, key, parameter)
-            parameters.clear()
-            return None if y is None else y.to(dtypes[0])  # None: the call has failed
-
+        enter, leave = partial(self._enter, name), partial(self._leave, name)
         return norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave, always_call=True)
+
+    def _enter(self, name: str, norm: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, tuned = args[0], cast(Any, self.norms[name])  # looked up in each call: it may have been sharded
+        own = dict(norm.named_parameters(recurse=False))
+        plain = all(tensor.dtype == torch.float32 for tensor in (x, *own.values()))
+        # T5's norm answers in its weight's dtype, others in x's.
+        dtype = torch.float32 if plain else type(norm).forward(norm, x[:0]).dtype
+        self._own[name] = own, dtype
+        for key, parameter in tuned.items():
+            setattr(norm, key, parameter)
+        return (x.to(next(iter(tuned.values())).dtype), *args[1:])
+
+    def _leave(self, name: str, norm: Any, args: tuple[Any, ...], y: Tensor | None) -> Tensor | None:
+        own, dtype = self._own.pop(name)
+        for key, parameter in own.items():
+            setattr(norm, key, parameter)
+        return None if y is None else y.to(dtype)  # None: the call has failed
 
     @torch.no_grad()
     def merge(self, model: Any) -> None:

@@ -36,6 +36,7 @@ from highrank.plugin import (
     setting,
     text_config,
     with_cache,
+    without_cache,
 )
 
 
@@ -55,6 +56,8 @@ class PrefixConfig:
 class Prefix(VirtualTokens):
     examples = ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 20})
     peft = PeftForm(type="PREFIX_TUNING", fields={"num_virtual_tokens": "num_virtual_tokens"})
+    _unasked = False
+    """Whether the cache of the present call was made for the prefix alone: some models return whichever they were given."""
 
     def __init__(self, model: Any, cfg: PrefixConfig):
         super().__init__(model, cfg)
@@ -65,7 +68,8 @@ class Prefix(VirtualTokens):
     def reset_parameters(self, model: Any, tokenizer: Any) -> None:
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         layers, _, heads, _, width = self.P.shape
-        kept = kept_shapes(cache_of(model(input_ids=token, use_cache=True)))
+        cache = cache_of(model(input_ids=token, use_cache=True))
+        kept = [] if cache is None else kept_shapes(cache)
         if kept != [((heads, width), (heads, width))] * layers:
             raise UserError(
                 f"prefix: every layer keeps keys and values of {heads} heads and {width} numbers, got {kept} in "
@@ -78,20 +82,22 @@ class Prefix(VirtualTokens):
 
         if body.training and any(getattr(module, "gradient_checkpointing", False) for module in body.modules()):
             raise UserError(
-                "prefix: activation checkpointing keeps no cache for a prefix to be in, got checkpoint_activations=true"
+                "prefix: activation checkpointing keeps no cache for a prefix to be in, got it switched on; leave out "
+                "checkpoint_activations=true, or switch it off on the model"
             )
         if is_start(kwargs):
             cache = cache_of(kwargs)
+            self._unasked = cache is None and not kwargs.get("use_cache", getattr(body.config, "use_cache", True))
             if cache is None:
                 cache = DynamicCache(config=body.config)
                 kwargs = with_cache(body, kwargs, cache)
-            rows = len(kwargs["input_ids"])
+            rows = len(kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"])
             for layer, (K, V) in enumerate(self.P.to(body.dtype)):
                 cache.update(K.expand(rows, -1, -1, -1), V.expand(rows, -1, -1, -1), layer)
         return make_room(kwargs, self.cfg.num_virtual_tokens, 0)
 
     def after(self, output: Any) -> Any:
-        return output
+        return without_cache(output) if self._unasked else output
 
     @classmethod
     def validate(cls, model: Any, cfg: PrefixConfig) -> None:

@@ -144,6 +144,10 @@ def _check_free(model: Any) -> None:
                 "merge them first to keep their effect"
             )
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UserError(
+                f"attach: nothing trains on tensors made in inference mode, got {name}; load the model outside torch.inference_mode"
+            )
         if parameter.is_meta:
             raise UserError(
                 f"attach: the model must hold its weights, got none at {name}, which is on the meta device; load it with "

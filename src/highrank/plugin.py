@@ -20,6 +20,7 @@ from highrank.model.transformers_internals import (
     setting,
     text_config,
     with_cache,
+    without_cache,
 )
 from highrank.model.weight_adapters import FullAdapters
 from highrank.model.whole_model import VirtualTokens, WholeModelMethod, is_start, make_room
@@ -66,4 +67,5 @@ __all__ = [
     "text_config",
     "text_of",
     "with_cache",
+    "without_cache",
 ]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from moved import move
 from torch import nn
 
+import highrank
 from highrank.base.errors import UserError
 from highrank.base.registry import available, load
 from highrank.config.words import compose_run
@@ -247,6 +248,15 @@ def test_bad_input(words, message):
 
 def test_null_is_the_run_without_the_key():
     assert compose_run(["model=tiny_llama", "model.quantize=null"]).hash == compose_run(["model=tiny_llama"]).hash
+
+
+@kinds
+def test_full_fine_tuning_of_a_model_in_hand_is_refused(kind):
+    model = load_backbone({"name": "tiny_qwen2", "dtype": "float32", "quantize": kind}, None).model
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(UserError, match="full: a quantised base stays as it is"):
+        highrank.attach(model, "full")
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
 
 
 def test_the_plan_counts_quantised_bytes():

@@ -98,16 +98,6 @@ def test_a_plain_loop(case):
     assert_trained_alike(case, model, adapters)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", ["prefix", "prompt_tuning", "p_tuning"])
-def test_a_model_that_names_no_token_to_pad_with(method, kind):
-    config = AutoConfig.for_model(**{**tiny_config(kind), "pad_token_id": None})
-    adapters = highrank.attach(AutoModelForCausalLM.from_config(config), method, num_virtual_tokens=2)
-    out = adapters.model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits
-    assert out.shape == (1, 3, config.vocab_size)
-    assert torch.isfinite(out).all()
-
-
 def trainer(case, model, adapters, folder):
     arguments = TrainingArguments(
         folder,

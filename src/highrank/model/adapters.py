@@ -359,13 +359,20 @@ def attach(
     """
     adapters: Adapters = method.family(model, views, method, cfg, seed)
     adapters.base_run = base_run
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     _read_slices_whole(model)
     if not adapters.keeps_base:
         model.float()
     for name in heads:
         _train_in_fp32(model.get_submodule(name))
-    adapters.put_on(tokenizer)
+    try:
+        with _fp32_by_default(), torch.random.fork_rng(devices=[]):
+            adapters.put_on(tokenizer)
+    except Exception:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
     in_adapters = {id(p) for adapter in adapters.by_view.values() for p in adapter.parameters()}
     in_heads = {id(p) for name in heads for p in model.get_submodule(name).parameters()}
     for name, parameter in model.named_parameters():
@@ -376,6 +383,17 @@ def attach(
         if id(parameter) in in_heads or adapters.trains(parameter):
             adapters.train_extra(name, parameter)
     return adapters
+
+
+@contextmanager
+def _fp32_by_default() -> Iterator[None]:
+    """Within it new tensors are fp32, whatever the caller's default is."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def fingerprint(tensor: Tensor) -> str:

@@ -81,14 +81,18 @@ def padding_moves(model: Any) -> bool:
 
 def write(model: Any, ids: Tensor, new_tokens: int, padding: int = 0) -> Any:
     """Returns what `generate` does with ids (1, T), the first `padding` of them masked: so many tokens, greedily, with the
-    logits of each."""
+    logits of each, whatever the model's own settings are."""
     from transformers import GenerationConfig
 
     mask = torch.ones_like(ids)
     mask[:, :padding] = 0
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     config = GenerationConfig(**settings, return_dict_in_generate=True, output_logits=True)
-    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    own, model.generation_config = model.generation_config, GenerationConfig()  # its values fill what is left open
+    try:
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    finally:
+        model.generation_config = own
 
 
 def some_tokens(model: Any, n: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from highrank.base.errors import UserError, suggest
 from highrank.model.experts import Expert, matrices
@@ -574,6 +575,11 @@ def _views_of(
         raise UserError(
             f"placement: an adapted module is a linear layer (Linear, Conv1D or a quantised one), got {full_path}="
             f"{type(module).__name__}; point the part to a linear layer"
+        )
+    if is_parametrized(module):
+        raise UserError(
+            f"placement: an adapted weight is a parameter, got one that is computed at {full_path}; take it off with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
         )
     n, in_features = weight_of(module).shape
     periods = {rows[2] if rows and len(rows) == 3 else n for rows in members.values()}

@@ -62,6 +62,11 @@ def with_cache(module: Any, arguments: Mapping[str, Any], cache: Any) -> dict[st
     return {**others, cache_name(module): cache}
 
 
+def without_cache(output: Any) -> Any:
+    """Returns a model's output with no cache in it."""
+    return type(output)(**{key: value for key, value in output.items() if key not in CACHE_NAMES})
+
+
 def text_config(config: Any) -> Any:
     """Returns the part of a config that tells of the text decoder; the config itself if it tells of nothing else."""
     return config.get_text_config(decoder=True)
@@ -102,7 +107,7 @@ def is_encoder_decoder(config: Any) -> bool:
 def stacks_of(model: Any) -> list[Any]:
     """Returns the modules below the head that hold the blocks: a decoder or an encoder, or first the one and then the other."""
     if is_encoder_decoder(model.config):
-        return [model.get_encoder(), model.get_decoder()]
+        return list(dict.fromkeys([model.get_encoder(), model.get_decoder()]))  # Whisper's classifier has one
     return [decoder_of(model)]
 
 

@@ -325,6 +325,10 @@ class FullAdapters(WeightAdapters):
         cls, model: nn.Module, views: Sequence[WeightView], method: Any, cfg: Any, num_base: int
     ) -> tuple[int, int]:
         super().count(model, views, method, cfg, num_base)
+        if quantised := [view for view in views if is_quantised(model.get_submodule(view.path))]:
+            raise UserError(
+                f"{method.name}: a quantised base stays as it is, got {quantised[0].path}; use a method that trains beside it"
+            )
         return num_base, 0
 
     def trains(self, parameter: nn.Parameter) -> bool:

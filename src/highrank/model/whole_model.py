@@ -6,6 +6,7 @@ counts positions from behind the virtual tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -51,19 +52,25 @@ class WholeModelAdapters(Adapters):
         method.validate(model, cfg)
         self.module: WholeModelMethod = method(model, cfg)
         check_adapter(method, self.module, method.num_trainable(model, cfg), "the whole model")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), evaluating(model):
             torch.manual_seed(site_seed(self.seed, method.name))
             self.module.reset_parameters(model, tokenizer)
-        self.module.to(next(model.parameters()).device)
-        self.by_view[method.name] = self.module
-        self.plug()
+            self.module.to(next(model.parameters()).device)
+            self.by_view[method.name] = self.module
+            self.plug()
+            try:
+                self._try()
+            except UserError:
+                self.unload()
+                raise
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Raises UserError if the model cannot go on behind virtual tokens."""
         if self.num_positions:
-            config: Any = model.config
-            with (
-                reading(f"{method.name}: the model must take virtual tokens, got model_type={config.model_type}"),
-                torch.no_grad(),
-            ):
-                write(model, some_tokens(model, 2), 2)
+            config: Any = self.model.config
+            with reading(f"{self.method.name}: the model must take virtual tokens, got model_type={config.model_type}"):
+                write(self.model, some_tokens(self.model, 2), 2)
 
     @property
     def num_positions(self) -> int:
@@ -103,7 +110,11 @@ class WholeModelAdapters(Adapters):
     @property
     def _embeddings(self) -> Tensor:
         model: Any = self.model
-        embeddings: Tensor = next(model.get_input_embeddings().parameters())
+        try:
+            embedded = model.get_input_embeddings()
+        except NotImplementedError:  # of a model that reads sound, or images and texts
+            embedded = model.base_model
+        embeddings: Tensor = next(embedded.parameters())
         return embeddings
 
     @property
@@ -117,6 +128,18 @@ class WholeModelAdapters(Adapters):
         y = E @ torch.cos(torch.arange(E.shape[1], dtype=torch.float64)) / E.shape[1] ** 0.5
         signs = torch.cos(1.7 * torch.arange(len(E), dtype=torch.float64))
         return {"input embeddings": [float(y.square().sum()), float((signs * y).sum())]}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode, each of its modules afterwards in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def no_merged_weight(method: Any) -> UserError:
@@ -245,7 +268,31 @@ class VirtualTokens(WholeModelMethod):
         if self._acting is not None:
             return None
         self._acting = id(body)
-        return (), self.before(body, by_name(body, args, kwargs))
+        given = by_name(body, args, kwargs)
+        self._check_cache(given)
+        return (), self.before(body, given)
+
+    def _check_cache(self, kwargs: dict[str, Any]) -> None:
+        """Raises UserError for a cache that has no room for the virtual positions, or was kept from another call of generate."""
+        cache, mask, p = cache_of(kwargs), kwargs.get("attention_mask"), self.cfg.num_virtual_tokens
+        if cache is None:
+            return
+        if getattr(cache, "is_compileable", False):
+            raise UserError(
+                f"{self.name}: the cache must grow with the virtual tokens, got {type(cache).__name__} of a fixed length; "
+                "leave out cache_implementation"
+            )
+        kept, ids, positions = cache.get_seq_length(), kwargs.get("input_ids"), kwargs.get("position_ids")
+        behind = 0
+        if mask is not None and mask.dim() == 2 and ids is not None:
+            behind = mask.shape[1] - ids.shape[1]
+        elif positions is not None and positions.dim() == 2:
+            behind = int(positions[:, 0].max())
+        if 0 < kept < behind + p:
+            raise UserError(
+                f"{self.name}: a cache that holds the virtual tokens must hold all the text before the tokens given, got "
+                f"{kept - p} tokens of {behind}; call generate without past_key_values"
+            )
 
     def _leave(self, body: Any, args: tuple[Any, ...], output: Any) -> Any:
         if self._acting != id(body):
@@ -257,7 +304,8 @@ class VirtualTokens(WholeModelMethod):
         """Returns what `body` is called with instead of `kwargs`."""
         self._added = self.cfg.num_virtual_tokens if is_start(kwargs) else 0
         if self._added:
-            embedded = body.get_input_embeddings()(kwargs.pop("input_ids"))
+            ids, embedded = kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
+            embedded = body.get_input_embeddings()(ids) if embedded is None else embedded
             prompt = self.embeddings().to(embedded.dtype).expand(len(embedded), -1, -1)
             kwargs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
         return make_room(kwargs, self.cfg.num_virtual_tokens, self._added)
@@ -292,9 +340,21 @@ def is_start(kwargs: dict[str, Any]) -> bool:
 
 
 def make_room(kwargs: dict[str, Any], p: int, added: int) -> dict[str, Any]:
-    """Returns a decoder's arguments with p more positions to attend to, `added` of them in the present call."""
-    if kwargs.get("attention_mask") is not None:
-        kwargs["attention_mask"] = F.pad(kwargs["attention_mask"], (p, 0), value=1)
+    """Returns a decoder's arguments with p more positions to attend to, `added` of them in the present call.
+
+    Raises:
+        UserError: for a mask of its own for each position, if positions are added.
+    """
+    mask, types = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
+    if mask is not None:
+        if added and mask.dim() != 2:
+            raise UserError(
+                f"virtual tokens: the mask must be one of tokens, (B, T), got a shape of {tuple(mask.shape)}; method=prefix takes it"
+            )
+        adds = mask.dim() == 4 and mask.is_floating_point()  # what is added to scores, where 0 is to attend
+        kwargs["attention_mask"] = F.pad(mask, (p, 0), value=0 if adds else 1)
+    if types is not None and added:
+        kwargs["token_type_ids"] = F.pad(types, (added, 0))
     positions = kwargs.get("position_ids")
     if positions is not None:
         first = torch.arange(added, device=positions.device).expand(len(positions), -1)

@@ -82,8 +82,8 @@ class Prefix(VirtualTokens):
 
         if body.training and any(getattr(module, "gradient_checkpointing", False) for module in body.modules()):
             raise UserError(
-                "prefix: activation checkpointing keeps no cache for a prefix to be in, got it switched on; leave out "
-                "checkpoint_activations=true, or switch it off on the model"
+                "prefix: activation checkpointing keeps no cache for a prefix to be in, got checkpoint_activations=true; leave "
+                "it out, or of a model in hand switch it off"
             )
         if is_start(kwargs):
             cache = cache_of(kwargs)

@@ -203,7 +203,7 @@ def test_a_cache_that_checkpointing_does_not_keep():
     model = tiny().train()
     model.activation_checkpointing_enable()
     highrank.attach(model, "prefix", **P)
-    with pytest.raises(UserError, match="switch it off on the model"):
+    with pytest.raises(UserError, match="of a model in hand switch it off"):
         model(input_ids=IDS)
 
 

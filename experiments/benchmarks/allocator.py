@@ -3,8 +3,8 @@
     python experiments/benchmarks/allocator.py --preload /usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4 --json out.json
 
 Sides are fresh processes that take turns: glibc as `highrank run` sets it (freed blocks are kept), glibc that gets blocks above
-1 MiB or 256 KiB anew from the kernel each time, and each library given to `--preload`. A step is forward and backward of
-batches of random tokens, 40 of a row supervised; words of `run.py` name another method or model.
+1 MiB or 256 KiB anew from the kernel each time, and each library given to `--preload`. A step is forward and backward of a
+batch of random tokens, the second half of each row supervised; words of `run.py` name another method or model.
 """
 
 import argparse
@@ -12,25 +12,23 @@ import ctypes
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from common import arguments, environment, run_words, show_environment, show_table, summary, write_json
+from common import arguments, environment, random_batch, run_words, show_environment, show_table, summary, write_json
 
 from highrank.base.allocator import keep_freed_memory
 from highrank.config.words import compose_run
 from highrank.train.build import build_model
 from highrank.train.loss import language_model_loss
+from highrank.train.results import peak_memory
 
 M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
 SIDES = {"kept": None, "above 1 MiB anew": 2**20, "above 256 KiB anew": 2**18}
 """glibc's sides, with the bytes from which a block is mapped by itself; None: never."""
-TARGETS = 40
 
 
 def step(args: argparse.Namespace, given: Sequence[str]) -> dict[str, float]:
@@ -46,17 +44,13 @@ def step(args: argparse.Namespace, given: Sequence[str]) -> dict[str, float]:
         libc.mallopt(M_MMAP_MAX, 10**6)
     run = compose_run(given)
     model = build_model(run, run.make_task())[0].model.train()
+    batch = random_batch(args, model.config.vocab_size)
     seconds = []
-    for number in range(args.steps + 1):
-        rng = torch.Generator().manual_seed(number)
-        ids = torch.randint(5, model.config.vocab_size, (args.batch, args.sequence), generator=rng)
-        labels = ids.clone()
-        labels[:, :-TARGETS] = -100
+    for _ in range(args.steps + 1):
         start = time.process_time()
-        language_model_loss(model, ids, torch.ones_like(ids), labels)[0].backward()
+        language_model_loss(model, **batch)[0].backward()
         seconds.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": summary(seconds[1:])["median"], "peak": peak}
+    return {"seconds": summary(seconds[1:])["median"], "peak": peak_memory()["peak_resident_bytes"]}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -68,6 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequence", type=int, default=110)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.set_defaults(device="cpu")
     args, given = parser.parse_known_args(words)
     given = run_words(given, {"method": "lora", "model.dtype": "float32"})
     if args.side is not None:

@@ -8,7 +8,7 @@ config alone, as `dry_run=true` makes it: no weight loads.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,13 @@ def main(words: Sequence[str] | None = None) -> None:
         results = json.loads(file.read_text(encoding="utf-8"))
         if results.get("status") == "done":
             run = read_run(file.parent)
-            core = run.core
-            key = (run.method.name, run.model["name"], run.task.name, core.batch_size, core.checkpoint_activations)
+            batch, recomputed = run.core.batch_size, run.core.checkpoint_activations
+            key = (run.method.name, run.model["name"], run.task.name, batch, recomputed)
             peaks.setdefault(key, []).append(results["memory"]["peak_resident_bytes"])
             runs.setdefault(key, run)
     found = [_row(key, runs[key], measured) for key, measured in sorted(peaks.items())]
-    table = [
-        [*(row[key] for key in KEYS), row["runs"], *(f"{row[part] / 2**30:.2f}" for part in ("estimated", "measured"))]
-        for row in found
-    ]
     columns = [*KEYS, "runs", "estimated GiB", "measured GiB", "ratio"]
-    show_table(columns, [[*cells, f"{row['ratio']:.2f}"] for cells, row in zip(table, found, strict=True)])
+    show_table(columns, [_cells(row) for row in found])
     args.folders = [folder.name for folder in args.folders]
     write_json(args, "memory_estimate", env, found)
 
@@ -55,6 +51,11 @@ def _row(key: Sequence[Any], run: Run, measured: Sequence[int]) -> dict[str, Any
     mean = sum(measured) / len(measured)
     row = {**dict(zip(KEYS, key, strict=True)), "runs": len(measured), "measured": mean}
     return {**row, "estimated": estimated["peak"], "ratio": estimated["peak"] / mean, "parts": estimated}
+
+
+def _cells(row: Mapping[str, Any]) -> list[Any]:
+    gib = [f"{row[part] / 2**30:.2f}" for part in ("estimated", "measured")]
+    return [*(row[key] for key in (*KEYS, "runs")), *gib, f"{row['ratio']:.2f}"]
 
 
 if __name__ == "__main__":

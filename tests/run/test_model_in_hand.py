@@ -5,11 +5,13 @@ import pickle
 
 import pytest
 import torch
+from moved import move
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 import highrank
 from highrank.base.errors import UserError
+from highrank.base.registry import load
 from highrank.model.tiny import tiny_config
 
 pytestmark = pytest.mark.integration
@@ -26,10 +28,7 @@ def tiny(kind="llama", cls=AutoModelForCausalLM, **fields):
 
 def moved(adapters):
     """Takes the adapters off their start."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in adapters.named_parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    move(adapters, 0.3, seed=1)
     return adapters
 
 
@@ -197,6 +196,23 @@ def test_what_fails_leaves_the_model_as_it_was(monkeypatch):
     now = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
     assert now <= hooks + 1  # the head reads its input as one block, also after `unload`
     highrank.attach(model, "prompt_tuning", **P)
+
+
+@pytest.mark.parametrize("method", ["vera", "lora", "bitfit", "layernorm"])
+def test_a_start_that_fails_leaves_the_model_as_it_was(method, monkeypatch):
+    model, fields = tiny("gpt2"), {"vera": {"r": 2}, "lora": {"r": 2}}.get(method, {})
+    before = [name for name, _ in model.named_modules()]
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(load("methods", method), "reset_parameters", fail)
+    with pytest.raises(MemoryError):
+        highrank.attach(model, method, **fields)
+    monkeypatch.undo()
+    assert [name for name, _ in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    highrank.attach(model, method, **fields)
 
 
 def test_a_cache_that_checkpointing_does_not_keep():

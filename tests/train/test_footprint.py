@@ -15,7 +15,7 @@ TINY = ("model=tiny_llama", "model.dtype=float32", "task.n_train=8", "task.n_tes
 @pytest.fixture(autouse=True)
 def plain_machine(monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
 
 def planned(*words):
@@ -77,7 +77,7 @@ def test_other_models(name):
 
 def test_on_a_gpu_the_program_is_elsewhere(monkeypatch):
     on_cpu = memory("method=lora")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     found = memory("method=lora")
     assert found["program"] == 0
     assert found["training"] == pytest.approx(on_cpu["training"] / GLIBC, rel=1e-6)

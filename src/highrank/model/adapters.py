@@ -75,7 +75,7 @@ class Adapters:
         raise NotImplementedError
 
     def put_on(self, tokenizer: Any) -> None:
-        """Makes the adapters and lets them act."""
+        """Makes the adapters and lets them act; called in evaluation mode, and may seed PyTorch's generator as it likes."""
         raise NotImplementedError
 
     @property
@@ -367,9 +367,10 @@ def attach(
     for name in heads:
         _train_in_fp32(model.get_submodule(name))
     try:
-        with _fp32_by_default(), torch.random.fork_rng(devices=[]):
+        with _fp32_by_default(), torch.random.fork_rng(devices=[]), evaluating(model):
             adapters.put_on(tokenizer)
     except Exception:
+        adapters.unload()
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
@@ -383,6 +384,18 @@ def attach(
         if id(parameter) in in_heads or adapters.trains(parameter):
             adapters.train_extra(name, parameter)
     return adapters
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode, each of its modules afterwards in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

@@ -21,13 +21,17 @@ from highrank.model.weights import WeightSource, find_source, reading
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def on_cpu(accelerator: str) -> bool:
+    """Whether a Lightning accelerator is the CPU, on this machine."""
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+
 def fastest_dtype(accelerator: str) -> str:
     """Returns the dtype in which a Lightning accelerator computes fastest: bfloat16, but on a CPU without AMX float32.
 
     AVX512-BF16 alone does not make up for its conversions: matrices of the default model take 1.6 times as long in bf16.
     """
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-    return "float32" if on_cpu and not has_bf16_tiles() else "bfloat16"
+    return "float32" if on_cpu(accelerator) and not has_bf16_tiles() else "bfloat16"
 
 
 @dataclass

@@ -176,9 +176,8 @@ class WeightAdapters(Adapters):
             declared = method.num_trainable(view.in_features, view.out_features, cfg)
             check_adapter(method, adapter, declared, view.name)
             seed = site_seed(self.seed, view.name)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                adapter.reset_parameters(W.detach(), Site(view.name, seed, neighbours))
+            torch.manual_seed(seed)
+            adapter.reset_parameters(W.detach(), Site(view.name, seed, neighbours))
             if view.path not in self.layers:
                 self.layers[view.path] = AdaptedLinear(model.get_submodule(view.path))
             self.layers[view.path].add(adapter.to(W.device), view.rows)

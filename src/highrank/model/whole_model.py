@@ -6,7 +6,6 @@ counts positions from behind the virtual tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -52,25 +51,18 @@ class WholeModelAdapters(Adapters):
         method.validate(model, cfg)
         self.module: WholeModelMethod = method(model, cfg)
         check_adapter(method, self.module, method.num_trainable(model, cfg), "the whole model")
-        with torch.random.fork_rng(devices=[]), evaluating(model):
-            torch.manual_seed(site_seed(self.seed, method.name))
-            self.module.reset_parameters(model, tokenizer)
-            self.module.to(next(model.parameters()).device)
-            self.by_view[method.name] = self.module
-            self.plug()
-            try:
-                self._try()
-            except UserError:
-                self.unload()
-                raise
-
-    @torch.no_grad()
-    def _try(self) -> None:
-        """Raises UserError if the model cannot go on behind virtual tokens."""
+        torch.manual_seed(site_seed(self.seed, method.name))
+        self.module.reset_parameters(model, tokenizer)
+        self.module.to(next(model.parameters()).device)
+        self.by_view[method.name] = self.module
+        self.plug()
         if self.num_positions:
-            config: Any = self.model.config
-            with reading(f"{self.method.name}: the model must take virtual tokens, got model_type={config.model_type}"):
-                write(self.model, some_tokens(self.model, 2), 2)
+            config: Any = model.config
+            with (
+                reading(f"{method.name}: the model must take virtual tokens, got model_type={config.model_type}"),
+                torch.no_grad(),
+            ):
+                write(model, some_tokens(model, 2), 2)
 
     @property
     def num_positions(self) -> int:
@@ -99,8 +91,9 @@ class WholeModelAdapters(Adapters):
             self.module.unplug()
 
     def unload(self) -> nn.Module:
-        self.module.unplug()
-        del self.model.highrank_adapter
+        if self.by_view:
+            self.module.unplug()
+            del self.model.highrank_adapter
         return self.model
 
     def plug(self) -> None:
@@ -128,18 +121,6 @@ class WholeModelAdapters(Adapters):
         y = E @ torch.cos(torch.arange(E.shape[1], dtype=torch.float64)) / E.shape[1] ** 0.5
         signs = torch.cos(1.7 * torch.arange(len(E), dtype=torch.float64))
         return {"input embeddings": [float(y.square().sum()), float((signs * y).sum())]}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode, each of its modules afterwards in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def no_merged_weight(method: Any) -> UserError:

@@ -92,8 +92,7 @@ class Search:
         """Returns the next rate past the edge at which an arm's best is: as far away as its neighbour, or 10^0.5."""
         rates = [row["lr"] for row in found["trials"]]
         low = found["lr"] == rates[0]
-        near = rates[1] / rates[0] if low else rates[-1] / rates[-2]
-        factor = STEP if isinstance(self.given, int) else near
+        factor = STEP if isinstance(self.given, int) else (rates[1] / rates[0] if low else rates[-1] / rates[-2])
         return float(f"{rates[0] / factor:.2g}" if low else f"{rates[-1] * factor:.2g}")
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from highrank.base.errors import UserError
-from highrank.model.adapters import Adapters
+from highrank.model.adapters import Adapters, evaluating
 from highrank.model.language import write
 from highrank.model.placement import EXPERTS
 from highrank.model.sharding import whole
@@ -72,14 +72,13 @@ def check_packing(adapters: Adapters, texts: Sequence[Sequence[int]]) -> None:
     device = next(model.parameters()).device
     rows = [torch.tensor([list(text[:PACKED_TOKENS])], device=device) for text in (*texts, *texts)]
     positions = torch.cat([torch.arange(row.shape[1], device=device) for row in rows])[None]
-    was_training = model.training
-    model.eval()
     try:
-        apart = torch.cat([_logits(model, row, attention_mask=torch.ones_like(row)) for row in rows], 1)
-        other = (rows[0] + 1) % model.get_input_embeddings().num_embeddings
-        packed, moved = (
-            _logits(model, torch.cat([first, *rows[1:]], 1), position_ids=positions) for first in (rows[0], other)
-        )
+        with evaluating(model):
+            apart = torch.cat([_logits(model, row, attention_mask=torch.ones_like(row)) for row in rows], 1)
+            other = (rows[0] + 1) % model.get_input_embeddings().num_embeddings
+            packed, moved = (
+                _logits(model, torch.cat([first, *rows[1:]], 1), position_ids=positions) for first in (rows[0], other)
+            )
         behind = slice(rows[0].shape[1], None)
         difference = float((packed - apart).abs().mean() / apart.std())
         seen = float((moved - packed)[:, behind].abs().mean() / apart.std())
@@ -88,8 +87,6 @@ def check_packing(adapters: Adapters, texts: Sequence[Sequence[int]]) -> None:
         )
     except TypeError as error:
         difference, seen, outcome = math.inf, math.inf, str(error)
-    finally:
-        model.train(was_training)
     allowed = ROUNDING.get(model.dtype, ROUNDING_16_BIT)
     if not (difference <= allowed and seen <= allowed / 100):
         raise UserError(

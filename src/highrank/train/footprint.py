@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from highrank.base.allocator import heap_share
 from highrank.config.run_config import Run
-from highrank.model.backbones import DTYPES
+from highrank.model.backbones import DTYPES, on_cpu
 from highrank.model.placement import is_linear
 from highrank.model.quantised import BITS, linears
 from highrank.model.transformers_internals import setting, text_config
@@ -54,8 +52,8 @@ def memory(
     keeps a block's input per block and one block's own, and the heap's share of what is computed in between.
     """
     core, config = run.core, text_config(model.config)
-    on_cpu = run.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
-    share = heap_share() if on_cpu else 1.0
+    here = on_cpu(str(run.trainer.get("accelerator", "auto")))
+    share = heap_share() if here else 1.0
     width = 2 if run.model["dtype"] != "float32" or "16" in str(run.trainer.get("precision")) else 4
     layers = setting(config, "num_hidden_layers") or 1
     hidden = setting(config, "hidden_size") or 0
@@ -72,7 +70,7 @@ def memory(
     if head is not None:
         evaluation += asked.rows * (lengths.longest + asked.new) * 2 * _key_width(config) * layers
     parts = {
-        "program": PROGRAM if on_cpu else 0,
+        "program": PROGRAM if here else 0,
         "weights": weight_bytes(model, run.model) + 4 * frozen_extra,
         "adapters": int(trained * (4 + 16 * share)),
         "training": int(training * width),

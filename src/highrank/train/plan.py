@@ -132,7 +132,7 @@ def make_plan(run: Run, task: Task) -> Plan:
     _check_others(run, task, model)
     cuts = run.protocol.too_long == "cut" or not model.can_generate()
     steps = optimizer_steps(run, num_train)
-    held = Evaluation(_rows_asked(run, tests), _virtual_tokens(run) + _new_tokens(run, task, model))
+    asked = Evaluation(_rows_asked(run, tests), _virtual_tokens(run) + _new_tokens(run, task, model))
     return Plan(
         method=run.method.name,
         model=run.model["name"],
@@ -143,7 +143,7 @@ def make_plan(run: Run, task: Task) -> Plan:
         num_train=num_train,
         steps=steps,
         tokens=int(steps * core.batch_size * core.accumulate * num_processes(run.trainer) * lengths.mean),
-        memory_bytes=memory(run, model, lengths, held, params.trainable + params.head, params.frozen_extra),
+        memory_bytes=memory(run, model, lengths, asked, params.trainable + params.head, params.frozen_extra),
         start=start,
         notes=tuple(notes(config, views)),
         warnings=tuple(

@@ -42,8 +42,8 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 HALVES = {"stsb": (), "wordmath": ("general_text=experiments/board/general_text.txt",)}
 """The presets below `board/`, and what else their runs are given."""
-SEARCH = 3
-"""Rates per method, a factor 10^0.5 apart around its default."""
+SEARCH = ("lr_search=3", "lr_search_most=7")
+"""Three rates per method, a factor 10^0.5 apart around its default, and on past the best one while it is at an edge."""
 DRAWS = 4000
 START, END = "<!-- from results/: python experiments/board/board.py -->", "<!-- end -->"
 TITLES = {"wordmath": "Word problems, SmolLM2-135M", "stsb": "STS-B, MiniLM-L6"}
@@ -91,7 +91,7 @@ def execute(half: str, folder: Path, more: Sequence[str], jobs: int) -> None:
     joined = json.loads(plan.read_text(encoding="utf-8"))["axes"]["method"] if plan.is_file() else []
     methods = ",".join(dict.fromkeys([*preset.sweep.method, *joined, *more]))
     command = [sys.executable, "run.py", "-m", f"experiment=board/{half}", f"method={methods}", *HALVES[half]]
-    command += [f"lr_search={SEARCH}", f"jobs={jobs}", f"sweep_dir={folder.resolve()}"]
+    command += [*SEARCH, f"jobs={jobs}", f"sweep_dir={folder.resolve()}"]
     with subprocess.Popen(command, cwd=ROOT) as sweep:
         status = None
         while status is None:

@@ -4,8 +4,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from highrank.base.errors import UserError, described, refused_by_disk, suggest
+
+if TYPE_CHECKING:
+    from highrank.train.ready import Ready
 
 USAGE = """\
 highrank: parameter-efficient fine-tuning methods, each in one file, compared fairly
@@ -70,8 +74,11 @@ ENVIRONMENT = {
 """What a run tells other libraries, before they are imported and unless it is set: their bars would break up its own."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, 1 for a run that diverged, 2 for bad input, 130 after Ctrl-C, 141 if nobody reads on, 143 after SIGTERM."""
+def main(arguments: Sequence[str] | None = None, ready: "Ready | None" = None) -> int:
+    """Runs one command; returns 0, 1 for a run that diverged, 2 for bad input, 130 after Ctrl-C, 141 if nobody reads on, 143 after SIGTERM.
+
+    `ready` is for the command `run` in a worker of a sweep, which has loaded what its runs share.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not words or words[0] == "help" or any(word in ("-h", "--help") for word in words):
@@ -79,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             raise UserError(f"highrank: unknown command, got {words[0]}{suggest(words[0], COMMANDS)}")
         module, function = COMMANDS[words[0]].split(":")
-        return _flushed(int(getattr(importlib.import_module(module), function)(words[1:])))
+        given = (words[1:],) if ready is None else (words[1:], ready)
+        return _flushed(int(getattr(importlib.import_module(module), function)(*given)))
     except BrokenPipeError:  # as in `highrank help | head`: nor shall Python write what is left when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -117,7 +125,7 @@ def show_help() -> int:
     return 0
 
 
-def run(words: list[str]) -> int:
+def run(words: list[str], ready: "Ready | None" = None) -> int:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if any(word in ("-m", "--multirun") for word in words):
@@ -143,7 +151,7 @@ def run(words: list[str]) -> int:
         from highrank.train.devices import share_of
 
     with silent_unless(share_of(checked.trainer).rank == 0):  # of several processes one speaks
-        folder, status = execute(checked)
+        folder, status = execute(checked, ready)
         print(folder)
     return status
 

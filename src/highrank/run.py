@@ -33,6 +33,7 @@ from highrank.train.loggers import finish
 from highrank.train.module import FineTuner
 from highrank.train.pace import expected_here
 from highrank.train.plan import Plan, make_plan, optimizer_steps
+from highrank.train.ready import Ready
 from highrank.train.results import RunDirectory, peak_memory
 from highrank.train.saved import begin
 from highrank.train.selection import KeepBest
@@ -41,15 +42,17 @@ from highrank.train.trainer import check_trainer, make_trainer
 from highrank.train.untouched import Untouched
 
 
-def execute(run: Run) -> tuple[Path, int]:
+def execute(run: Run, ready: Ready | None = None) -> tuple[Path, int]:
     """Runs, and returns the run directory and the exit status: 0, or 130 after SIGINT, 143 after other SIGNALS.
+
+    `ready` is what the runs of a sweep share and this process has loaded already.
 
     Raises:
         UserError: for bad input, before any weight loads; if memory or the disk does not suffice.
         Diverged: if a loss or a parameter is not finite.
     """
     keep_freed_memory()
-    task = run.make_task()
+    task = ready.task if ready else run.make_task()
     plan = make_plan(run, task)
     directory = RunDirectory(run)
     earlier = directory.read()
@@ -66,7 +69,7 @@ def execute(run: Run) -> tuple[Path, int]:
         stop, processes = StopOnSignal(), check_trainer(run)
         try:
             with stop.listening(), quiet(), processes, failures_written(run, directory):
-                fine_tune(run, plan, task, directory, earlier, stop, processes)
+                fine_tune(run, plan, task, directory, earlier, stop, processes, ready)
         except (Interrupted, KeyboardInterrupt, SystemExit):  # Lightning turns a second Ctrl-C into SystemExit
             if stop.received is None:
                 raise
@@ -109,10 +112,11 @@ def fine_tune(
     earlier: dict[str, Any],
     stop: StopOnSignal,
     processes: devices.Processes,
+    ready: Ready | None,
 ) -> None:
     """Prepares, evaluates the untrained model, trains, evaluates again; `earlier` is what a try that ended had found."""
     with directory.timing("setup_s"):
-        job = prepare(run, plan, task, directory, earlier, stop)
+        job = prepare(run, plan, task, directory, earlier, stop, ready)
         processes.start(directory.path / "config.yaml")
         trainer = make_trainer(run, directory, stop, job.module.total_steps, len(job.data.buckets), job.checkpoints)
     with reporting(directory, trainer.logger):
@@ -134,13 +138,19 @@ def go_on(job: Prepared, trainer: lightning.Trainer) -> None:
 
 
 def prepare(
-    run: Run, plan: Plan, task: Task, directory: RunDirectory, earlier: dict[str, Any], stop: StopOnSignal
+    run: Run,
+    plan: Plan,
+    task: Task,
+    directory: RunDirectory,
+    earlier: dict[str, Any],
+    stop: StopOnSignal,
+    ready: Ready | None,
 ) -> Prepared:
     """Loads the model and the data, opens the run directory, and looks for what training goes on from."""
     core = run.core
     share, eval_share = devices.share_of(run.trainer), devices.evaluation_share_of(run.trainer)
     lightning.seed_everything((core.seed + share.rank) % 2**32, verbose=False)
-    backbone, adapters = begin(run, task)
+    backbone, adapters = begin(run, task, ready.base() if ready else None)
     model, sources = {"name": run.model["name"], **vars(backbone.source)}, sources_of(task)
     directory.open(directory.kept(earlier, model, sources))
     lost = {} if backbone.update_lost is None else {"update_lost": backbone.update_lost}
@@ -161,6 +171,7 @@ def prepare(
         share,
         core.accumulate,
         core.packing,
+        ready.tokens(backbone, protocol) if ready else None,
     )
     tests = EvalData(task, run.protocol, tokenizer, data.records, eval_share, positions)
     others = {}

@@ -16,7 +16,7 @@ from highrank.sweep import board as board_module
 from highrank.sweep import sweep as sweep_module
 from highrank.sweep.board import Board, makespan
 from highrank.sweep.grid import expand
-from highrank.sweep.launch import Job
+from highrank.sweep.jobs import Job
 from highrank.sweep.lr_search import Search
 from highrank.train.pace import Times, pace_of
 

@@ -1,6 +1,9 @@
 """The launchers: what a sweep gets from processes, from a Ray cluster on this machine, and from submitit."""
 
 import csv
+import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +15,9 @@ import pytest
 from highrank.base.errors import UserError
 from highrank.cli import main
 from highrank.config.words import compose_run
-from highrank.sweep.launch import Job, Local, Slurm, launcher
+from highrank.sweep.jobs import Job
+from highrank.sweep.launch import Local, Slurm, launcher
+from highrank.train.ready import shared_by
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model=tiny_llama", "task.n_train=8", "task.n_test=2", "max_steps=1", "batch_size=2", "placement=q", "r=2"]
@@ -20,21 +25,42 @@ TINY = ["model=tiny_llama", "task.n_train=8", "task.n_test=2", "max_steps=1", "b
 
 def job(folder, *words):
     own = (*TINY, *words)
-    return Job(own, str(folder / "run"), str(folder / "logs" / "run.txt"), compose_run(own).hash, main)
+    run = compose_run(own)
+    return Job(own, str(folder / "run"), str(folder / "logs" / "run.txt"), run.hash, main, shared_by(run))
 
 
-def test_a_process_that_dies_is_told_by_its_signal(tmp_path):
+def test_a_run_that_dies_is_told_by_its_signal_and_the_next_one_runs(tmp_path):
     local = Local(1)
-    threading.Thread(target=kill_the_first, args=(local,)).start()
-    ((_, note),) = local.run([job(tmp_path, "max_steps=100000")])
-    assert note == "killed by SIGKILL"
+    threading.Thread(target=kill, args=(local, run_of)).start()
+    jobs = [job(tmp_path / "first", "max_steps=100000"), job(tmp_path / "second")]
+    assert [note for _, note in local.run(jobs)] == ["killed by SIGKILL", "exit status 0"]
 
 
-def kill_the_first(local):
-    while not local.running:
+def test_a_worker_that_dies_takes_its_runs_along_and_is_replaced(tmp_path):
+    local = Local(1)
+    threading.Thread(target=kill, args=(local, lambda worker: worker.process.pid)).start()
+    jobs = [job(tmp_path / "first", "max_steps=100000"), job(tmp_path / "second")]
+    assert [note for _, note in local.run(jobs)] == ["its worker: killed by SIGKILL", "exit status 0"]
+    state = json.loads((tmp_path / "first" / "run" / "results.json").read_text())
+    assert state["status"] == "interrupted"  # asked to end, it saved
+
+
+def kill(local, which):
+    """Kills a process of the first run, once that trains."""
+    while not local.workers:
         time.sleep(0.01)
-    ((_, process),) = local.running.values()
-    process.kill()
+    (worker,) = local.workers.values()
+    (first,) = worker.running.values()
+    while not list(Path(first.run_dir).glob("checkpoints/*")):
+        time.sleep(0.01)
+    os.kill(which(worker), signal.SIGKILL)
+
+
+def run_of(worker):
+    """Returns the process of a worker's only run."""
+    pid = worker.process.pid
+    (run,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(run)
 
 
 @pytest.mark.filterwarnings("default")

@@ -166,9 +166,17 @@ def collate_packed(batch: Sequence[Encoded], pad_id: int, longest: int) -> dict[
     }
 
 
+def encode_records(records: Sequence[Record], protocol: Protocol, tokenizer: Any) -> list[Encoded | None]:
+    """Returns what `encode` makes of each training record, read from the cache where it is there."""
+    return cached_encoding(
+        records, protocol, tokenizer, lambda: [encode(record, protocol, tokenizer) for record in records]
+    )
+
+
 class TrainingData:
     """A task's training set as length-bucketed batches, and what is held out of it.
 
+    `encoded` are the tokens that `encode_records` gave for it before, under the same protocol and tokenizer.
     `cut_off` counts what max_length did to the training examples: left_out, cut, marker_lost (the end
     of the prompt is gone, the target is there), answer_lost (the target was cut away; such an example stays only if its
     prompt is trained on).
@@ -185,16 +193,12 @@ class TrainingData:
         share: Share = WHOLE,
         accumulate: int = 1,
         packing: bool = False,
+        encoded: Sequence[Encoded | None] | None = None,
     ):
         self.protocol, self.tokenizer, self.eval_batch_size = protocol, tokenizer, eval_batch_size
         self.packing = packing
         self.records, self.validation = hold_out(task.train(), protocol)
-        encoded = cached_encoding(
-            self.records,
-            protocol,
-            tokenizer,
-            lambda: [encode(record, protocol, tokenizer) for record in self.records],
-        )
+        encoded = encode_records(self.records, protocol, tokenizer) if encoded is None else encoded
         kept = [row for row in encoded if row is not None and num_targets(row)]
         self.cut_off = Counter(row.cut for row in encoded if row is not None and row.cut)
         self.cut_off["left_out"] = len(encoded) - len(kept)

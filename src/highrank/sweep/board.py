@@ -18,7 +18,8 @@ from highrank.base.console import console, duration, say
 from highrank.find.reading import Found, score_text
 from highrank.find.watch import Runs, name_of
 from highrank.sweep.grid import Cell
-from highrank.sweep.launch import Job, Launcher
+from highrank.sweep.jobs import Job
+from highrank.sweep.launch import Launcher
 from highrank.train.pace import Expected, Times, about, expected, kind_of, near_of
 
 LOOKS_PER_S = 0.5

@@ -1,14 +1,8 @@
 """Where the runs of a sweep execute: in processes of this machine, in a Ray cluster, or as Slurm jobs."""
 
-import fcntl
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,35 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from highrank.base.errors import UserError, suggest
-from highrank.config.words import spelled
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to execute."""
-
-    words: tuple[str, ...]
-    run_dir: str
-    log: str
-    """File for what the run prints."""
-    config_hash: str
-    main: Callable[[Sequence[str]], int]
-    """The command line, which executes the run."""
-    cwd: str = field(default_factory=os.getcwd)
-    """Folder to which relative paths in the words refer."""
-
-
-def run_job(job: Job) -> int:
-    """Executes one run in this process and returns its exit status; its log file is locked meanwhile, so that a run
-    that outlived a killed sweep and the same run of the sweep started again do not meet."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.chdir(job.cwd)
-    Path(job.log).parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-        return job.main(["run", *job.words, f"run_dir={spelled(job.run_dir)}"])
+from highrank.sweep.jobs import Job, run_job
+from highrank.sweep.workers import Worker
 
 
 class Launcher(Protocol):
@@ -52,8 +19,11 @@ class Launcher(Protocol):
 
     jobs: int
     """How many at once."""
-    threads: int | None
-    """Of each; None where other machines decide."""
+
+    @property
+    def threads(self) -> int | None:
+        """Of each; None where other machines decide."""
+        ...
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         """Yields each job when it ended, with a note on how."""
@@ -65,50 +35,42 @@ class Launcher(Protocol):
 
 
 class Local:
-    """Processes of this machine, forked from one that has imported PyTorch already."""
+    """Processes of this machine: each run has its own, forked by a worker that holds what the runs share."""
 
     def __init__(self, jobs: int):
         self.jobs = jobs
         given = "OMP_NUM_THREADS" in os.environ
-        self.threads: int | None = torch.get_num_threads() if given else max(1, (os.cpu_count() or 1) // jobs)
-        self.running: dict[Any, tuple[Job, Any]] = {}
+        self.threads = torch.get_num_threads() if given else max(1, (os.cpu_count() or 1) // jobs)
+        self.workers: dict[str | None, Worker] = {}
         self.stopped = False
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["highrank.run"])
-        waiting = list(jobs)
-        while self.running or (waiting and not self.stopped):
-            while waiting and len(self.running) < self.jobs and not self.stopped:
+        waiting = _together(jobs)
+        while self.workers or (waiting and not self.stopped):
+            running = sum(len(worker.running) for worker in self.workers.values())
+            for _ in range(min(self.jobs - running, 0 if self.stopped else len(waiting))):
                 job = waiting.pop(0)
-                process = context.Process(target=_in_process, args=(job, self.threads))
-                process.start()
-                self.running[process.sentinel] = (job, process)
-            for sentinel in wait(list(self.running), timeout=1):
-                job, process = self.running.pop(sentinel)
-                process.join()
-                code = process.exitcode
-                yield job, f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+                if job.shared not in self.workers:
+                    self.workers[job.shared] = Worker(job, self.threads)
+                self.workers[job.shared].start(job)
+            connections = {worker.connection: worker for worker in self.workers.values()}
+            for connection in wait(list(connections), timeout=1):
+                yield from connections[connection].ended()
+            needed = set() if self.stopped else {job.shared for job in waiting}
+            for shared, worker in list(self.workers.items()):
+                if worker.gone or not (worker.running or shared in needed):
+                    self.workers.pop(shared).close()
 
     def stop(self) -> None:
         self.stopped = True
-        for _, process in list(self.running.values()):
-            process.terminate()
+        for worker in list(self.workers.values()):
+            worker.process.terminate()
 
 
-def _in_process(job: Job, threads: int) -> None:
-    os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which passes it on
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads)
-    sys.exit(run_job(job))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+def _together(jobs: Sequence[Job]) -> list[Job]:
+    """Returns the jobs with those next to each other that share something, else in their order."""
+    first = {job.shared: place for place, job in reversed(list(enumerate(jobs)))}
+    return sorted(jobs, key=lambda job: first[job.shared])
 
 
 class Ray:

@@ -31,9 +31,11 @@ from highrank.report import dashboard
 from highrank.sweep import lr_search
 from highrank.sweep.board import Board, makespan
 from highrank.sweep.grid import Cell, Grid, expand, preset_of, refuse
-from highrank.sweep.launch import Job, launcher
+from highrank.sweep.jobs import Job
+from highrank.sweep.launch import launcher
 from highrank.train.pace import Expected, Times, about, expected, kind_of, source
 from highrank.train.plan import Plan, make_plan, optimizer_steps
+from highrank.train.ready import shared_by
 
 SWEEP_KEYS = ("sweep_dir", "lr_search", "lr_search_most", "launcher", "jobs")
 """Keys of a sweep as a whole: its folder, the rates or number of rates to try per arm and to how many they may grow, local, ray
@@ -144,6 +146,7 @@ class Sweep:
                 str(self.folder / "logs" / f"{cell.folder}.txt"),
                 cell.run.hash,
                 self.main,
+                shared_by(cell.run),
             )
             for cell in cells
             if earlier[folder / cell.folder].get("status") not in LEFT

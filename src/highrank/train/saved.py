@@ -190,9 +190,10 @@ def update_lost(merging: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) ->
     return 1 - kept / total if total else 0.0
 
 
-def begin(run: Run, task: Task) -> tuple[Backbone, Adapters]:
-    """Returns a run's backbone and adapters as training begins with them: with start_as=adapter, those of another run."""
-    backbone, adapters = build_model(run, task, load_base(run, task))
+def begin(run: Run, task: Task, base: Backbone | None = None) -> tuple[Backbone, Adapters]:
+    """Returns a run's backbone, loaded unless it is given as `base`, and its adapters as training begins with them: with
+    start_as=adapter, those of another run."""
+    backbone, adapters = build_model(run, task, base or load_base(run, task))
     if run.core.start_as == "adapter":
         folder, _ = source_of(run)
         check_base(folder, backbone)

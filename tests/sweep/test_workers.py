@@ -12,7 +12,7 @@ from highrank.base.files import sha256
 from highrank.cli import main
 from highrank.config.words import compose_run
 from highrank.model.backbones import load_backbone
-from highrank.sweep.jobs import Job
+from highrank.sweep.jobs import Job, together
 from highrank.sweep.launch import Local
 from highrank.train.ready import load_shared, shared_by
 
@@ -125,3 +125,8 @@ def test_what_cannot_be_loaded_is_each_runs_own_error(tmp_path):
     job = Job(tuple(words), str(tmp_path / "run"), str(tmp_path / "log.txt"), run.hash, main, shared_by(run))
     assert [note for _, note in Local(1).run([job])] == ["exit status 2"]
     assert Path(job.log).read_text().count("weights are read from safetensors only") == 1
+
+
+def test_runs_that_share_stand_next_to_each_other():
+    jobs = [Job((), str(place), "", "", main, shared) for place, shared in enumerate("abacab")]
+    assert [job.run_dir for job in together(jobs)] == ["0", "2", "4", "1", "5", "3"]

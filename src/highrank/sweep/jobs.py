@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,12 @@ class Job:
     """What it can share with other runs, by `shared_by`."""
     cwd: str = field(default_factory=os.getcwd)
     """Folder to which relative paths in the words refer."""
+
+
+def together(jobs: Sequence[Job]) -> list[Job]:
+    """Returns the jobs with those next to each other that share something, else in their order."""
+    first = {job.shared: place for place, job in reversed(list(enumerate(jobs)))}
+    return sorted(jobs, key=lambda job: first[job.shared])
 
 
 def run_job(job: Job, ready: Ready | None = None) -> int:

@@ -45,7 +45,7 @@ class Local:
         self.stopped = False
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
-        waiting = _together(jobs)
+        waiting = list(jobs)
         while self.workers or (waiting and not self.stopped):
             running = sum(len(worker.running) for worker in self.workers.values())
             for _ in range(min(self.jobs - running, 0 if self.stopped else len(waiting))):
@@ -65,12 +65,6 @@ class Local:
         self.stopped = True
         for worker in list(self.workers.values()):
             worker.process.terminate()
-
-
-def _together(jobs: Sequence[Job]) -> list[Job]:
-    """Returns the jobs with those next to each other that share something, else in their order."""
-    first = {job.shared: place for place, job in reversed(list(enumerate(jobs)))}
-    return sorted(jobs, key=lambda job: first[job.shared])
 
 
 class Ray:

@@ -31,7 +31,7 @@ from highrank.report import dashboard
 from highrank.sweep import lr_search
 from highrank.sweep.board import Board, makespan
 from highrank.sweep.grid import Cell, Grid, expand, preset_of, refuse
-from highrank.sweep.jobs import Job
+from highrank.sweep.jobs import Job, together
 from highrank.sweep.launch import launcher
 from highrank.train.pace import Expected, Times, about, expected, kind_of, source
 from highrank.train.plan import Plan, make_plan, optimizer_steps
@@ -151,6 +151,7 @@ class Sweep:
             for cell in cells
             if earlier[folder / cell.folder].get("status") not in LEFT
         ]
+        jobs = together(jobs)
         by_folder = {folder / cell.folder: cell for cell in cells}
         steps = {Path(job.run_dir): self._steps(by_folder[Path(job.run_dir)]) for job in jobs}
         board = Board(what, by_folder, steps, jobs, self.launcher, times, stopped)

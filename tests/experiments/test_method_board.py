@@ -159,7 +159,7 @@ def test_the_board_keeps_who_joined_and_says_what_could_not_begin(board, tmp_pat
     board.execute("stsb", tmp_path, ["other"], 2)
     (methods,) = (word for word in given[0] if word.startswith("method="))
     assert methods.endswith(",vera,mine,other")
-    assert {"jobs=2", *board.SEARCH, f"sweep_dir={tmp_path}"} <= set(given[0])
+    assert {"jobs=2", "lr_search=3", "lr_search_most=7", f"sweep_dir={tmp_path}"} <= set(given[0])
     for status, said in ((2, "must be able to begin"), (130, "goes on from there")):
         statuses = [status]
         with pytest.raises(UserError, match=said):

@@ -4,6 +4,7 @@ So a run has a process of its own, which starts with the model in memory that it
 until it writes there. A worker computes nothing and has no threads: those would not live on in a fork.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -79,9 +80,12 @@ def _load(job: Job) -> Ready | None:
         return None
     with in_place(job):
         try:
-            return load_shared(compose_run(job.words))
+            ready = load_shared(compose_run(job.words))
         except Exception:
             return None
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection in a run would copy the memory that it looks through
+    return ready
 
 
 class _Runs:

@@ -1,6 +1,5 @@
 """What the runs of a sweep share, loaded once for all of them: the task's rows, the model, the tokens."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +75,6 @@ def load_shared(run: Run) -> Ready:
     task.test()
     encoded = encode_records(records, protocol, backbone.tokenizer)
     task.tokens = None  # as each run's plan finds it
-    gc.collect()
-    gc.freeze()  # what is here stays: a collection in a forked process would copy the memory that it looks through
     return Ready(task, backbone, stamps, protocol, encoded)
 
 
